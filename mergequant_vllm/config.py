@@ -1,0 +1,133 @@
+"""vLLM's view of a mergequant checkpoint: validates it and hands each linear its method."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from mergequant_vllm.format import (
+    BLOCK,
+    QUANT_METHOD,
+    CheckpointFormat,
+    FormatError,
+    LinearFormat,
+    StoredTensor,
+    check_tensors,
+    parse,
+)
+from mergequant_vllm.kernels.select import requested_kernel
+from mergequant_vllm.linear import MergeQuantLinearMethod
+from mergequant_vllm.version import unsupported_vllm
+
+logger = init_logger("vllm.mergequant")
+
+
+class MergeQuantConfig(QuantizationConfig):
+    """`quant_method: mergequant` in a checkpoint's `quantization_config`."""
+
+    def __init__(self, checkpoint: CheckpointFormat) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.kernel = requested_kernel()
+
+    def __repr__(self) -> str:
+        return f"MergeQuantConfig({len(self.checkpoint.linears)} linears a block, W4A4)"
+
+    @classmethod
+    def get_name(cls) -> str:  # type: ignore[override]  # vLLM declares a Literal of its own names
+        """Name under which vLLM knows the method."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Model dtypes; the stored steps are exact in each."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability of the oldest NVIDIA GPU with integer tensor cores."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the configuration is part of config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MergeQuantConfig":
+        """Read `quantization_config`; raises ValueError with one sentence on a bad one."""
+        refusal = unsupported_vllm()
+        if refusal is not None:
+            raise ValueError(refusal)
+        return cls(parse(config))
+
+    def maybe_update_config(
+        self, model_name: str, *args: object, revision: str | None = None, **kwargs: object
+    ) -> None:
+        """Compare every tensor's header with the contract before any process is started.
+
+        vLLM calls this with the model's folder or hub id. It does not itself miss a tensor of a
+        quantized model that the files lack.
+        """
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        if headers:
+            check_tensors(self.checkpoint, found_tensors(headers))
+        else:
+            logger.warning("No safetensors headers of %s to check before loading", model_name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer; linears outside the contract stay in the model's dtype."""
+        refuse_lora()
+        if not isinstance(layer, LinearBase):
+            return None
+        merged = self._linears_behind(prefix)
+        if not merged:
+            return UnquantizedLinearMethod()
+        return MergeQuantLinearMethod(prefix, merged, self.kernel)
+
+    def _linears_behind(self, prefix: str) -> list[LinearFormat]:
+        """The checkpoint's linears that vLLM merges into the module `prefix`, in its order."""
+        pattern = re.escape(self.checkpoint.block).replace(re.escape(BLOCK), r"\d+")
+        match = re.fullmatch(rf"{pattern}\.(.+)", prefix)
+        if match is None:
+            return []
+        parent, _, module = match[1].rpartition(".")
+        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(module, [module])]
+        known = [self.checkpoint.linears[name] for name in names if name in self.checkpoint.linears]
+        if known and len(known) != len(names):
+            raise FormatError(
+                f"vLLM merges {', '.join(names)} of {prefix!r} into one linear, and only some of "
+                "them are quantized: quantize all of them or none."
+            )
+        return known
+
+
+def found_tensors(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, StoredTensor]:
+    """safetensors headers, by tensor name, in the contract's terms."""
+    return {
+        name: StoredTensor(tuple(header["shape"]), header["dtype"])
+        for name, header in headers.items()
+        if name != "__metadata__"  # free text that some versions of vLLM pass on
+    }
+
+
+def refuse_lora() -> None:
+    """Raise ValueError if LoRA is on.
+
+    An adapter reads its linear's input, which behind a migrated norm is x/s and not x.
+    """
+    if get_current_vllm_config().lora_config is not None:
+        raise ValueError(
+            "A mergequant checkpoint cannot be served with --enable-lora: its norms' outputs carry "
+            "the activation steps, which LoRA adapters do not know; merge the adapter into the "
+            "model before quantizing, and serve without --enable-lora."
+        )

@@ -1,0 +1,177 @@
+"""THE CONTRACT between the quantizer, which writes it, and the server, which reads it.
+
+A checkpoint is a Hugging Face folder whose `config.json` carries a `quantization_config` (class
+`CheckpointFormat`) and whose safetensors hold, for each quantized linear `P`:
+
+| tensor            | shape             | dtype    | meaning                                         |
+|-------------------|-------------------|----------|-------------------------------------------------|
+| `P.weight_packed` | [out, ceil(in/8)] | int32    | codes + 8, eight to a word (see `packing`)      |
+| `P.weight_scale`  | [out, 1]          | bfloat16 | weight step of each output channel              |
+| `P.bias`          | [out]             | floating | only where the source model has one             |
+| `P.input_clip`    | [1]               | float32  | dynamic only: clip ratio of the per-token step  |
+
+A static linear needs nothing more: its activation step s lives in the norm's multiplier, stored as
+norm / s, and in the weight, quantized as W * s (paper 4.1, Eq. 4-5). All other tensors of the model
+are listed with their shapes under `tensors`, so that a missing, extra or misshapen one is found
+by reading the headers alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from mergequant_vllm.packing import words_per_row
+
+QUANT_METHOD = "mergequant"
+FORMAT_VERSION = 1
+BLOCK = "{block}"  # stands for the block's number in a tensor's or module's name
+
+
+class FormatError(ValueError):
+    """A checkpoint that breaks the contract; the message is one sentence for the user."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LinearFormat(_Strict):
+    """How one linear of every block is stored and what its activations are.
+
+    Attributes:
+        shape: (out, in) of the weight before packing.
+        activations: `static`: per-channel steps folded into `norm`; `dynamic`: per token.
+        norm: the norm, named within its block, whose multiplier carries 1/s; static only.
+        bias: whether the linear has one.
+    """
+
+    shape: tuple[int, int]
+    weight_bits: Literal[4] = 4
+    activation_bits: Literal[4] = 4
+    activations: Literal["static", "dynamic"]
+    norm: str | None = None
+    bias: bool = False
+
+
+class Provenance(_Strict):
+    """What made the checkpoint: enough to make it again."""
+
+    options: dict[str, JsonValue]
+    versions: dict[str, str]
+    calibration_sha256: str
+
+
+class CheckpointFormat(_Strict):
+    """The `quantization_config` of `config.json`.
+
+    Attributes:
+        block: name of a decoder block's module, with `{block}` for its number.
+        linears: every quantized linear, named within its block.
+        unquantized: linears outside the blocks that stay in 16 bits.
+        tensors: shapes of all tensors that are stored as they are, `{block}` for each block.
+    """
+
+    quant_method: Literal["mergequant"]
+    format_version: Literal[1]
+    packing: Literal["pack-quantized"] = "pack-quantized"
+    block: str
+    blocks: int = Field(ge=1)
+    linears: dict[str, LinearFormat]
+    unquantized: list[str]
+    tensors: dict[str, list[int]]
+    provenance: Provenance
+
+    def linear_names(self) -> Iterator[tuple[str, LinearFormat]]:
+        """Every quantized linear of the model with its full name, block by block."""
+        for number in range(self.blocks):
+            for name, linear in self.linears.items():
+                yield f"{self.block.format(block=number)}.{name}", linear
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and safetensors dtype of a tensor on disk; `dtype` None admits any floating type."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["I32", "BF16", "F32"] | None
+
+
+def parse(config: Mapping[str, Any]) -> CheckpointFormat:
+    """Read a `quantization_config`; raises FormatError with one sentence that names the fault."""
+    method = config.get("quant_method")
+    if method != QUANT_METHOD:
+        raise FormatError(f"quantization_config has quant_method {method!r}, not {QUANT_METHOD!r}.")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"The checkpoint has mergequant format version {version!r}; this mergequant-vllm reads "
+            f"version {FORMAT_VERSION}: install the release that wrote it, or quantize again."
+        )
+    try:
+        return CheckpointFormat.model_validate(dict(config))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        raise FormatError(
+            f"quantization_config field {field!r} is wrong ({fault['msg']}): "
+            "quantize the model again, or restore the config.json that was written with it."
+        ) from error
+
+
+def stored_tensors(linear: LinearFormat) -> dict[str, StoredTensor]:
+    """The tensors of one quantized linear, by suffix."""
+    out_features, in_features = linear.shape
+    words = words_per_row(in_features, linear.weight_bits)
+    tensors = {
+        "weight_packed": StoredTensor((out_features, words), "I32"),
+        "weight_scale": StoredTensor((out_features, 1), "BF16"),
+    }
+    if linear.bias:
+        tensors["bias"] = StoredTensor((out_features,), None)
+    if linear.activations == "dynamic":
+        tensors["input_clip"] = StoredTensor((1,), "F32")
+    return tensors
+
+
+def expected_tensors(checkpoint: CheckpointFormat) -> dict[str, StoredTensor]:
+    """Every tensor that the checkpoint's files must hold, by full name."""
+    expected = {
+        f"{prefix}.{suffix}": stored
+        for prefix, linear in checkpoint.linear_names()
+        for suffix, stored in stored_tensors(linear).items()
+    }
+    for pattern, shape in checkpoint.tensors.items():
+        numbers = range(checkpoint.blocks) if BLOCK in pattern else range(1)
+        for number in numbers:
+            expected[pattern.replace(BLOCK, str(number))] = StoredTensor(tuple(shape), None)
+    return expected
+
+
+def check_tensors(checkpoint: CheckpointFormat, found: Mapping[str, StoredTensor]) -> None:
+    """Compare the tensors `found` in the files' headers with the contract.
+
+    Raises:
+        FormatError: names the first missing, extra, misshapen or mistyped tensor and the remedy.
+    """
+    expected = expected_tensors(checkpoint)
+    remedy = "copy the checkpoint again, or quantize the model again."
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise FormatError(f"Tensor {missing[0]!r} is missing ({len(missing)} in all): {remedy}")
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        raise FormatError(
+            f"Tensor {extra[0]!r} does not belong in the checkpoint ({len(extra)} in all): {remedy}"
+        )
+    for name, stored in expected.items():
+        if found[name].shape != stored.shape:
+            raise FormatError(
+                f"Tensor {name!r} has shape {list(found[name].shape)}, "
+                f"not {list(stored.shape)}: {remedy}"
+            )
+        if stored.dtype is not None and found[name].dtype != stored.dtype:
+            raise FormatError(
+                f"Tensor {name!r} has dtype {found[name].dtype}, not {stored.dtype}: {remedy}"
+            )

@@ -1,0 +1,64 @@
+"""Which kernel runs a linear: the asked one or the device's default, never another in silence."""
+
+import functools
+import logging
+import os
+
+from mergequant_vllm.kernels.int4_linear.cpu import CpuLinear
+from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
+from mergequant_vllm.kernels.int4_linear.triton import TritonLinear
+
+KERNEL_VARIABLE = "MERGEQUANT_KERNEL"
+
+LINEAR_KERNELS: dict[str, LinearKernel] = {
+    kernel.name: kernel for kernel in (CpuLinear(), TritonLinear(), ReferenceLinear())
+}
+
+# In order of preference; the first that does not refuse is used, and refusals are logged.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu-fp32", "reference"),
+    "cuda": ("triton", "reference"),
+}
+
+logger = logging.getLogger("vllm.mergequant")
+
+
+def requested_kernel() -> str | None:
+    """The kernel named by MERGEQUANT_KERNEL; raises ValueError if there is no such kernel."""
+    name = os.environ.get(KERNEL_VARIABLE) or None
+    if name is not None and name not in LINEAR_KERNELS:
+        known = ", ".join(LINEAR_KERNELS)
+        raise ValueError(f"{KERNEL_VARIABLE}={name!r} is not a kernel: choose one of {known}.")
+    return name
+
+
+def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
+    """The kernel for `spec`.
+
+    Raises:
+        ValueError: the requested kernel refuses `spec`, or no default serves it.
+    """
+    if requested is not None:
+        reason = LINEAR_KERNELS[requested].refusal(spec)
+        if reason is not None:
+            raise ValueError(
+                f"Kernel {requested!r} cannot run {spec}: {reason}; "
+                f"unset {KERNEL_VARIABLE} to use the default."
+            )
+        _log_once(f"INT4 linears run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
+        return LINEAR_KERNELS[requested]
+    refusals = []
+    for name in DEFAULTS.get(spec.device, ("reference",)):
+        reason = LINEAR_KERNELS[name].refusal(spec)
+        if reason is None:
+            because = "".join(f"; {refusal}" for refusal in refusals)
+            _log_once(f"INT4 linears run on kernel {name!r} ({spec.device}){because}")
+            return LINEAR_KERNELS[name]
+        refusals.append(f"{name!r} was refused: {reason}")
+    raise ValueError(f"No kernel runs {spec}: {'; '.join(refusals)}.")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,18 @@
+"""One table a model type. `find` is the only way in; an unknown type is an error, never a guess."""
+
+from mergequant.architecture import Architecture
+from mergequant.architectures.llama import LLAMA
+from mergequant.architectures.mistral import MISTRAL
+from mergequant.architectures.qwen2 import QWEN2
+from mergequant.architectures.qwen3 import QWEN3
+from mergequant.errors import InputError
+
+ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def find(model_type: str | None) -> Architecture:
+    """The table of a `model_type`; raises InputError that names the known ones."""
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"Architecture {model_type!r} is unknown: mergequant knows {known}.")
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,156 @@
+"""A model with one decoder block in memory at a time, run on the calibration windows."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from mergequant.architecture import Architecture
+from mergequant.checkpoint import Reader
+
+_TOKENS_A_BATCH = 4096
+
+
+class _Stop(Exception):
+    """Ends a block's forward pass once the wanted input was seen."""
+
+
+@dataclass
+class Activations:
+    """Hidden states of the calibration windows, in batches, at the border of two blocks.
+
+    Attributes:
+        batches: [windows, length, n] each.
+        statistics: how many batches, from the first, serve for steps and clip ratios.
+    """
+
+    batches: list[Tensor]
+    statistics: int
+
+
+class Decoder:
+    """The skeleton of a Hugging Face model, on the meta device until a block is asked for."""
+
+    def __init__(self, reader: Reader, architecture: Architecture, device: torch.device) -> None:
+        self.reader = reader
+        self.architecture = architecture
+        self.device = device
+        self.config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="sdpa", dtype=torch.float32
+            )
+        self._body: Any = model.model.eval()
+        self._rotary: Any = type(self._body.rotary_emb)(config=self.config).to(device)
+
+    def embed(self, windows: Tensor, statistics_samples: int) -> Activations:
+        """Token windows int64 [samples, length] to the first block's input, float32."""
+        table = self.reader.read(f"{self.architecture.embedding.name}.weight")
+        size = max(1, _TOKENS_A_BATCH // windows.shape[1])
+        # Statistics use whole batches of their own, so that their number is what was asked.
+        parts = (windows[:statistics_samples], windows[statistics_samples:])
+        counted = [part.split(size) if len(part) else () for part in parts]
+        batches = [table[ids].to(self.device, torch.float32) for part in counted for ids in part]
+        return Activations(batches=batches, statistics=len(counted[0]))
+
+    @contextmanager
+    def block(self, number: int) -> Iterator["Block"]:
+        """Decoder block `number` in float32 on the device, unloaded when the context ends."""
+        module: nn.Module = self._body.layers[number]
+        prefix = self.architecture.block.format(block=number)
+        stored = self.reader.read_block(prefix)
+        weights = {
+            name: tensor.to(self.device, torch.float32)
+            for name, tensor in stored.items()
+            if not name.endswith(self.architecture.ignored_suffixes)
+        }
+        module.load_state_dict(weights, strict=True, assign=True)
+        module.requires_grad_(False)
+        del weights
+        try:
+            yield Block(module, stored, self, number)
+        finally:
+            module.to("meta")
+            gc.collect()
+
+    def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
+        """What `transformers` passes to a decoder block beside the hidden states."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        kinds = getattr(self.config, "layer_types", None)
+        kind = kinds[number] if kinds else self._only_kind()
+        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        mask = make(
+            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        )
+        return {
+            "attention_mask": mask,
+            "position_embeddings": self._rotary(hidden, positions),
+            "position_ids": positions,
+            "use_cache": False,
+        }
+
+    def _only_kind(self) -> str:
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        return "sliding_attention" if sliding else "full_attention"
+
+
+class Block:
+    """One loaded block.
+
+    Attributes:
+        module: the `transformers` decoder layer, float32.
+        stored: its tensors as the checkpoint has them, by name within the block.
+    """
+
+    def __init__(
+        self, module: nn.Module, stored: Mapping[str, Tensor], decoder: Decoder, number: int
+    ) -> None:
+        self.module = module
+        self.stored = stored
+        self._decoder = decoder
+        self._number = number
+
+    def weight(self, linear: str) -> Tensor:
+        """float32 [out, in] of a linear not yet quantized."""
+        weight: Tensor = self.module.get_submodule(linear).weight.detach()  # type: ignore[assignment]
+        return weight
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in the place of a submodule."""
+        parent, _, child = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), child, module)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[windows, length, n] to the same."""
+        arguments = self._decoder.forward_arguments(hidden, self._number)
+        with torch.no_grad():
+            output: Tensor = self.module(hidden, **arguments)
+        return output
+
+    def observe(
+        self, linear: str, batches: list[Tensor], consume: Callable[[Tensor], None]
+    ) -> None:
+        """Call `consume` with the input [tokens, n] of `linear`, for each batch.
+
+        The pass stops there: what comes later in the block is not computed.
+        """
+
+        def stop_at(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            consume(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            raise _Stop
+
+        handle = self.module.get_submodule(linear).register_forward_pre_hook(stop_at)
+        try:
+            for hidden in batches:
+                try:
+                    self.forward(hidden)
+                except _Stop:
+                    continue
+        finally:
+            handle.remove()

@@ -1,0 +1,5 @@
+"""The one exception that means: the user's input is at fault, and the message says what to do."""
+
+
+class InputError(ValueError):
+    """One sentence that names the thing and the remedy; the command line prints it and exits 1."""

@@ -1,0 +1,183 @@
+"""Perplexity as published numbers take it, through vLLM or through the reference forward."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergequant.checkpoint import Reader, locate
+from mergequant.corpus import (
+    evaluation_windows,
+    load_tokenizer,
+    read_source,
+    window_length,
+)
+from mergequant.errors import InputError
+from mergequant.oracle import load_model
+
+Engine = Literal["vllm", "transformers"]
+PUBLISHED_WINDOW = 2048
+_TOKENS_A_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of an evaluation.
+
+    Attributes:
+        loss: mean negative log-probability of a token, nats.
+        perplexity: exp(loss).
+        tokens: predicted tokens (each window's first is not).
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    windows: int
+    window_length: int
+    engine: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def perplexity(
+    model: str | Path,
+    text: str | Path,
+    *,
+    engine: Engine = "vllm",
+    window: int = PUBLISHED_WINDOW,
+    most_windows: int | None = None,
+    dtype: str = "float32",
+    tensor_parallel_size: int = 1,
+    enforce_eager: bool = True,
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of a 16-bit or mergequant model on a text.
+
+    Args:
+        model: folder or hub id.
+        text: file or data set, see `mergequant.corpus.read_source`.
+        engine: `vllm` serves the model; `transformers` is the reference forward, the oracle.
+        window: tokens in a window; windows do not overlap, the tail is dropped.
+        most_windows: use only the first so many.
+        dtype: of everything that is not quantized.
+        tensor_parallel_size: ranks; the reference forward reproduces their arithmetic.
+    """
+    folder = locate(model)
+    context = Reader(folder).config.get("max_position_embeddings")
+    length = window_length(window, context)
+    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), length)
+    windows = windows[:most_windows]
+    if engine == "vllm":
+        logprobs = vllm_logprobs(
+            folder, windows, dtype, tensor_parallel_size, enforce_eager, progress
+        )
+    else:
+        logprobs = reference_logprobs(
+            load_model(folder, getattr(torch, dtype), tensor_parallel_size), windows, progress
+        )
+    loss = -float(logprobs.mean())
+    return Perplexity(
+        perplexity=math.exp(loss),
+        loss=loss,
+        tokens=logprobs.numel(),
+        windows=len(windows),
+        window_length=length,
+        engine=engine,
+    )
+
+
+def reference_logprobs(model: Any, windows: Tensor, progress: bool = False) -> Tensor:
+    """Log-probability of each token of each window but the first: float64 [windows, length - 1]."""
+    rows = []
+    with tqdm(total=len(windows), desc="Perplexity", unit="window", disable=not progress) as bar:
+        for batch in windows.split(max(1, _TOKENS_A_BATCH // windows.shape[1])):
+            rows.append(token_logprobs(reference_logits(model, batch), batch))
+            bar.update(len(batch))
+    return torch.cat(rows)
+
+
+def reference_logits(model: Any, windows: Tensor) -> Tensor:
+    """Token ids [windows, length] to float32 [windows, length, vocabulary]."""
+    with torch.no_grad():
+        logits: Tensor = model(windows, use_cache=False).logits
+    return logits.to(torch.float32)
+
+
+def token_logprobs(logits: Tensor, windows: Tensor) -> Tensor:
+    """[windows, length, vocabulary] and [windows, length] to float64 [windows, length - 1]."""
+    scores = torch.log_softmax(logits[:, :-1].to(torch.float64), dim=-1)
+    return scores.gather(2, windows[:, 1:, None])[:, :, 0]
+
+
+def vllm_logprobs(
+    folder: Path,
+    windows: Tensor,
+    dtype: str,
+    tensor_parallel_size: int,
+    enforce_eager: bool,
+    progress: bool = False,
+) -> Tensor:
+    """As `reference_logprobs`, served by vLLM."""
+    with vllm_engine(
+        folder,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        enforce_eager=enforce_eager,
+        max_model_len=windows.shape[1] + 1,
+    ) as llm:
+        return prompt_logprobs(llm, windows, progress)
+
+
+def vllm_engine(folder: Path, **arguments: Any) -> Any:
+    """A context manager around an `LLM`, shut down when it ends."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # A window as long as the context needs room for the one token that vLLM insists on generating.
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise InputError(
+            'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
+            "or use --engine transformers."
+        ) from error
+    return _Closing(LLM(model=str(folder), **arguments))
+
+
+class _Closing:
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __enter__(self) -> Any:
+        return self._llm
+
+    def __exit__(self, *_: object) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def prompt_logprobs(llm: Any, windows: Tensor, progress: bool = False) -> Tensor:
+    """Log-probability that a running `LLM` gives each token but the first of each window."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in windows.tolist()],
+        SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0),
+        use_tqdm=progress,
+    )
+    return torch.tensor([list(_own_logprobs(output)) for output in outputs], dtype=torch.float64)
+
+
+def _own_logprobs(output: Any) -> Iterator[float]:
+    """vLLM gives for each position the prompt token's own log-probability, None for the first."""
+    for token, scores in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
+        if scores is not None:
+            yield scores[token].logprob

@@ -1,0 +1,108 @@
+"""Quantization step migration (paper 4.1, Eq. 4-5).
+
+X_int = round(norm(x)) with the norm's multiplier divided by the activation step s, and
+Y = alpha_w * (X_int @ W_int^T) with W_int the codes of W * s. Exact but for rounding: the stored
+multiplier m is rounded to a value that bfloat16, float16 and float32 all hold, and s := norm / m is
+what the weights absorb, so the pair agrees in whatever dtype the server runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergequant_vllm.rounding import (
+    SMALLEST_STEP,
+    largest_code,
+    round_to_16_bit,
+    round_to_16_bit_normal,
+)
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A norm that emits activations in units of their steps.
+
+    Attributes:
+        weight: float64 [n], to be stored in place of the norm's weight.
+        bias: float64 [n] or None, in place of a LayerNorm's adder.
+        step: float64 [n], s: what every reader's weight is multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    step: Tensor
+
+
+def activation_steps(largest: Tensor, clip: Tensor, bits: int) -> Tensor:
+    """s_k = c_k * max_t |X_tk| / Q_b (Eq. 1, per channel).
+
+    Args:
+        largest: [n], max |X| of each channel over the calibration tokens.
+        clip: [n], ratios c_k.
+
+    Returns:
+        float64 [n]. A channel that never fired has the median step of those that did: nothing is
+        known of it, and a tiny step would make any later value saturate.
+    """
+    step = largest.to(torch.float64) * clip.to(torch.float64) / largest_code(bits)
+    fired = step > SMALLEST_STEP
+    usual = step[fired].median() if bool(fired.any()) else step.new_tensor(1.0)
+    return torch.where(fired, step, usual)
+
+
+def fold_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    *,
+    one_plus: bool = False,
+    stored: Callable[[Tensor], Tensor] = round_to_16_bit_normal,
+) -> FoldedNorm:
+    """Divide a norm's output by `step`, by its parameters alone.
+
+    Args:
+        weight: [n], multiplier of an RMSNorm or LayerNorm (w of 1 + w if `one_plus`).
+        bias: [n], a LayerNorm's adder, or None.
+        step: [n], wanted activation steps, positive.
+        one_plus: the norm multiplies by 1 + weight (Gemma).
+        stored: rounds the multiplier to what the checkpoint can hold; identity for proofs.
+
+    Returns:
+        FoldedNorm whose `step` is the one that the rounded multiplier really divides by. A channel
+        with multiplier 0 (dead: its output is constant) keeps multiplier 0; its step is 1 without
+        a bias and the wanted one with.
+    """
+    offset = 1.0 if one_plus else 0.0
+    gain = weight.to(torch.float64) + offset
+    folded = stored(gain / step - offset)
+    multiplier = folded + offset
+    alive = (gain != 0) & (multiplier != 0)
+    constant = step.to(torch.float64) if bias is not None else torch.ones_like(gain)
+    exact = torch.where(alive, gain / torch.where(alive, multiplier, 1.0), constant)
+    adder = None if bias is None else bias.to(torch.float64) / exact
+    return FoldedNorm(weight=torch.where(alive, folded, -offset), bias=adder, step=exact)
+
+
+def migrate_weight(weight: Tensor, step: Tensor) -> Tensor:
+    """W * s along the input channels (Eq. 5): [out, n] and [n] to [out, n]."""
+    return weight * step.to(weight.dtype)
+
+
+def weight_steps(weight: Tensor, bits: int) -> Tensor:
+    """alpha_w = max_k |W_jk| / Q_b per output channel, rounded to what the checkpoint stores.
+
+    Rounded before any code is computed, so that codes fit the scale the server multiplies by. A
+    row of zeros gets 1.
+
+    Args:
+        weight: [out, n], migrated.
+
+    Returns:
+        same dtype as `weight`, [out].
+    """
+    largest = weight.abs().amax(dim=1)
+    step = round_to_16_bit(largest / largest_code(bits))
+    smallest = torch.full_like(step, 2.0**-24)  # smallest positive float16
+    return torch.where(largest == 0, torch.ones_like(step), torch.maximum(step, smallest))

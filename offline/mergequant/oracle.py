@@ -1,0 +1,74 @@
+"""The reference forward of a mergequant checkpoint: the oracle that the server is held against."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mergequant.architectures import find
+from mergequant.checkpoint import Reader, is_mergequant
+from mergequant.quantized_linear import QuantizedLinear
+from mergequant_vllm.format import LinearFormat, check_tensors, parse
+from mergequant_vllm.packing import unpack
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, tensor_parallel_size: int = 1
+) -> Any:
+    """A model for `transformers`, 16-bit or mergequant.
+
+    Args:
+        dtype: of everything that is not quantized.
+        tensor_parallel_size: of the server to be matched: o and down get a step per token and rank.
+
+    Returns:
+        a `PreTrainedModel` in evaluation mode.
+    """
+    reader = Reader(folder)
+    if not is_mergequant(reader.config):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=False
+        )
+        return model.eval()
+    return _load_quantized(reader, dtype, tensor_parallel_size)
+
+
+def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
+    checkpoint = parse(reader.config["quantization_config"])
+    check_tensors(checkpoint, reader.stored)
+    config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
+    del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantized = dict(checkpoint.linear_names())
+    for name, linear in quantized.items():
+        parent, _, child = name.rpartition(".")
+        module = _quantized_linear(reader, name, linear, dtype, ranks)
+        setattr(model.get_submodule(parent), child, module)
+    others = {
+        name: reader.read(name).to(dtype)
+        for name in reader.stored
+        if name.rpartition(".")[0] not in quantized
+    }
+    model.load_state_dict(others, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def _quantized_linear(
+    reader: Reader, name: str, linear: LinearFormat, dtype: torch.dtype, ranks: int
+) -> nn.Module:
+    def read(suffix: str) -> Tensor:
+        return reader.read(f"{name}.{suffix}")
+
+    codes = unpack(read("weight_packed"), linear.weight_bits, linear.shape[1])
+    row_parallel = find(reader.config["model_type"]).is_row_parallel(name)
+    return QuantizedLinear(
+        codes,
+        read("weight_scale").reshape(-1),
+        read("bias").to(dtype) if linear.bias else None,
+        read("input_clip") if linear.activations == "dynamic" else None,
+        linear.activation_bits,
+        ranks=ranks if row_parallel else 1,
+    )
