@@ -204,7 +204,7 @@ def _quantize_linear(
         f"{name}.weight_scale": step.to(torch.bfloat16)[:, None],
     }
     if source.clip is not None:
-        tensors[f"{name}.input_clip"] = source.clip.cpu()
+        tensors[f"{name}.input_clip"] = source.clip.cpu().clone()
     report = {
         "activations": "static" if source.clip is None else "dynamic",
         "loss_rtn": rtn_loss,

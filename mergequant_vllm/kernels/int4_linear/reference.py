@@ -23,7 +23,10 @@ def integer_products(codes: Tensor, weight_codes: Tensor) -> Tensor:
     Returns:
         int64 [..., N].
     """
-    return codes.to(torch.int64) @ weight_codes.to(torch.int64).T
+    if codes.device.type == "cpu":
+        return codes.to(torch.int64) @ weight_codes.to(torch.int64).T
+    # No 64-bit integer GEMM on GPUs; float64 sums are exact below 2^53.
+    return (codes.to(torch.float64) @ weight_codes.to(torch.float64).T).to(torch.int64)
 
 
 def scale_products(

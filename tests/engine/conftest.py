@@ -1,0 +1,113 @@
+"""A trained model and its checkpoint, made by the examples, and the oracle's view of them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
+from mergequant.evaluate import reference_logits, token_logprobs
+from mergequant.oracle import load_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONTROL_RUNS = 4
+
+pytest.importorskip("vllm")
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Functions that look at the served model are sent to vLLM's worker process.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama trained for half a minute, with `train.txt` and `heldout.txt`."""
+    folder = tmp_path_factory.mktemp("trained") / "tiny-llama"
+    command = [sys.executable, EXAMPLES / "train_tiny.py", folder, "--steps", "300"]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """`trained`, quantized by the example with the default options."""
+    folder = tmp_path_factory.mktemp("served") / "tiny-llama-w4a4"
+    text = trained / "calibration.txt"
+    text.write_text((trained / "train.txt").read_text()[:60_000])
+    subprocess.run([sys.executable, EXAMPLES / "quantize.py", trained, folder, text], check=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The reference forward on evaluation windows, and how far 1 ulp moves it.
+
+    Attributes:
+        windows: int64 [windows, length].
+        logprobs: float64 [windows, length - 1].
+        control_mean: mean |change| of a log-probability in the worst control run.
+        control_largest: largest |change| in any control run.
+    """
+
+    model: Any
+    windows: Tensor
+    logprobs: Tensor
+    control_mean: float
+    control_largest: float
+
+
+def perturb_by_one_ulp(model: Any, seed: int) -> list[Any]:
+    """Multiply the input of every block by 1 +- 2^-23 or 1, at random; returns the hooks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ulps = torch.randint(-1, 2, inputs[0].shape, generator=generator)
+        return (inputs[0] * (1 + ulps.to(inputs[0].dtype) * 2**-23), *inputs[1:])
+
+    return [block.register_forward_pre_hook(hook) for block in model.model.layers]
+
+
+def make_oracle(folder: Path, text: Path, ranks: int) -> Oracle:
+    model = load_model(folder, torch.float32, ranks)
+    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), 96)[:24]
+    logprobs = token_logprobs(reference_logits(model, windows), windows)
+    changes = []
+    for seed in range(CONTROL_RUNS):
+        hooks = perturb_by_one_ulp(model, seed)
+        changed = token_logprobs(reference_logits(model, windows), windows)
+        changes.append((changed - logprobs).abs())
+        for handle in hooks:
+            handle.remove()
+    return Oracle(
+        model=model,
+        windows=windows,
+        logprobs=logprobs,
+        control_mean=max(float(change.mean()) for change in changes),
+        control_largest=max(float(change.max()) for change in changes),
+    )
+
+
+@pytest.fixture(scope="session")
+def oracles(trained: Path, served: Path) -> dict[int, Oracle]:
+    """The oracle for each tensor-parallel size."""
+    return {ranks: make_oracle(served, trained / "heldout.txt", ranks) for ranks in (1, 2)}
+
+
+def check_greedy(oracle: Oracle, prompt: list[int], generated: list[int]) -> int:
+    """Each generated token is the oracle's best wherever its lead is above the control's change.
+
+    Returns how many tokens were that clear.
+    """
+    tokens = torch.tensor(prompt + generated)[None]
+    scores = reference_logits(oracle.model, tokens)[0].to(torch.float64).log_softmax(-1)
+    best = scores[len(prompt) - 1 : -1].topk(2, dim=-1)
+    clear = best.values[:, 0] - best.values[:, 1] > oracle.control_largest
+    assert torch.equal(best.indices[:, 0][clear], torch.tensor(generated)[clear])
+    return int(clear.sum())

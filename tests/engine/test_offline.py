@@ -1,0 +1,117 @@
+"""The served model against the oracle: eager and compiled, on one rank and on two."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergequant.checkpoint import Reader
+from mergequant.evaluate import prompt_logprobs, vllm_engine
+from mergequant_vllm.packing import unpack
+from tests.engine import probe
+from tests.engine.conftest import Oracle, check_greedy
+
+pytestmark = pytest.mark.engine
+
+MERGED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    llm: Any
+    ranks: int
+    eager: bool
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(True, 1), (False, 1), (True, 2), (False, 2)],
+    ids=["eager-1", "compiled-1", "eager-2", "compiled-2"],
+)
+def engine(request: pytest.FixtureRequest, served: Path) -> Iterator[Engine]:
+    eager, ranks = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks > 1 and (os.cpu_count() or 1) > 1:
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        with vllm_engine(
+            served,
+            quantization="mergequant",
+            dtype="float32",
+            enforce_eager=eager,
+            tensor_parallel_size=ranks,
+            max_model_len=256,
+        ) as llm:
+            yield Engine(llm, ranks, eager)
+
+
+def test_log_probabilities_are_as_close_as_one_ulp_lets_them(
+    engine: Engine, oracles: dict[int, Oracle]
+) -> None:
+    oracle = oracles[engine.ranks]
+    served = prompt_logprobs(engine.llm, oracle.windows)
+    difference = float((served - oracle.logprobs).abs().mean())
+    assert difference <= oracle.control_mean
+
+
+def test_greedy_tokens_are_the_oracles(engine: Engine, oracles: dict[int, Oracle]) -> None:
+    from vllm import SamplingParams
+
+    oracle = oracles[engine.ranks]
+    prompts = oracle.windows[:8, :24].tolist()
+    sampling = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    clear = sum(
+        check_greedy(oracle, ids, list(output.outputs[0].token_ids))
+        for ids, output in zip(prompts, outputs, strict=True)
+    )
+    assert clear > 0.5 * 8 * 48
+
+
+def test_codes_and_integer_sums_equal_the_definition(
+    engine: Engine, oracles: dict[int, Oracle], served: Path
+) -> None:
+    """On the float input that each served linear really got."""
+    from vllm import SamplingParams
+
+    if not engine.eager or engine.ranks > 1:
+        pytest.skip("inputs can be seen in an eager engine; its one rank reads whole inputs")
+    names = engine.llm.apply_model(probe.start)[0]
+    assert len(names) == 4 * len(oracles[1].model.model.layers)
+    engine.llm.apply_model(probe.forget)
+    ids = oracles[1].windows[0].tolist()
+    engine.llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1))
+    seen = engine.llm.apply_model(probe.collect)[0]
+    assert seen.keys() == set(names)
+    reader = Reader(served)
+    for name, found in seen.items():
+        _check_linear(reader, name, found)
+
+
+def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
+    x = found["x"].double()
+    parent, _, module = name.rpartition(".")
+    parts = [f"{parent}.{part}" for part in MERGED.get(module, (module,))]
+    if found["step"] is None:
+        units = x
+    else:
+        clip = reader.read(f"{parts[0]}.input_clip")
+        step = (found["x"].abs().amax(-1, keepdim=True) * clip / 7).clamp(min=2.0**-100)
+        assert torch.equal(found["step"], step)
+        units = (found["x"] * step.reciprocal()).double()
+    codes = units.round().clamp(-8, 7).to(torch.int64)
+    assert torch.equal(found["codes"].to(torch.int64), codes), name
+    weight = torch.cat(
+        [unpack(reader.read(f"{part}.weight_packed"), 4, x.shape[-1]) for part in parts]
+    )
+    sums = codes @ weight.to(torch.int64).T
+    assert torch.equal(found["sums"].to(torch.int64), sums), name
+    weight_step = torch.cat([reader.read(f"{part}.weight_scale") for part in parts])[:, 0].float()
+    y = sums.float() * (1.0 if found["step"] is None else found["step"]) * weight_step
+    assert torch.equal(found["y"], y), name

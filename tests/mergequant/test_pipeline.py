@@ -1,0 +1,115 @@
+"""The quantizer as a whole, on small models of every architecture."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergequant import Options, quantize
+from mergequant.architectures import ARCHITECTURES
+from mergequant.checkpoint import Reader
+from mergequant.evaluate import reference_logits
+from mergequant.oracle import load_model
+from mergequant_vllm.format import check_tensors, parse
+from tests.conftest import SMALL
+from tests.tiny import make_model
+
+WINDOW = torch.arange(2, 66)[None]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_architecture_is_quantized_and_still_the_same_model(
+    tmp_path: Path, text: Path, model_type: str, tied: bool
+) -> None:
+    source = make_model(tmp_path / "source", model_type, tied=tied, dtype=torch.bfloat16)
+    output = quantize(source, tmp_path / "out", [text], SMALL, progress=False)
+    reader = Reader(output)
+    check_tensors(parse(reader.config["quantization_config"]), reader.stored)
+    full = reference_logits(load_model(source), WINDOW).flatten(0, 1)
+    ours = reference_logits(load_model(output), WINDOW).flatten(0, 1)
+    likeness = torch.cosine_similarity(full, ours, dim=-1)
+    # Random weights are the worst case; an error of naming or of order gives about 0.
+    assert float(likeness.mean()) > 0.9
+
+
+def test_a_seed_gives_the_same_bytes(tmp_path: Path, llama: Path, text: Path) -> None:
+    first = quantize(llama, tmp_path / "a", [text], SMALL, progress=False)
+    second = quantize(llama, tmp_path / "b", [text], SMALL, progress=False)
+    assert digest(first) == digest(second)
+    assert (first / "config.json").read_text() == (second / "config.json").read_text()
+    other = SMALL.model_copy(update={"seed": 1})
+    assert digest(first) != digest(quantize(llama, tmp_path / "c", [text], other, progress=False))
+
+
+def test_stored_steps_are_the_same_numbers_in_every_model_dtype(checkpoint: Path) -> None:
+    reader = Reader(checkpoint)
+    folded = [name for name in reader.stored if "layernorm" in name]
+    scales = [name for name in reader.stored if name.endswith("weight_scale")]
+    assert len(folded) == 4 and len(scales) == 14
+    for name in folded + scales:
+        stored = reader.read(name).to(torch.float64)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(stored.to(dtype).to(torch.float64), stored), name
+
+
+def test_the_report_has_a_line_for_each_linear(checkpoint: Path) -> None:
+    lines = (checkpoint / "quantization_report.jsonl").read_text().splitlines()
+    entries = {entry["linear"]: entry for entry in map(json.loads, lines)}
+    assert len(entries) == len(lines) == 14
+    for name, entry in entries.items():
+        assert 0 < entry["loss_gptq"] < entry["loss_rtn"] < 0.1, name
+        assert entry["damping"] == 0.01 and entry["seconds"] >= 0
+    assert entries["model.layers.0.mlp.down_proj"]["activations"] == "dynamic"
+    assert 0.4 <= entries["model.layers.0.mlp.down_proj"]["clip"] <= 1
+    assert entries["model.layers.0.mlp.up_proj"]["activations"] == "static"
+
+
+def test_what_made_the_checkpoint_is_stored_with_it(checkpoint: Path, llama: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    contract = parse(config["quantization_config"])
+    assert contract.provenance.options["gptq_samples"] == 8
+    assert contract.provenance.versions["torch"] == torch.__version__
+    assert len(contract.provenance.calibration_sha256) == 64
+    source = json.loads((llama / "config.json").read_text())
+    assert {key: config[key] for key in source} == source
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (checkpoint / name).read_bytes() == (llama / name).read_bytes()
+
+
+def test_files_can_be_read_by_others(checkpoint: Path) -> None:
+    for file in checkpoint.iterdir():
+        assert file.stat().st_mode & 0o444 == (checkpoint / "config.json").stat().st_mode & 0o444
+
+
+@pytest.mark.parametrize("clipping", ["none", "channel"])
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_the_ablations_options_take_effect(
+    tmp_path: Path, llama: Path, text: Path, clipping: str, activations: str
+) -> None:
+    changes = {"clipping": clipping, "activations": activations, "weights": "rtn"}
+    options = Options.model_validate({**SMALL.model_dump(), **changes})
+    output = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    lines = (output / "quantization_report.jsonl").read_text().splitlines()
+    for entry in map(json.loads, lines):
+        assert entry["loss_gptq"] is None
+        if entry["linear"].endswith(("o_proj", "down_proj")) or activations == "dynamic":
+            assert entry["activations"] == "dynamic" and entry["clip"] == 1.0
+        else:
+            assert (entry["clip"]["lowest"] < 1.0) == (clipping == "channel")
+
+
+def test_the_oracle_splits_row_parallel_inputs(checkpoint: Path) -> None:
+    one = reference_logits(load_model(checkpoint), WINDOW)
+    two = reference_logits(load_model(checkpoint, tensor_parallel_size=2), WINDOW)
+    assert not torch.equal(one, two)
+    assert float(torch.cosine_similarity(one.flatten(), two.flatten(), dim=0)) > 0.9

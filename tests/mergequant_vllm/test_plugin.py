@@ -1,0 +1,222 @@
+"""The plugin inside vLLM's own classes, without an engine: loading, refusals, arithmetic."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergequant.oracle import load_model
+from mergequant_vllm.format import FormatError, LinearFormat
+
+pytest.importorskip("vllm")
+
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from mergequant_vllm.config import MergeQuantConfig
+from mergequant_vllm.linear import MergeQuantLinearMethod, record_in_compile_cache_key
+
+BLOCK = "model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def _ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
+
+
+def plugin_config(folder: Path) -> MergeQuantConfig:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    plugin = MergeQuantConfig.from_config(config)
+    plugin.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    return plugin
+
+
+def load_parts(layer: torch.nn.Module, folder: Path, names: dict[str, Any]) -> None:
+    """Load the checkpoint's linears `names` (name -> vLLM's shard id) as vLLM's models do."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    parameters = dict(layer.named_parameters())
+    for name, shard in names.items():
+        for suffix, parameter in parameters.items():
+            stored = tensors[f"{BLOCK}.{name}.{suffix}"]
+            arguments = () if shard is None else (shard,)
+            parameter.weight_loader(parameter, stored, *arguments)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = layer(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def oracle_outputs(folder: Path, names: list[str], x: torch.Tensor) -> torch.Tensor:
+    model = load_model(folder)
+    return torch.cat([model.get_submodule(f"{BLOCK}.{name}")(x) for name in names], dim=-1)
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merged_linears_equal_the_oracle(checkpoint: Path, dtype: torch.dtype) -> None:
+    plugin = plugin_config(checkpoint)
+    x = (3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    qkv = QKVParallelLinear(
+        64, 32, 2, 1, bias=False, params_dtype=dtype, quant_config=plugin,
+        prefix=f"{BLOCK}.self_attn.qkv_proj",
+    )  # fmt: skip
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    load_parts(qkv, checkpoint, dict(zip(names, "qkv", strict=True)))
+    assert torch.equal(run(qkv, x), oracle_outputs(checkpoint, names, x))
+    gate_up = MergedColumnParallelLinear(
+        64, [172, 172], bias=False, params_dtype=dtype, quant_config=plugin,
+        prefix=f"{BLOCK}.mlp.gate_up_proj",
+    )  # fmt: skip
+    load_parts(gate_up, checkpoint, {"mlp.gate_proj": 0, "mlp.up_proj": 1})
+    expected = oracle_outputs(checkpoint, ["mlp.gate_proj", "mlp.up_proj"], x)
+    assert torch.equal(run(gate_up, x), expected)
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("kernel", ["cpu-fp32", "reference"])
+def test_per_token_linears_equal_the_oracle_with_either_kernel(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, kernel: str
+) -> None:
+    monkeypatch.setenv("MERGEQUANT_KERNEL", kernel)
+    x = torch.randn(9, 172, generator=torch.Generator().manual_seed(0))
+    down = RowParallelLinear(
+        172, 64, bias=False, params_dtype=torch.float32, quant_config=plugin_config(checkpoint),
+        prefix=f"{BLOCK}.mlp.down_proj",
+    )  # fmt: skip
+    assert down.quant_method.kernel.name == kernel
+    load_parts(down, checkpoint, {"mlp.down_proj": None})
+    assert torch.equal(run(down, x), oracle_outputs(checkpoint, ["mlp.down_proj"], x))
+    assert "weight_packed" not in dict(down.named_parameters())
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_a_linear_that_was_not_loaded_is_refused(checkpoint: Path) -> None:
+    gate_up = MergedColumnParallelLinear(
+        64, [172, 172], bias=False, params_dtype=torch.float32,
+        quant_config=plugin_config(checkpoint), prefix=f"{BLOCK}.mlp.gate_up_proj",
+    )  # fmt: skip
+    with pytest.raises(FormatError, match=r"gate_up_proj.weight_scale was not loaded in full"):
+        load_parts(gate_up, checkpoint, {"mlp.gate_proj": 0})
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_shards_that_cut_words_are_refused_with_sizes_and_remedy() -> None:
+    linear = LinearFormat(shape=(64, 172), activations="dynamic")
+    method = MergeQuantLinearMethod(f"{BLOCK}.mlp.down_proj", [linear], None)
+    sizes: dict[str, Any] = {
+        "layer": torch.nn.Module(),
+        "output_partition_sizes": [64],
+        "output_size": 64,
+        "params_dtype": torch.float32,
+        "weight_loader": lambda *_: None,
+    }
+    message = (
+        r"model\.layers\.0\.mlp\.down_proj: 172 input channels over 2 tensor-parallel ranks are "
+        r"86 a rank, .* \(8 codes each\): use --tensor-parallel-size 1\."
+    )
+    with pytest.raises(ValueError, match=message):
+        method.create_weights(input_size_per_partition=86, input_size=172, **sizes)
+    with pytest.raises(ValueError, match=r"--tensor-parallel-size 1 or 2\."):
+        method.create_weights(input_size_per_partition=44, input_size=176, **sizes)
+    method.create_weights(input_size_per_partition=88, input_size=176, **sizes)
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_linears_outside_the_contract_stay_in_the_models_dtype(checkpoint: Path) -> None:
+    plugin = plugin_config(checkpoint)
+    vision = RowParallelLinear(8, 8, quant_config=plugin, prefix="vision.block.proj")
+    assert isinstance(vision.quant_method, UnquantizedLinearMethod)
+    assert plugin.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
+
+
+def test_lora_is_refused(checkpoint: Path) -> None:
+    config = VllmConfig()
+    config.lora_config = LoRAConfig()
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(ValueError, match="cannot be served with --enable-lora"),
+    ):
+        plugin_config(checkpoint).get_quant_method(torch.nn.Linear(2, 2), "lm_head")
+
+
+def test_the_kernel_is_in_vllms_compile_cache_key() -> None:
+    def key(*kernels: str) -> str:
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            for kernel in kernels:
+                record_in_compile_cache_key(kernel)
+        return str(config.compute_hash())
+
+    keys = {key(), key("cpu-fp32"), key("reference"), key("cpu-fp32", "reference")}
+    assert len(keys) == 4
+    assert key("cpu-fp32", "cpu-fp32") == key("cpu-fp32")
+
+
+def damaged(checkpoint: Path, target: Path, change: str) -> Path:
+    shutil.copytree(checkpoint, target)
+    file = target / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    name = f"{BLOCK}.mlp.up_proj.weight_packed"
+    if change == "missing":
+        del tensors[name]
+    elif change == "misshapen":
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    elif change == "extra":
+        tensors[f"{BLOCK}.mlp.up_proj.g_idx"] = torch.arange(4)
+    elif change == "missing norm":
+        del tensors[f"{BLOCK}.input_layernorm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"'model.layers.0.mlp.up_proj.weight_packed' is missing"),
+        ("misshapen", r"up_proj.weight_packed' has shape \[172, 7\], not \[172, 8\]"),
+        ("extra", r"'model.layers.0.mlp.up_proj.g_idx' does not belong"),
+        ("missing norm", r"'model.layers.0.input_layernorm.weight' is missing"),
+    ],
+)
+def test_bad_checkpoints_are_refused_from_their_headers(
+    tmp_path: Path, checkpoint: Path, change: str, message: str
+) -> None:
+    folder = damaged(checkpoint, tmp_path / "bad", change)
+    with pytest.raises(FormatError, match=message):
+        plugin_config(folder).maybe_update_config(str(folder), hf_config=None, revision=None)
+    plugin_config(checkpoint).maybe_update_config(str(checkpoint))
+
+
+def test_an_unknown_kernel_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    monkeypatch.setenv("MERGEQUANT_KERNEL", "warp9")
+    with pytest.raises(ValueError, match="'warp9' is not a kernel"):
+        plugin_config(checkpoint)

@@ -1,0 +1,44 @@
+"""The supported range of vLLM, at its ends."""
+
+import logging
+import types
+
+import pytest
+
+import mergequant_vllm
+from mergequant_vllm import version
+
+
+@pytest.mark.parametrize("found", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.0", "0.33.5"])
+def test_releases_in_the_range_are_accepted(found: str) -> None:
+    assert version.unsupported_vllm(found) is None
+
+
+@pytest.mark.parametrize("found", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "dev"])
+def test_other_releases_are_refused_by_number(found: str) -> None:
+    refusal = version.unsupported_vllm(found)
+    assert refusal is not None
+    assert found in refusal and "0.26 to 0.33" in refusal and "install" in refusal
+
+
+def test_registration_warns_and_the_checkpoint_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm = pytest.importorskip("vllm")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    mergequant_vllm.register()
+    assert "the installed version is 0.34.0" in caplog.text
+    from mergequant_vllm.config import MergeQuantConfig
+
+    with pytest.raises(ValueError, match=r"vLLM 0\.26 to 0\.33; the installed version is 0\.34\.0"):
+        MergeQuantConfig.from_config({"quant_method": "mergequant"})
+
+
+def test_registration_is_idempotent() -> None:
+    quantization = pytest.importorskip("vllm.model_executor.layers.quantization")
+    mergequant_vllm.register()
+    mergequant_vllm.register()
+    found: type = quantization.get_quantization_config("mergequant")
+    assert found.__name__ == "MergeQuantConfig"
+    assert isinstance(mergequant_vllm, types.ModuleType)

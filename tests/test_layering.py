@@ -1,0 +1,75 @@
+"""Imports go one way, by reading the source: the quantizer knows the contract, never the reverse."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SERVER = ROOT / "mergequant_vllm"
+QUANTIZER = ROOT / "offline" / "mergequant"
+
+# What the quantizer may know of the server's package.
+SHARED = ("format", "packing", "rounding", "kernels.int4_linear.reference")
+SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
+# Modules that may import vLLM as they are imported.
+TOUCHES_VLLM = {SERVER / "config.py", SERVER / "linear.py"}
+
+
+def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Modules that a file imports, dotted; only those of its own top level if asked."""
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_server_never_imports_the_quantizer(file: Path) -> None:
+    assert not [name for name in imports(file) if name.split(".")[0] == "mergequant"]
+
+
+@pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_vllm_is_imported_in_two_files_or_inside_functions(file: Path) -> None:
+    if file not in TOUCHES_VLLM:
+        names = imports(file, top_level=True)
+        assert not [name for name in names if name.split(".")[0] in ("vllm", "triton")]
+
+
+@pytest.mark.parametrize("file", files(QUANTIZER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_quantizer_knows_only_the_contract_and_its_arithmetic(file: Path) -> None:
+    allowed = {"mergequant_vllm", *(f"mergequant_vllm.{name}" for name in SHARED)}
+    used = {name for name in imports(file) if name.split(".")[0] == "mergequant_vllm"}
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("file", files(QUANTIZER / "methods"), ids=lambda file: file.name)
+def test_methods_are_pure_of_everything_but_torch_and_references(file: Path) -> None:
+    standard = {"collections.abc", "dataclasses", "typing", "math"}
+    allowed = standard | {f"mergequant_vllm.{name}" for name in SHARED}
+    for name in imports(file):
+        assert name.split(".")[0] == "torch" or name in allowed, name
+
+
+def test_the_quantizers_layers_point_downwards() -> None:
+    lower = {"architecture", "architectures", "checkpoint", "corpus", "methods", "options"}
+    for file in files(QUANTIZER):
+        room = file.relative_to(QUANTIZER).parts[0].removesuffix(".py")
+        if room in lower:
+            used = {x.split(".")[1] for x in imports(file) if x.startswith("mergequant.")}
+            assert not used & {"cli", "pipeline", "stage", "evaluate", "decoder"}, file
+
+
+def test_importing_the_plugin_touches_neither_vllm_nor_torch() -> None:
+    code = "import mergequant_vllm, sys; print({'vllm', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

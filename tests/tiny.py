@@ -1,0 +1,82 @@
+"""Small Hugging Face models with random weights, hostile on purpose: norms that are not 1, biases
+that are not 0, embeddings whose mean is not 0."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 pangrams (of a kind) in a row.\n"
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer that begins texts with <s>, as Llama's does; returns its size."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def make_model(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    blocks: int = 2,
+    hidden: int = 64,
+    intermediate: int = 172,
+    heads: int = 2,
+    kv_heads: int = 1,
+    context: int = 128,
+    tied: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    """Save a random model of `model_type` with a tokenizer; head size 32."""
+    torch.manual_seed(seed)
+    vocabulary = save_tokenizer(folder)
+    settings = AutoConfig.for_model(
+        model_type,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=32,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+        **config,
+    )
+    model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.3, 1.7)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif "embed" in name:
+                parameter.normal_(0.2, 1.0)
+            else:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, repeats: int = 200) -> Path:
+    """A calibration text of `repeats` lines."""
+    path.write_text("".join(f"{i} {TEXT}" for i in range(repeats)))
+    return path
