@@ -43,7 +43,7 @@ class MergeQuantConfig(QuantizationConfig):
         return f"MergeQuantConfig({len(self.checkpoint.linears)} linears a block, W4A4)"
 
     @classmethod
-    def get_name(cls) -> str:  # type: ignore[override]  # vLLM declares a Literal of its own names
+    def get_name(cls) -> str:
         """Name under which vLLM knows the method."""
         return QUANT_METHOD
 

@@ -3,12 +3,12 @@
 A checkpoint is a Hugging Face folder whose `config.json` carries a `quantization_config` (class
 `CheckpointFormat`) and whose safetensors hold, for each quantized linear `P`:
 
-| tensor            | shape             | dtype    | meaning                                         |
-|-------------------|-------------------|----------|-------------------------------------------------|
-| `P.weight_packed` | [out, ceil(in/8)] | int32    | codes + 8, eight to a word (see `packing`)      |
-| `P.weight_scale`  | [out, 1]          | bfloat16 | weight step of each output channel              |
-| `P.bias`          | [out]             | floating | only where the source model has one             |
-| `P.input_clip`    | [1]               | float32  | dynamic only: clip ratio of the per-token step  |
+| tensor            | shape             | dtype    | meaning                                     |
+|-------------------|-------------------|----------|---------------------------------------------|
+| `P.weight_packed` | [out, ceil(in/8)] | int32    | codes + 8, eight to a word (see `packing`)  |
+| `P.weight_scale`  | [out, 1]          | bfloat16 | weight step of each output channel          |
+| `P.bias`          | [out]             | floating | only where the source model has one         |
+| `P.input_clip`    | [1]               | float32  | dynamic only: clip ratio of the token step  |
 
 A static linear needs nothing more: its activation step s lives in the norm's multiplier, stored as
 norm / s, and in the weight, quantized as W * s (paper 4.1, Eq. 4-5). All other tensors of the model
@@ -18,14 +18,14 @@ by reading the headers alone.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mergequant_vllm.packing import words_per_row
 
-QUANT_METHOD = "mergequant"
-FORMAT_VERSION = 1
+QUANT_METHOD: Final = "mergequant"
+FORMAT_VERSION: Final = 1
 BLOCK = "{block}"  # stands for the block's number in a tensor's or module's name
 
 

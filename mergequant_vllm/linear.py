@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -49,7 +49,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -101,7 +101,9 @@ class MergeQuantLinearMethod(LinearMethodBase):
         if shard == whole or shard % word == 0:
             return
         ranks = whole // shard
-        fitting = [n for n in range(1, ranks) if whole % n == 0 and (n == 1 or whole // n % word == 0)]
+        fitting = [
+            n for n in range(1, ranks) if whole % n == 0 and (n == 1 or whole // n % word == 0)
+        ]
         sizes = " or ".join(str(n) for n in fitting)
         raise ValueError(
             f"{self.prefix}: {whole} input channels over {ranks} tensor-parallel ranks are {shard} "
@@ -109,7 +111,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             f"use --tensor-parallel-size {sizes}."
         )
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Stored layout to the kernel's, once; the stored words are freed if it keeps its own."""
         self._check_loaded(layer)
         weight = self.kernel.prepare(layer.weight_packed.data, self.spec)
@@ -121,7 +123,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             clip = layer.input_clip.data[:1].clone()
             layer.register_parameter("input_clip", Parameter(clip, requires_grad=False))
 
-    def _check_loaded(self, layer: Module) -> None:
+    def _check_loaded(self, layer: Any) -> None:
         if not bool(torch.isfinite(layer.weight_scale.data).all()):
             raise FormatError(
                 f"{self.prefix}.weight_scale was not loaded in full or is not finite: "
@@ -136,7 +138,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
                 f"{clips.tolist()}, or one was not loaded: quantize the model again."
             )
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] in the model's dtype (static: already divided by s) to y [..., N]."""
         bits, code_dtype = self.format.activation_bits, self.kernel.code_dtype
         token_step: Tensor | None = None

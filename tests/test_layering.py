@@ -1,4 +1,4 @@
-"""Imports go one way, by reading the source: the quantizer knows the contract, never the reverse."""
+"""Imports go one way, by reading the source: the quantizer knows the contract, not the reverse."""
 
 import ast
 import subprocess

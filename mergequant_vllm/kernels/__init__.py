@@ -1,1 +1,1 @@
-"""Operations, one folder each: `reference.py` is the definition, every kernel beside it equals it."""
+"""Operations, one folder each: `reference.py` defines, every kernel beside it equals it."""

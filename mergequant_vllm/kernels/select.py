@@ -48,7 +48,7 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
             )
         _log_once(f"INT4 linears run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
         return LINEAR_KERNELS[requested]
-    refusals = []
+    refusals: list[str] = []
     for name in DEFAULTS.get(spec.device, ("reference",)):
         reason = LINEAR_KERNELS[name].refusal(spec)
         if reason is None:

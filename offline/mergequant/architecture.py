@@ -183,7 +183,9 @@ def validate(
     }
     kind = f"architecture {architecture.model_type!r}"
     for name in sorted(expected.keys() - known.keys()):
-        raise InputError(f"Tensor {name!r} of {kind} is not in the model's files: download it again.")
+        raise InputError(
+            f"Tensor {name!r} of {kind} is not in the model's files: download it again."
+        )
     for name in sorted(known.keys() - expected.keys()):
         raise InputError(
             f"Tensor {name!r} is not part of {kind} as mergequant knows it: "

@@ -154,7 +154,9 @@ class Writer:
         try:
             self.staging.mkdir(parents=True)
         except OSError as error:
-            raise InputError(f"{self.staging} cannot be made ({error}): choose another output.") from error
+            raise InputError(
+                f"{self.staging} cannot be made ({error}): choose another output."
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The command `mergequant`: arguments to `Options`, results to text or JSON, faults to a sentence."""
+"""The command `mergequant`: arguments to options, results to text or JSON, faults to a sentence."""
 
 import json
 import logging

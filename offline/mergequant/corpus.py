@@ -190,9 +190,7 @@ def _in_turn(lists: Sequence[list[Tensor]]) -> list[Tensor]:
     return [windows[i] for i in range(longest) for windows in lists if i < len(windows)]
 
 
-def evaluation_windows(
-    source: Source, tokenizer: PreTrainedTokenizerBase, length: int
-) -> Tensor:
+def evaluation_windows(source: Source, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Consecutive windows as published perplexities cut them: no overlap, tail dropped.
 
     The text is tokenized once, with the special tokens that the tokenizer adds at its start.

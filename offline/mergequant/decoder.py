@@ -17,7 +17,7 @@ from mergequant.checkpoint import Reader
 _TOKENS_A_BATCH = 4096
 
 
-class _Stop(Exception):
+class _StopForwardError(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
 
 
@@ -55,7 +55,7 @@ class Decoder:
         size = max(1, _TOKENS_A_BATCH // windows.shape[1])
         # Statistics use whole batches of their own, so that their number is what was asked.
         parts = (windows[:statistics_samples], windows[statistics_samples:])
-        counted = [part.split(size) if len(part) else () for part in parts]
+        counted = [torch.split(part, size) if len(part) else () for part in parts]
         batches = [table[ids].to(self.device, torch.float32) for part in counted for ids in part]
         return Activations(batches=batches, statistics=len(counted[0]))
 
@@ -84,7 +84,9 @@ class Decoder:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         kinds = getattr(self.config, "layer_types", None)
         kind = kinds[number] if kinds else self._only_kind()
-        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        make = (
+            create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        )
         mask = make(
             config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
         )
@@ -118,8 +120,7 @@ class Block:
 
     def weight(self, linear: str) -> Tensor:
         """float32 [out, in] of a linear not yet quantized."""
-        weight: Tensor = self.module.get_submodule(linear).weight.detach()  # type: ignore[assignment]
-        return weight
+        return self.module.get_parameter(f"{linear}.weight").detach()
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of a submodule."""
@@ -134,7 +135,7 @@ class Block:
         return output
 
     def observe(
-        self, linear: str, batches: list[Tensor], consume: Callable[[Tensor], None]
+        self, linear: str, batches: list[Tensor], consume: Callable[[Tensor], object]
     ) -> None:
         """Call `consume` with the input [tokens, n] of `linear`, for each batch.
 
@@ -143,14 +144,14 @@ class Block:
 
         def stop_at(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             consume(inputs[0].reshape(-1, inputs[0].shape[-1]))
-            raise _Stop
+            raise _StopForwardError
 
         handle = self.module.get_submodule(linear).register_forward_pre_hook(stop_at)
         try:
             for hidden in batches:
                 try:
                     self.forward(hidden)
-                except _Stop:
+                except _StopForwardError:
                     continue
         finally:
             handle.remove()

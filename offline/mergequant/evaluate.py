@@ -99,7 +99,7 @@ def reference_logprobs(model: Any, windows: Tensor, progress: bool = False) -> T
     """Log-probability of each token of each window but the first: float64 [windows, length - 1]."""
     rows = []
     with tqdm(total=len(windows), desc="Perplexity", unit="window", disable=not progress) as bar:
-        for batch in windows.split(max(1, _TOKENS_A_BATCH // windows.shape[1])):
+        for batch in torch.split(windows, max(1, _TOKENS_A_BATCH // windows.shape[1])):
             rows.append(token_logprobs(reference_logits(model, batch), batch))
             bar.update(len(batch))
     return torch.cat(rows)

@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mergequant_vllm
-
 from mergequant.architecture import (
     Architecture,
     block_tensors,
@@ -86,9 +85,7 @@ def quantize(
     return Path(output)
 
 
-def _calibration(
-    reader: Reader, calibration: Sequence[str | Path], options: Options
-) -> Tensor:
+def _calibration(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
     if not calibration:
         raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
     sources = [read_source(str(name)) for name in calibration]
@@ -110,7 +107,7 @@ def _quantize_blocks(
     writer: Writer,
     progress: bool,
 ) -> None:
-    """Each block: calibrate on what the quantized blocks before it emit, quantize, write, run on."""
+    """Each block: calibrate on what the quantized blocks before it emit, quantize, write it."""
     device = _device(options.device)
     decoder = Decoder(reader, architecture, device)
     activations = decoder.embed(windows, options.statistics_samples)

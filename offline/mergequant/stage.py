@@ -20,7 +20,7 @@ from mergequant.methods.clip import (
 )
 from mergequant.methods.gptq import (
     InverseHessian,
-    NotPositiveDefinite,
+    NotPositiveDefiniteError,
     gptq,
     invert_hessian,
     output_loss,
@@ -153,7 +153,7 @@ def _dynamic_input(
         block.observe(
             stage.linears[0].name,
             batches,
-            lambda x: losses.add_(token_clip_losses(x, weights, grid, BITS)),  # type: ignore[arg-type, return-value]
+            lambda x: losses.add_(token_clip_losses(x, weights, grid, BITS)),
         )
         clip = grid[losses.argmin().cpu()].reshape(1).to(device, torch.float32)
 
@@ -172,7 +172,7 @@ def _stacked_weights(block: Block, stage: Stage) -> Tensor:
 def _inverse(hessian: Tensor, options: Options, name: str) -> InverseHessian | None:
     try:
         return invert_hessian(hessian, options.damping)
-    except NotPositiveDefinite as error:
+    except NotPositiveDefiniteError as error:
         logger.warning("%s and its neighbours are rounded to nearest: %s", name, error)
         return None
 

@@ -51,10 +51,12 @@ class Summary:
 
 
 def inspect_checkpoint(checkpoint: str | Path) -> Summary:
-    """Summarise a mergequant checkpoint; raises InputError or FormatError if it is not a whole one."""
+    """Summarise a checkpoint; raises InputError or FormatError if it is not a whole one."""
     reader = Reader(locate(checkpoint))
     if not is_mergequant(reader.config):
-        raise InputError(f"{reader.folder} is not a mergequant checkpoint: quantize the model first.")
+        raise InputError(
+            f"{reader.folder} is not a mergequant checkpoint: quantize the model first."
+        )
     contract = parse(reader.config["quantization_config"])
     check_tensors(contract, reader.stored)
     linears = [_linear(reader, name, linear) for name, linear in contract.linear_names()]

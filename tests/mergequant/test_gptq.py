@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mergequant.methods.gptq import (
-    NotPositiveDefinite,
+    NotPositiveDefiniteError,
     gptq,
     gptq_by_column,
     invert_hessian,
@@ -75,5 +75,5 @@ def test_damping_is_raised_until_the_factorisation_succeeds_and_reported() -> No
 
 def test_a_hessian_with_nan_is_refused() -> None:
     hessian = torch.full((4, 4), torch.nan, dtype=torch.float64)
-    with pytest.raises(NotPositiveDefinite):
+    with pytest.raises(NotPositiveDefiniteError):
         invert_hessian(hessian, 0.01)

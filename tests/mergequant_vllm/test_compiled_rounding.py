@@ -33,7 +33,9 @@ def test_codes_differ_only_at_near_ties(dtype: torch.dtype, unit: float) -> None
     compiled = torch.compile(norm_and_round, fullgraph=True)(x, weight)
     different = eager != compiled
     assert float((eager - compiled).abs().max()) <= 1
-    exact = norm(x.double(), weight.double()) if dtype == torch.float32 else _float32_norm(x, weight)
+    exact = (
+        norm(x.double(), weight.double()) if dtype == torch.float32 else _float32_norm(x, weight)
+    )
     to_tie = ((exact - exact.floor()) - 0.5).abs()
     near = to_tie <= (2 * unit + 16 * 2**-24) * exact.abs()
     assert bool(near[different].all())

@@ -1,1 +1,1 @@
-"""The method's steps as pure functions: tensors in, a named result out. One paper section a file."""
+"""The method's steps as pure functions: tensors in, a named result out. A paper section a file."""

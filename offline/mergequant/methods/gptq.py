@@ -14,7 +14,7 @@ from mergequant_vllm.rounding import round_to_codes
 _LARGEST_DAMPING = 1e3
 
 
-class NotPositiveDefinite(ValueError):
+class NotPositiveDefiniteError(ValueError):
     """A Hessian that no damping makes invertible: it holds NaN or infinity."""
 
 
@@ -42,7 +42,7 @@ def invert_hessian(hessian: Tensor, damping: float) -> InverseHessian:
         damping: fraction of the mean diagonal.
 
     Raises:
-        NotPositiveDefinite: no damping helps.
+        NotPositiveDefiniteError: no damping helps.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
@@ -57,7 +57,7 @@ def invert_hessian(hessian: Tensor, damping: float) -> InverseHessian:
         if factor is not None:
             return InverseHessian(order=order, factor=factor, damping=damping)
         damping *= 2
-    raise NotPositiveDefinite("no damping makes the Hessian positive definite")
+    raise NotPositiveDefiniteError("no damping makes the Hessian positive definite")
 
 
 def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
@@ -97,7 +97,7 @@ def gptq(weight: Tensor, step: Tensor, inverse: InverseHessian, bits: int, block
 
 
 def gptq_by_column(weight: Tensor, step: Tensor, inverse: InverseHessian, bits: int) -> Tensor:
-    """The definition: each column's error goes to all later columns at once. Same result, slower."""
+    """The definition: each column's error goes to all later ones at once. Same codes, slower."""
     w = weight[:, inverse.order].clone()
     u = inverse.factor
     codes = torch.zeros_like(w)

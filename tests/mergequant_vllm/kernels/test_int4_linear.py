@@ -63,9 +63,7 @@ def test_epilogue_is_the_references(
     expected = scale_products(integer_products(x, w), weight_step, token_step, bias, out_dtype)
     for kernel in KERNELS:
         weight = kernel.prepare(pack(w, 4), spec(k, n))
-        y = kernel.linear(
-            x.to(kernel.code_dtype), weight, weight_step, token_step, bias, out_dtype
-        )
+        y = kernel.linear(x.to(kernel.code_dtype), weight, weight_step, token_step, bias, out_dtype)
         assert y.dtype == out_dtype
         assert torch.equal(y, expected)
 

@@ -24,7 +24,9 @@ def test_token_codes_are_the_nearest_integers_to_the_exact_quotients() -> None:
             quotient = Fraction(value) / exact_step
             nearest = min(max(round(quotient), -8), 7)
             # Three float32 roundings stand between the quotient and the code.
-            near_tie = abs(abs(quotient - round(quotient)) - Fraction(1, 2)) < abs(quotient) * 2**-21
+            near_tie = (
+                abs(abs(quotient - round(quotient)) - Fraction(1, 2)) < abs(quotient) * 2**-21
+            )
             assert code == nearest or near_tie
     expected = x.abs().amax(-1, keepdim=True) * clip / 7
     assert torch.equal(step, expected)

@@ -1,0 +1,1 @@
+"""Measurements, with results under `results/`. Nothing here is imported by the packages."""
