@@ -3,9 +3,28 @@
 `quantize` makes a checkpoint; `perplexity` measures one. The command line is `mergequant`.
 """
 
-from mergequant.errors import InputError
-from mergequant.evaluate import Perplexity, perplexity
-from mergequant.options import Options
-from mergequant.pipeline import quantize
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergequant.errors import InputError
+    from mergequant.evaluate import Perplexity, perplexity
+    from mergequant.options import Options
+    from mergequant.pipeline import quantize
 
 __all__ = ["InputError", "Options", "Perplexity", "perplexity", "quantize"]
+
+_HOMES = {
+    "InputError": "errors",
+    "Options": "options",
+    "Perplexity": "evaluate",
+    "perplexity": "evaluate",
+    "quantize": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers before torch and transformers are loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mergequant' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mergequant.{_HOMES[name]}"), name)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
-from mergequant.evaluate import reference_logits, token_logprobs
+from mergequant.evaluate import reference_logits, reference_logprobs
 from mergequant.oracle import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONTROL_RUNS = 4
+CONTROL_RUNS = 5
+WINDOW = 240
 
 pytest.importorskip("vllm")
 
@@ -64,24 +65,35 @@ class Oracle:
 
 
 def perturb_by_one_ulp(model: Any, seed: int) -> list[Any]:
-    """Multiply the input of every block by 1 +- 2^-23 or 1, at random; returns the hooks."""
+    """Multiply the input of every operation by 1 +- 2^-23 or 1, at random; returns the hooks.
+
+    That is an implementation of the same arithmetic whose float32 operations are one unit in the
+    last place away: any two correct ones differ by about as much.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def hook(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ulps = torch.randint(-1, 2, inputs[0].shape, generator=generator)
         return (inputs[0] * (1 + ulps.to(inputs[0].dtype) * 2**-23), *inputs[1:])
 
-    return [block.register_forward_pre_hook(hook) for block in model.model.layers]
+    operations = (
+        module for block in model.model.layers for module in block.modules() if not _parts(module)
+    )
+    return [module.register_forward_pre_hook(hook) for module in operations]
+
+
+def _parts(module: Any) -> list[Any]:
+    return list(module.children())
 
 
 def make_oracle(folder: Path, text: Path, ranks: int) -> Oracle:
     model = load_model(folder, torch.float32, ranks)
-    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), 96)[:24]
-    logprobs = token_logprobs(reference_logits(model, windows), windows)
+    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), WINDOW)
+    logprobs = reference_logprobs(model, windows)
     changes = []
     for seed in range(CONTROL_RUNS):
         hooks = perturb_by_one_ulp(model, seed)
-        changed = token_logprobs(reference_logits(model, windows), windows)
+        changed = reference_logprobs(model, windows)
         changes.append((changed - logprobs).abs())
         for handle in hooks:
             handle.remove()
