@@ -26,8 +26,7 @@ RTN = Options(activations="dynamic", weights="rtn", clipping="none")
 VARIANTS: tuple[tuple[str, Options | None], ...] = (
     ("full precision", None),
     ("dynamic per token, round to nearest", RTN),
-    ("static, step migration only (rtn, no clip)", Options(weights="rtn", clipping="none")),
-    ("static, step migration + clip + GPTQ (default)", Options()),
+    ("static: step migration + clip + GPTQ (default)", Options()),
 )
 
 

@@ -140,6 +140,7 @@ def vllm_logprobs(
 def vllm_engine(folder: Path, **arguments: Any) -> Any:
     """A context manager around an `LLM`, shut down when it ends."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # A window as long as the context needs room for the one token that vLLM insists on generating.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")

@@ -1,6 +1,9 @@
 """The served model against the oracle: eager and compiled, on one rank and on two."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,3 +118,17 @@ def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
     weight_step = torch.cat([reader.read(f"{part}.weight_scale") for part in parts])[:, 0].float()
     y = sums.float() * (1.0 if found["step"] is None else found["step"]) * weight_step
     assert torch.equal(found["y"], y), name
+
+
+def test_the_perplexity_command_agrees_with_the_oracles_within_its_control(
+    served: Path, trained: Path, oracles: dict[int, Oracle]
+) -> None:
+    text = trained / "heldout.txt"
+    window = oracles[1].windows.shape[1]
+    command = [Path(sys.executable).parent / "mergequant", "perplexity", served]
+    options = ["--text", text, "--window", str(window), "--json"]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    result = json.loads(done.stdout)
+    assert result["engine"] == "vllm"
+    assert result["tokens"] == oracles[1].logprobs.numel()
+    assert abs(result["loss"] + float(oracles[1].logprobs.mean())) <= oracles[1].control_mean

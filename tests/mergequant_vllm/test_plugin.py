@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergequant import quantize
 from mergequant.oracle import load_model
 from mergequant_vllm.format import FormatError, LinearFormat
+from tests.conftest import SMALL
+from tests.tiny import make_model
 
 pytest.importorskip("vllm")
 
@@ -97,6 +100,22 @@ def test_merged_linears_equal_the_oracle(checkpoint: Path, dtype: torch.dtype) -
     load_parts(gate_up, checkpoint, {"mlp.gate_proj": 0, "mlp.up_proj": 1})
     expected = oracle_outputs(checkpoint, ["mlp.gate_proj", "mlp.up_proj"], x)
     assert torch.equal(run(gate_up, x), expected)
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_biases_are_loaded_and_added_after_scaling(tmp_path: Path, text: Path) -> None:
+    source = make_model(tmp_path / "qwen2", "qwen2", blocks=1)
+    folder = quantize(source, tmp_path / "out", [text], SMALL, progress=False)
+    qkv = QKVParallelLinear(
+        64, 32, 2, 1, bias=True, params_dtype=torch.float32, quant_config=plugin_config(folder),
+        prefix=f"{BLOCK}.self_attn.qkv_proj",
+    )  # fmt: skip
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    load_parts(qkv, folder, dict(zip(names, "qkv", strict=True)))
+    x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    expected = oracle_outputs(folder, names, x)
+    assert torch.equal(run(qkv, x), expected)
+    assert not torch.equal(run(qkv, x), expected - qkv.bias)
 
 
 @pytest.mark.usefixtures("_ranks")
