@@ -2,7 +2,7 @@
 
     python examples/demo.py [MODEL] [--calibration FILE] [--text FILE]
 
-MODEL is a folder or a Hugging Face name. Without it a tiny Llama is trained first (a minute, once).
+MODEL is a folder or a Hugging Face name; without it a tiny Llama is trained first, once.
 Everything made is under .demo/ in the repository.
 """
 
@@ -35,7 +35,7 @@ PROMPT = 'The "for" statement is used to'
 def tiny_model() -> Path:
     folder = CACHE / "tiny-llama"
     if not folder.exists():
-        print("Training a tiny Llama on Python's documentation (once, about a minute)", flush=True)
+        print("Training a tiny Llama on Python's documentation (once, a minute or two)", flush=True)
         subprocess.run([sys.executable, HERE / "train_tiny.py", folder], check=True)
     return folder
 

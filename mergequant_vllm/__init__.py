@@ -20,8 +20,13 @@ def register() -> None:
     if refusal is not None:
         logging.getLogger("vllm.mergequant").warning(refusal)
 
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from mergequant_vllm.config import MergeQuantConfig
-
+        from mergequant_vllm.config import MergeQuantConfig
+    except ImportError:
+        # An exception here would stop vLLM from serving any model at all.
+        if refusal is None:
+            raise
+        return
     register_quantization_config("mergequant")(MergeQuantConfig)

@@ -69,7 +69,6 @@ class CheckpointFormat(_Strict):
     Attributes:
         block: name of a decoder block's module, with `{block}` for its number.
         linears: every quantized linear, named within its block.
-        unquantized: linears outside the blocks that stay in 16 bits.
         tensors: shapes of all tensors that are stored as they are, `{block}` for each block.
     """
 
@@ -79,7 +78,6 @@ class CheckpointFormat(_Strict):
     block: str
     blocks: int = Field(ge=1)
     linears: dict[str, LinearFormat]
-    unquantized: list[str]
     tensors: dict[str, list[int]]
     provenance: Provenance
 

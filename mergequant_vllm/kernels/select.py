@@ -53,12 +53,13 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
         reason = LINEAR_KERNELS[name].refusal(spec)
         if reason is None:
             because = "".join(f"; {refusal}" for refusal in refusals)
-            _log_once(f"INT4 linears run on kernel {name!r} ({spec.device}){because}")
+            level = logging.WARNING if refusals else logging.INFO
+            _log_once(f"INT4 linears run on kernel {name!r} ({spec.device}){because}", level)
             return LINEAR_KERNELS[name]
         refusals.append(f"{name!r} was refused: {reason}")
     raise ValueError(f"No kernel runs {spec}: {'; '.join(refusals)}.")
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _log_once(message: str, level: int = logging.INFO) -> None:
+    logger.log(level, message)

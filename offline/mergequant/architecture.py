@@ -89,8 +89,20 @@ class Architecture:
         )
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
 def widths(config: Mapping[str, Any]) -> dict[str, int]:
     """Widths in channels that a Hugging Face `config.json` gives, by the names tables use."""
+    missing = [field for field in _SIZES if not config.get(field)]
+    if missing:
+        raise InputError(f"config.json has no {missing[0]!r}: download the model again.")
     heads = int(config["num_attention_heads"])
     head = int(config.get("head_dim") or config["hidden_size"] // heads)
     return {

@@ -1,5 +1,6 @@
 """Hugging Face folders: a lazy reader, and a writer that leaves a whole checkpoint or nothing."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+STAGING = ".partial"
+# Some publishers store the same weights a second time under this name.
+DUPLICATES = "consolidated*"
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -43,7 +47,11 @@ def locate(model: str | Path) -> Path:
         raise InputError(f"Model folder {str(model)!r} does not exist: check the path.")
     try:
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                str(model), allow_patterns=patterns, ignore_patterns=f"{DUPLICATES}.safetensors"
+            )
+        )
     except Exception as error:  # the hub client raises many types, all meaning: not to be had
         raise InputError(
             f"{str(model)!r} is neither a folder nor a model that the Hugging Face hub gives "
@@ -83,10 +91,10 @@ class Reader:
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [self.folder / name for name in names]
+            files = sorted(self.folder / name for name in set(_weight_map(index).values()))
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            duplicates = set(self.folder.glob(f"{DUPLICATES}.safetensors"))
+            files = sorted(set(self.folder.glob("*.safetensors")) - duplicates)
         if not files:
             raise InputError(
                 f"{self.folder} holds no safetensors weights: convert the model with "
@@ -135,32 +143,47 @@ class Reader:
 
 
 class Writer:
-    """A checkpoint in the making, beside its final place; it appears there whole or not at all.
+    """A checkpoint in the making, in a hidden folder of its own; it comes out whole or not at all.
 
-    Use as a context manager: what is unfinished when the block is left is removed.
+    Staging inside the output works where that is a mount or a link; `config.json` comes out last.
+    Use as a context manager: what is unfinished when the block is left is removed, folders that
+    were made for it too.
     """
 
     def __init__(self, output: Path, shards: int) -> None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise InputError(f"Output folder {output} is not empty: choose another or remove it.")
         self.output = output
-        self.staging = output.parent / f".{output.name}.partial"
+        self.staging = output / STAGING
         self._shards = shards
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
+        self._made: list[Path] = []
+        self._finished = False
+        if output.exists() and not output.is_dir():
+            raise InputError(f"Output {output} is a file: choose another name.")
+        if output.is_dir() and any(path.name != STAGING for path in output.iterdir()):
+            raise InputError(f"Output folder {output} is not empty: choose another or remove it.")
 
     def __enter__(self) -> "Writer":
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._made = [path for path in (self.output, *self.output.parents) if not path.exists()]
         try:
+            shutil.rmtree(self.staging, ignore_errors=True)  # left by a run that was killed
             self.staging.mkdir(parents=True)
         except OSError as error:
+            self._clean_up()
             raise InputError(
-                f"{self.staging} cannot be made ({error}): choose another output."
+                f"{self.output} cannot be written ({error}): choose another."
             ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._finished:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number`, counted from 0, atomically."""
@@ -193,7 +216,19 @@ class Writer:
         )
         for file in _copied_files(source.folder):
             shutil.copyfile(file, self.staging / file.name)
-        os.replace(self.staging, self.output)
+        names = sorted(path.name for path in self.staging.iterdir())
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            os.replace(self.staging / name, self.output / name)
+        self.staging.rmdir()
+        self._finished = True
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is not an index of shards: download the model again.") from error
+    return weight_map
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,9 @@ def quantize(
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ.")] = 256,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     damping: Annotated[float, typer.Option(help="Fraction of the Hessian's diagonal.")] = 0.01,
+    gptq_block: Annotated[int, typer.Option(help="Columns that GPTQ updates at once.")] = 128,
+    lowest_clip: Annotated[float, typer.Option(help="Smallest clip ratio tried.")] = 0.4,
+    clip_points: Annotated[int, typer.Option(help="Clip ratios tried.")] = 13,
     seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -62,6 +66,9 @@ def quantize(
                 "gptq_samples": gptq_samples,
                 "sequence_length": sequence_length,
                 "damping": damping,
+                "gptq_block": gptq_block,
+                "lowest_clip": lowest_clip,
+                "clip_points": clip_points,
                 "seed": seed,
                 "device": device,
             }
@@ -140,6 +147,8 @@ def main() -> None:
     # Before torch loads OpenMP: threads that spin at every barrier make calibration ten times
     # slower as soon as another process wants a core; sleeping ones cost nothing measurable.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As Ctrl-C does: leave through the context managers, which remove what is half-written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Calibration and evaluation text: files or data sets to token windows."""
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from mergequant.errors import InputError
 
 SHORTEST_WINDOW = 16
 _WIKITEXT_HEADING = re.compile(r"^ = [^=].* = $", re.MULTILINE)
-_LONGEST_TEXT = 64 * 2**20  # characters of one source that are tokenized
+_LONGEST_TEXT = 16 * 2**20  # characters of one source that are tokenized
 
 logger = logging.getLogger("mergequant")
 
@@ -35,50 +36,62 @@ class Source:
         return self.separator.join(self.rows)
 
 
-def read_source(name: str) -> Source:
+def read_source(name: str, default_split: str = "train") -> Source:
     """A `.txt` file, a `.jsonl` file with `text` in each line, or a data set `PATH[:NAME[:SPLIT]]`.
 
     WikiText's lines are joined by a blank line and C4's documents by a space, as the published
     perplexities do.
     """
     path = Path(name)
+    if path.is_dir():
+        raise InputError(f"{name!r} is a folder: give a text file in it.")
     if path.is_file():
-        source = _read_jsonl(path) if path.suffix in (".jsonl", ".json") else _read_txt(path)
-    elif path.suffix in (".txt", ".jsonl", ".json") or path.exists():
+        source = _read_file(path)
+    elif path.suffix in (".txt", ".jsonl", ".json"):
         raise InputError(f"Text file {name!r} does not exist: check the path.")
     else:
-        source = _read_data_set(name)
+        source = _read_data_set(name, default_split)
     if not source.text().strip():
         raise InputError(f"Text source {name!r} is empty: give a file with text in it.")
     return source
 
 
-def _read_txt(path: Path) -> Source:
+def _read_file(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first.") from error
+    return _read_jsonl(path, text) if path.suffix in (".jsonl", ".json") else _read_txt(path, text)
+
+
+def _read_txt(path: Path, text: str) -> Source:
     if not _WIKITEXT_HEADING.search(text[:10_000]):
         return Source(str(path), (text,), "")
     logger.info("%s is WikiText: its lines are joined by a blank line", path)
-    return Source(str(path), tuple(text.splitlines(keepends=True)), "\n\n")
+    # The published data set has an empty row for each blank line.
+    rows = (row if row.strip() else "" for row in io.StringIO(text))
+    return Source(str(path), tuple(rows), "\n\n")
 
 
-def _read_jsonl(path: Path) -> Source:
+def _read_jsonl(path: Path, text: str) -> Source:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): it also cuts at separators that JSON allows inside a string.
+    for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
+            row = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            row = None
+        if not isinstance(row, str):
             raise InputError(
                 f"Line {number} of {path} is not a JSON object with a 'text' field: mend the file."
-            ) from error
+            )
+        rows.append(row)
     return Source(str(path), tuple(rows), " ")
 
 
-def _read_data_set(name: str) -> Source:
+def _read_data_set(name: str, default_split: str) -> Source:
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
@@ -89,7 +102,7 @@ def _read_data_set(name: str) -> Source:
             'pip install "mergequant-vllm[datasets]", or give a file.'
         ) from error
     try:
-        rows: Any = load_dataset(path, config or None, split=split or "train")["text"]
+        rows: Any = load_dataset(path, config or None, split=split or default_split)["text"]
     except Exception as error:  # the library raises many types, all meaning: not to be had
         raise InputError(
             f"{name!r} is neither a file nor a data set with a 'text' column that can be loaded "
@@ -171,6 +184,9 @@ def calibration_windows(
     body = length - len(start)
     generator = torch.Generator().manual_seed(seed)
     shuffled = [_shuffled_windows(stream, body, generator) for stream in streams]
+    for source, found in zip(sources, shuffled, strict=True):
+        if not found:
+            logger.warning("%s is shorter than one window and is left out", source.name)
     windows = _in_turn(shuffled)[:samples]
     if len(windows) < samples:
         logger.warning(

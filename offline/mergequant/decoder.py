@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ class Activations:
     Attributes:
         batches: [windows, length, n] each.
         statistics: how many batches, from the first, serve for steps and clip ratios.
+        gptq: how many, from the first, serve for Hessians.
     """
 
     batches: list[Tensor]
     statistics: int
+    gptq: int
 
 
 class Decoder:
@@ -49,15 +52,27 @@ class Decoder:
         self._body: Any = model.model.eval()
         self._rotary: Any = type(self._body.rotary_emb)(config=self.config).to(device)
 
-    def embed(self, windows: Tensor, statistics_samples: int) -> Activations:
-        """Token windows int64 [samples, length] to the first block's input, float32."""
+    def embed(self, windows: Tensor, statistics: int, gptq: int) -> Activations:
+        """The first block's input.
+
+        Args:
+            windows: token ids int64 [samples, length].
+            statistics: windows, from the first, that serve for steps and clip ratios.
+            gptq: windows, from the first, that serve for Hessians.
+        """
         table = self.reader.read(f"{self.architecture.embedding.name}.weight")
         size = max(1, _TOKENS_A_BATCH // windows.shape[1])
-        # Statistics use whole batches of their own, so that their number is what was asked.
-        parts = (windows[:statistics_samples], windows[statistics_samples:])
-        counted = [torch.split(part, size) if len(part) else () for part in parts]
-        batches = [table[ids].to(self.device, torch.float32) for part in counted for ids in part]
-        return Activations(batches=batches, statistics=len(counted[0]))
+        borders = sorted({0, *(min(n, len(windows)) for n in (statistics, gptq, len(windows)))})
+        batches, counts = [], {0: 0}
+        for start, stop in pairwise(borders):
+            for ids in torch.split(windows[start:stop], size):
+                batches.append(table[ids].to(self.device, torch.float32))
+            counts[stop] = len(batches)
+        return Activations(
+            batches=batches,
+            statistics=counts[min(statistics, len(windows))],
+            gptq=counts[min(gptq, len(windows))],
+        )
 
     @contextmanager
     def block(self, number: int) -> Iterator["Block"]:

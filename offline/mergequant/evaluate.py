@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergequant.checkpoint import Reader, locate
+from mergequant.architecture import widths
+from mergequant.checkpoint import Reader, is_mergequant, locate
 from mergequant.corpus import (
     evaluation_windows,
     load_tokenizer,
@@ -20,6 +21,7 @@ from mergequant.corpus import (
 )
 from mergequant.errors import InputError
 from mergequant.oracle import load_model
+from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]
 PUBLISHED_WINDOW = 2048
@@ -71,19 +73,23 @@ def perplexity(
         dtype: of everything that is not quantized.
         tensor_parallel_size: ranks; the reference forward reproduces their arithmetic.
     """
-    folder = locate(model)
-    context = Reader(folder).config.get("max_position_embeddings")
-    length = window_length(window, context)
-    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), length)
-    windows = windows[:most_windows]
+    if window < 2 or (most_windows is not None and most_windows < 1):
+        raise InputError("A window needs 2 tokens and at least one window: raise --window(s).")
+    reader = Reader(locate(model))
+    folder = reader.folder
+    if is_mergequant(reader.config):
+        check_tensors(parse(reader.config["quantization_config"]), reader.stored)
+    length = window_length(window, reader.config.get("max_position_embeddings"))
+    source = read_source(str(text), default_split="test")
+    windows = evaluation_windows(source, load_tokenizer(folder), length)[:most_windows]
     if engine == "vllm":
         logprobs = vllm_logprobs(
             folder, windows, dtype, tensor_parallel_size, enforce_eager, progress
         )
     else:
-        logprobs = reference_logprobs(
-            load_model(folder, getattr(torch, dtype), tensor_parallel_size), windows, progress
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reference = load_model(folder, getattr(torch, dtype), tensor_parallel_size).to(device)
+        logprobs = reference_logprobs(reference, windows.to(device), progress)
     loss = -float(logprobs.mean())
     return Perplexity(
         perplexity=math.exp(loss),
@@ -114,8 +120,11 @@ def reference_logits(model: Any, windows: Tensor) -> Tensor:
 
 def token_logprobs(logits: Tensor, windows: Tensor) -> Tensor:
     """[windows, length, vocabulary] and [windows, length] to float64 [windows, length - 1]."""
-    scores = torch.log_softmax(logits[:, :-1].to(torch.float64), dim=-1)
-    return scores.gather(2, windows[:, 1:, None])[:, :, 0]
+    rows = []
+    for window, scores in zip(windows, logits, strict=True):  # one at a time: vocabularies are wide
+        own = scores[:-1].to(torch.float64).log_softmax(dim=-1)
+        rows.append(own.gather(1, window[1:, None])[:, 0])
+    return torch.stack(rows)
 
 
 def vllm_logprobs(
@@ -141,7 +150,7 @@ def vllm_engine(folder: Path, **arguments: Any) -> Any:
     """A context manager around an `LLM`, shut down when it ends."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gibibytes(folder, arguments)))
     # A window as long as the context needs room for the one token that vLLM insists on generating.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     try:
@@ -152,6 +161,14 @@ def vllm_engine(folder: Path, **arguments: Any) -> Any:
             "or use --engine transformers."
         ) from error
     return _Closing(LLM(model=str(folder), **arguments))
+
+
+def _cache_gibibytes(folder: Path, arguments: dict[str, Any]) -> int:
+    """KV cache for one full window in float32, with room to spare; whole GiB, as vLLM reads."""
+    config = Reader(folder).config
+    tokens = int(arguments.get("max_model_len") or config.get("max_position_embeddings") or 2048)
+    per_token = 2 * 4 * int(config["num_hidden_layers"]) * widths(config)["keys"]
+    return max(1, math.ceil(1.5 * tokens * per_token / 2**30))
 
 
 class _Closing:

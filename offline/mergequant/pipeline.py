@@ -90,10 +90,13 @@ def _calibration(reader: Reader, calibration: Sequence[str | Path], options: Opt
         raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
     sources = [read_source(str(name)) for name in calibration]
     context = reader.config.get("max_position_embeddings")
+    samples = options.statistics_samples
+    if options.weights == "gptq":
+        samples = max(samples, options.gptq_samples)
     return calibration_windows(
         sources,
         load_tokenizer(reader.folder),
-        samples=max(options.statistics_samples, options.gptq_samples),
+        samples=samples,
         length=window_length(options.sequence_length, context),
         seed=options.seed,
     )
@@ -110,7 +113,7 @@ def _quantize_blocks(
     """Each block: calibrate on what the quantized blocks before it emit, quantize, write it."""
     device = _device(options.device)
     decoder = Decoder(reader, architecture, device)
-    activations = decoder.embed(windows, options.statistics_samples)
+    activations = decoder.embed(windows, options.statistics_samples, options.gptq_samples)
     blocks = int(reader.config["num_hidden_layers"])
     total = blocks * len(architecture.linears)
     with tqdm(total=total, desc="Quantizing", unit="linear", disable=not progress) as bar:
@@ -125,7 +128,8 @@ def _quantize_blocks(
                         bar.update()
                         tensors.pop(f"{result.linear}.weight")
                         tensors.update(result.tensors)
-                activations.batches = [block.forward(x) for x in activations.batches]
+                for index, hidden in enumerate(activations.batches):
+                    activations.batches[index] = block.forward(hidden)  # the old one is freed
             kept = _without_ignored(tensors, architecture)
             writer.write_shard(number, {f"{prefix}.{key}": value for key, value in kept})
 
@@ -182,7 +186,6 @@ def checkpoint_format(
         block=architecture.block,
         blocks=int(str(config["num_hidden_layers"])),
         linears=linears,
-        unquantized=[architecture.head.name],
         tensors=tensors,
         provenance=Provenance(
             options=options.model_dump(mode="json"),

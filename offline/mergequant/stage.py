@@ -84,7 +84,8 @@ def quantize_stage(
         source = _dynamic_input(block, stage, activations, options)
     hessian = Hessian()
     rounding = options.weights == "rtn"
-    batches = activations.batches[: activations.statistics] if rounding else activations.batches
+    used = activations.statistics if rounding else activations.gptq
+    batches = activations.batches[:used]
     first = stage.linears[0].name
     block.observe(first, batches, lambda x: hessian.add(source.dequantized(x)))
     inverse = None if rounding else _inverse(hessian.get(), options, first)

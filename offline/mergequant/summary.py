@@ -1,5 +1,6 @@
 """`mergequant inspect`: what a checkpoint stores, read from its headers and clip ratios alone."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mergequant_vllm.format import (
     LinearFormat,
     StoredTensor,
     check_tensors,
+    expected_tensors,
     parse,
     stored_tensors,
 )
@@ -61,7 +63,7 @@ def inspect_checkpoint(checkpoint: str | Path) -> Summary:
     check_tensors(contract, reader.stored)
     linears = [_linear(reader, name, linear) for name, linear in contract.linear_names()]
     total = sum(_size(entry) for entry in reader.stored.values())
-    plain = total - sum(x.bytes for x in linears) + _bytes_16_bit(contract)
+    plain = _bytes_16_bit(contract)
     return Summary(
         folder=str(reader.folder),
         format_version=contract.format_version,
@@ -95,14 +97,18 @@ def _linear_bytes_16_bit(linear: LinearFormat) -> int:
 
 
 def _bytes_16_bit(contract: CheckpointFormat) -> int:
-    return sum(_linear_bytes_16_bit(linear) for _, linear in contract.linear_names())
+    quantized = dict(contract.linear_names())
+    others = (
+        entry.shape
+        for name, entry in expected_tensors(contract).items()
+        if name.rpartition(".")[0] not in quantized
+    )
+    linears = sum(_linear_bytes_16_bit(linear) for linear in quantized.values())
+    return linears + 2 * sum(math.prod(shape) for shape in others)
 
 
 def _size(entry: StoredTensor) -> int:
-    count = _BYTES.get(str(entry.dtype), 1)
-    for extent in entry.shape:
-        count *= extent
-    return count
+    return _BYTES.get(str(entry.dtype), 1) * math.prod(entry.shape)
 
 
 def as_table(summary: Summary) -> str:

@@ -49,5 +49,6 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
             codes = static_codes(x, bits, code_dtype)
         ones = torch.ones_like(layer.weight_scale)
         sums = method.kernel.linear(codes, layer.kernel_weight, ones, None, None, torch.float64)
-        found[name] = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
+        seen = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
+        found[name] = {key: None if value is None else value.cpu() for key, value in seen.items()}
     return found

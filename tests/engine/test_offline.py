@@ -40,9 +40,12 @@ class Engine:
 )
 def engine(request: pytest.FixtureRequest, served: Path) -> Iterator[Engine]:
     eager, ranks = request.param
+    if 0 < torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need {ranks} GPUs")
+    cores = sorted(os.sched_getaffinity(0))
     with pytest.MonkeyPatch.context() as patch:
-        if ranks > 1 and (os.cpu_count() or 1) > 1:
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        if ranks > 1 and len(cores) >= ranks:
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:ranks])))
         with vllm_engine(
             served,
             quantization="mergequant",

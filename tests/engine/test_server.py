@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ def serving(log: Path, *command: str | Path) -> Iterator[OpenAI]:
         _wait(server, f"http://127.0.0.1:{port}/health", log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        for insist in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, insist)
+                server.wait(60)
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -70,6 +70,14 @@ MODEL_FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "truncated shard": (truncate, "cannot be read"),
     "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing"),
+    "broken index": (
+        lambda x: (x / "model.safetensors.index.json").write_text("{}") and None,
+        "is not an index of shards",
+    ),
+    "incomplete config": (
+        lambda x: edit_config(x, intermediate_size=None),
+        "config.json has no 'intermediate_size'",
+    ),
     "nan": (poison, "'model.layers.1.mlp.up_proj.weight' of"),
     "missing tensor": (
         lambda x: edit_tensor(x, "model.layers.0.mlp.down_proj.weight", None),
@@ -162,3 +170,19 @@ def test_perplexity_and_inspect_refuse_what_they_cannot_read(
     )
     assert "is not a mergequant checkpoint" in run(monkeypatch, "inspect", llama)
     assert "does not exist" in run(monkeypatch, "perplexity", llama, "--text", "none.txt")
+    for option in ("--window", "--windows"):
+        assert "raise --window" in run(
+            monkeypatch, "perplexity", llama, "--text", text, option, "0"
+        )
+
+
+def test_a_damaged_checkpoint_is_refused_before_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, text: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert "is missing: download" in run(monkeypatch, "perplexity", folder, "--text", text)
+    (folder / "model.safetensors.index.json").unlink()
+    message = run(monkeypatch, "perplexity", folder, "--text", text)
+    assert "is missing (" in message and "quantize the model again" in message

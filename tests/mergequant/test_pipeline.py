@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mergequant import Options, quantize
 from mergequant.architectures import ARCHITECTURES
-from mergequant.checkpoint import Reader
+from mergequant.checkpoint import Reader, Writer
 from mergequant.evaluate import reference_logits
 from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
@@ -106,6 +109,61 @@ def test_the_ablations_options_take_effect(
             assert entry["activations"] == "dynamic" and entry["clip"] == 1.0
         else:
             assert (entry["clip"]["lowest"] < 1.0) == (clipping == "channel")
+
+
+def test_sharded_and_half_precision_sources_are_read(
+    tmp_path: Path, llama: Path, checkpoint: Path, text: Path
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    sharded = tmp_path / "sharded"
+    shutil.copytree(llama, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    again = quantize(sharded, tmp_path / "again", [text], SMALL, progress=False)
+    assert digest(again) == digest(checkpoint)
+    half = make_model(tmp_path / "half", dtype=torch.float16)
+    output = quantize(half, tmp_path / "half-out", [text], SMALL, progress=False)
+    norm = Reader(output).read("model.layers.0.input_layernorm.weight")
+    assert norm.dtype == torch.float16 and norm.gt(0).all()
+
+
+def test_gptq_may_use_fewer_windows_than_the_statistics(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    few = SMALL.model_copy(update={"statistics_samples": 8, "gptq_samples": 2})
+    many = SMALL.model_copy(update={"statistics_samples": 8, "gptq_samples": 8})
+    folders = [
+        quantize(llama, tmp_path / str(number), [text], options, progress=False)
+        for number, options in enumerate((few, many))
+    ]
+    norms = [Reader(x).read("model.layers.0.input_layernorm.weight") for x in folders]
+    codes = [Reader(x).read("model.layers.0.mlp.up_proj.weight_packed") for x in folders]
+    assert torch.equal(*norms)
+    assert not torch.equal(*codes)
+
+
+def test_the_output_may_be_a_mount_a_link_or_left_over_from_a_killed_run(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    (tmp_path / "real" / ".partial").mkdir(parents=True)
+    (tmp_path / "real" / ".partial" / "model-00001-of-00003.safetensors").write_text("half")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    output = quantize(llama, tmp_path / "link", [text], SMALL, progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert not (output / ".partial").exists()
+    check_tensors(parse(Reader(output).config["quantization_config"]), Reader(output).stored)
+
+
+def test_an_interrupted_run_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path, text: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, tmp_path / "a" / "b", [text], SMALL, progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_oracle_splits_row_parallel_inputs(checkpoint: Path) -> None:

@@ -119,6 +119,27 @@ def test_biases_are_loaded_and_added_after_scaling(tmp_path: Path, text: Path) -
 
 
 @pytest.mark.usefixtures("_ranks")
+def test_merged_per_token_linears_equal_the_oracle_and_must_share_their_clip(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    options = SMALL.model_copy(update={"activations": "dynamic"})
+    folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    parts: dict[str, Any] = {"mlp.gate_proj": 0, "mlp.up_proj": 1}
+    sizes: dict[str, Any] = {"bias": False, "params_dtype": torch.float32}
+    sizes |= {"quant_config": plugin_config(folder), "prefix": f"{BLOCK}.mlp.gate_up_proj"}
+    layer = MergedColumnParallelLinear(64, [172, 172], **sizes)
+    load_parts(layer, folder, parts)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(layer, x), oracle_outputs(folder, list(parts), x))
+    file = folder / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    tensors[f"{BLOCK}.mlp.up_proj.input_clip"] *= 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="have different clip ratios"):
+        load_parts(MergedColumnParallelLinear(64, [172, 172], **sizes), folder, parts)
+
+
+@pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("kernel", ["cpu-fp32", "reference"])
 def test_per_token_linears_equal_the_oracle_with_either_kernel(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, kernel: str

@@ -1,7 +1,7 @@
 """The supported range of vLLM, at its ends."""
 
 import logging
-import types
+import sys
 
 import pytest
 
@@ -35,10 +35,21 @@ def test_registration_warns_and_the_checkpoint_is_refused(
         MergeQuantConfig.from_config({"quant_method": "mergequant"})
 
 
+def test_other_models_are_served_by_a_vllm_that_the_plugin_cannot_even_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm = pytest.importorskip("vllm")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    monkeypatch.setitem(sys.modules, "mergequant_vllm.config", None)
+    mergequant_vllm.register()
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(ImportError):
+        mergequant_vllm.register()
+
+
 def test_registration_is_idempotent() -> None:
     quantization = pytest.importorskip("vllm.model_executor.layers.quantization")
     mergequant_vllm.register()
     mergequant_vllm.register()
     found: type = quantization.get_quantization_config("mergequant")
     assert found.__name__ == "MergeQuantConfig"
-    assert isinstance(mergequant_vllm, types.ModuleType)

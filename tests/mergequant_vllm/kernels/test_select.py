@@ -45,6 +45,7 @@ def test_a_fallback_is_logged_with_the_reason(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         assert select.select_linear(too_long, None).name == "reference"
     assert "'cpu-fp32' was refused: K = 300000" in caplog.text
+    assert caplog.records[-1].levelno == logging.WARNING
 
 
 def test_the_environment_names_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

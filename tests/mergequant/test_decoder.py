@@ -1,0 +1,49 @@
+"""Block by block, a model computes what transformers computes in one go."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergequant.architectures import ARCHITECTURES, find
+from mergequant.checkpoint import Reader
+from mergequant.decoder import Decoder
+from mergequant.oracle import load_model
+from tests.tiny import make_model
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in sorted(ARCHITECTURES)),
+    ("mistral", {"sliding_window": 8}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "more"), CASES, ids=lambda case: str(case)[:30])
+def test_blocks_add_up_to_the_model(tmp_path: Path, model_type: str, more: dict[str, Any]) -> None:
+    folder = make_model(tmp_path / "model", model_type, heads=4, kv_heads=2, **more)
+    windows = torch.randint(2, 250, (3, 40), generator=torch.Generator().manual_seed(0))
+    reader = Reader(folder)
+    decoder = Decoder(reader, find(model_type), torch.device("cpu"))
+    activations = decoder.embed(windows, statistics=1, gptq=2)
+    assert (activations.statistics, activations.gptq) == (1, 2)
+    for number in range(reader.config["num_hidden_layers"]):
+        with decoder.block(number) as block:
+            activations.batches = [block.forward(hidden) for hidden in activations.batches]
+        assert all(parameter.is_meta for parameter in block.module.parameters())
+    model = load_model(folder)
+    with torch.no_grad():
+        expected = model.model(windows, use_cache=False).last_hidden_state
+        ours = model.model.norm(torch.cat(activations.batches))
+    # The same float32 operations, batched otherwise: some roundings of numbers of size 1 to 10.
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_observing_stops_before_the_linear_is_computed(llama: Path) -> None:
+    decoder = Decoder(Reader(llama), find("llama"), torch.device("cpu"))
+    activations = decoder.embed(torch.arange(2, 22)[None], statistics=1, gptq=1)
+    seen: list[torch.Size] = []
+    with decoder.block(0) as block:
+        block.observe("mlp.down_proj", activations.batches, lambda x: seen.append(x.shape))
+        assert block.forward(activations.batches[0]).shape == (1, 20, 64)
+    assert seen == [torch.Size((20, 172))]
