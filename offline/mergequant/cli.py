@@ -96,8 +96,11 @@ def perplexity(
     """Perplexity on a text, in windows that do not overlap, as published numbers take it."""
     _one_of("--engine", engine, ("vllm", "transformers"))
     _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    from transformers.utils.logging import disable_progress_bar
+
     from mergequant.evaluate import perplexity as run
 
+    disable_progress_bar()  # ours says more
     result = run(
         model,
         text,
