@@ -1,5 +1,6 @@
 """A model with one decoder block in memory at a time, run on the calibration windows."""
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,18 @@ _TOKENS_A_BATCH = 4096
 
 class _StopForwardError(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
+
+
+def _return_freed_memory() -> None:
+    """Give what the last block freed back to the system.
+
+    glibc keeps freed pages that lie between used ones; over 32 blocks of 13 MiB they came to more
+    than the whole model.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass
@@ -92,7 +105,7 @@ class Decoder:
             yield Block(module, stored, self, number)
         finally:
             module.to("meta")
-            gc.collect()
+            _return_freed_memory()
 
     def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
         """What `transformers` passes to a decoder block beside the hidden states."""
