@@ -42,12 +42,13 @@ def tiny_model() -> Path:
 
 def local_folder(model: str) -> Path:
     """MODEL itself if it is a folder, else its files from the Hugging Face Hub."""
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    from huggingface_hub import snapshot_download
+    from mergequant.checkpoint import locate
+    from mergequant.errors import InputError
 
-    wanted = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
-    return Path(snapshot_download(model, allow_patterns=wanted))
+    try:
+        return locate(model).resolve()
+    except InputError as error:
+        sys.exit(f"demo: {error}")
 
 
 def documentation() -> tuple[Path, Path]:

@@ -82,15 +82,16 @@ def quantize_stage(
         source = _static_input(block, stage, activations, options)
     else:
         source = _dynamic_input(block, stage, activations, options)
-    hessian = Hessian()
+    seen = Hessian()
     rounding = options.weights == "rtn"
     used = activations.statistics if rounding else activations.gptq
     batches = activations.batches[:used]
     first = stage.linears[0].name
-    block.observe(first, batches, lambda x: hessian.add(source.dequantized(x)))
-    inverse = None if rounding else _inverse(hessian.get(), options, first)
+    block.observe(first, batches, lambda x: seen.add(source.dequantized(x)))
+    hessian = seen.get()
+    inverse = None if rounding else _inverse(hessian, options, first)
     for number, linear in enumerate(stage.linears):
-        result = _quantize_linear(block, linear.name, source, hessian.get(), inverse, options)
+        result = _quantize_linear(block, linear.name, source, hessian, inverse, options)
         result.report["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         if number == 0:
