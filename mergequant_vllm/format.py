@@ -3,26 +3,34 @@
 A checkpoint is a Hugging Face folder whose `config.json` carries a `quantization_config` (class
 `CheckpointFormat`) and whose safetensors hold, for each quantized linear `P`:
 
-| tensor            | shape             | dtype    | meaning                                     |
-|-------------------|-------------------|----------|---------------------------------------------|
-| `P.weight_packed` | [out, ceil(in/8)] | int32    | codes + 8, eight to a word (see `packing`)  |
-| `P.weight_scale`  | [out, 1]          | bfloat16 | weight step of each output channel          |
-| `P.bias`          | [out]             | floating | only where the source model has one         |
-| `P.input_clip`    | [1]               | float32  | dynamic only: clip ratio of the token step  |
+| tensor                | shape           | dtype    | meaning                                   |
+|-----------------------|-----------------|----------|-------------------------------------------|
+| `P.weight_packed`     | [out, words(K)] | int32    | codes + 2^(b-1), see `packing`            |
+| `P.weight_scale`      | [out, groups]   | bfloat16 | weight step of each channel, or group     |
+| `P.weight_zero_point` | [out, groups]   | int8     | asymmetric only: in the codes' range      |
+| `P.bias`              | [out]           | floating | only where the source model has one       |
+| `P.input_index`       | [K]             | int32    | static, reconstructed: gather of channels |
+| `P.input_offset`      | [K]             | float32  | static, staggered: added before rounding  |
+| `P.input_clip`        | [1]             | float32  | dynamic: clip ratio of the token step     |
 
-A static linear needs nothing more: its activation step s lives in the norm's multiplier, stored as
-norm / s, and in the weight, quantized as W * s (paper 4.1, Eq. 4-5). All other tensors of the model
-are listed with their shapes under `tensors`, so that a missing, extra or misshapen one is found
-by reading the headers alone.
+K is `columns` where the input was reconstructed (paper 4.2: strong channels repeated, others
+dropped, and padding, whose codes equal the zero point), and the source model's `in` elsewhere;
+groups is 1, or ceil(K / group_size). The linears that read one norm hold equal copies of
+`input_index` and `input_offset`.
+
+A static linear needs no step: it lives in the norm's multiplier, stored as norm / s, and in the
+weight, quantized as W * s (paper 4.1, Eq. 4-5). All other tensors of the model are listed with
+their shapes under `tensors`, so that a missing, extra or misshapen one is found by reading the
+headers alone.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from mergequant_vllm.packing import words_per_row
+from mergequant_vllm.packing import STREAM_CODES, words_per_row
 
 QUANT_METHOD: Final = "mergequant"
 FORMAT_VERSION: Final = 1
@@ -41,18 +49,63 @@ class LinearFormat(_Strict):
     """How one linear of every block is stored and what its activations are.
 
     Attributes:
-        shape: (out, in) of the weight before packing.
+        shape: (out, in) of the source model's weight.
+        group_size: input channels that share a weight step; None: one step per output channel.
+        zero_points: weight codes are asymmetric.
         activations: `static`: per-channel steps folded into `norm`; `dynamic`: per token.
         norm: the norm, named within its block, whose multiplier carries 1/s; static only.
+        columns: K after reconstruction; None: the input is read as it is; static only.
+        offsets: rounding offsets are stored (staggered rounding); static only.
+        hadamard: block of the online rotation of the input, a power of two; dynamic only.
         bias: whether the linear has one.
     """
 
     shape: tuple[int, int]
-    weight_bits: Literal[4] = 4
-    activation_bits: Literal[4] = 4
+    weight_bits: Literal[3, 4, 8] = 4
+    group_size: int | None = Field(default=None, ge=STREAM_CODES)
+    zero_points: bool = False
+    activation_bits: Literal[4, 8] = 4
     activations: Literal["static", "dynamic"]
     norm: str | None = None
+    columns: int | None = Field(default=None, ge=1)
+    offsets: bool = False
+    hadamard: int | None = Field(default=None, ge=2)
     bias: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """K: columns of the stored weight."""
+        return self.columns or self.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Weight steps of an output channel; the last group may be short."""
+        return 1 if self.group_size is None else -(-self.in_features // self.group_size)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        static = self.activations == "static"
+        if static != (self.norm is not None):
+            raise ValueError("static activations name their norm, dynamic ones have none")
+        if not static and (self.columns is not None or self.offsets):
+            raise ValueError("reconstruction (columns, offsets) is for static activations")
+        if static and self.hadamard is not None:
+            raise ValueError("the online rotation (hadamard) is for dynamic activations")
+        if self.hadamard is not None and (
+            self.hadamard & (self.hadamard - 1) or self.in_features % self.hadamard
+        ):
+            raise ValueError(
+                f"hadamard block {self.hadamard} must be a power of two that divides "
+                f"{self.in_features} input channels"
+            )
+        if self.group_size is not None and self.group_size % STREAM_CODES:
+            raise ValueError(f"group_size must be a multiple of {STREAM_CODES}")
+        return self
+
+    def input_format(self) -> tuple[object, ...]:
+        """All that linears must share for a server to merge them into one."""
+        shared = self.model_dump(exclude={"shape", "bias"})
+        return (self.shape[1], *shared.values())
 
 
 class Provenance(_Strict):
@@ -93,7 +146,7 @@ class StoredTensor:
     """Shape and safetensors dtype of a tensor on disk; `dtype` None admits any floating type."""
 
     shape: tuple[int, ...]
-    dtype: Literal["I32", "BF16", "F32"] | None
+    dtype: Literal["I32", "I8", "BF16", "F32"] | None
 
 
 def parse(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -120,14 +173,20 @@ def parse(config: Mapping[str, Any]) -> CheckpointFormat:
 
 def stored_tensors(linear: LinearFormat) -> dict[str, StoredTensor]:
     """The tensors of one quantized linear, by suffix."""
-    out_features, in_features = linear.shape
-    words = words_per_row(in_features, linear.weight_bits)
+    out_features = linear.shape[0]
+    words = words_per_row(linear.in_features, linear.weight_bits)
     tensors = {
         "weight_packed": StoredTensor((out_features, words), "I32"),
-        "weight_scale": StoredTensor((out_features, 1), "BF16"),
+        "weight_scale": StoredTensor((out_features, linear.groups), "BF16"),
     }
+    if linear.zero_points:
+        tensors["weight_zero_point"] = StoredTensor((out_features, linear.groups), "I8")
     if linear.bias:
         tensors["bias"] = StoredTensor((out_features,), None)
+    if linear.columns is not None:
+        tensors["input_index"] = StoredTensor((linear.columns,), "I32")
+    if linear.offsets:
+        tensors["input_offset"] = StoredTensor((linear.in_features,), "F32")
     if linear.activations == "dynamic":
         tensors["input_clip"] = StoredTensor((1,), "F32")
     return tensors

@@ -5,24 +5,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import (
-    ChannelQuantScaleParameter,
-    PackedvLLMParameter,
-    PerTensorScaleParameter,
-)
 
 from mergequant_vllm.format import FormatError, LinearFormat
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
-from mergequant_vllm.kernels.norm_round.reference import static_codes
+from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.quantizers import (
+    CodeForm,
+    StaticQuantizer,
+    TokenQuantizer,
+    runs_on_gpu,
+)
 from mergequant_vllm.kernels.select import select_linear
-from mergequant_vllm.kernels.token_quant.reference import token_codes
-from mergequant_vllm.packing import codes_per_word, words_per_row
+from mergequant_vllm.packing import codes_per_border
+from mergequant_vllm.parameters import STORED, check_loaded, create_parameters
 
 
 @register_weight_loader_v2_supported_method
@@ -41,9 +40,9 @@ class MergeQuantLinearMethod(LinearMethodBase):
         self.parts = len(merged)
         self.format = merged[0]
         for other in merged[1:]:
-            if other.activations != self.format.activations or other.norm != self.format.norm:
+            if other.input_format() != self.format.input_format():
                 raise FormatError(
-                    f"The linears that vLLM merges into {prefix!r} read different activations: "
+                    f"The linears that vLLM merges into {prefix!r} are stored in different ways: "
                     "quantize the model again."
                 )
 
@@ -57,98 +56,104 @@ class MergeQuantLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register empty parameters in the stored layout; refuses shards that cut words."""
-        self._refuse_cut_words(input_size_per_partition, input_size)
-        bits = self.format.weight_bits
-        words = words_per_row(input_size_per_partition, bits)
-        rows = sum(output_partition_sizes)
+        """Register empty parameters in the stored layout; refuses shards that cut them."""
+        self._refuse_cut_shards(input_size_per_partition, input_size)
         loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        packed = PackedvLLMParameter(
-            data=torch.zeros(rows, words, dtype=torch.int32),
-            input_dim=1,
-            output_dim=0,
-            packed_dim=1,
-            packed_factor=codes_per_word(bits),
-            weight_loader=loader,
-        )
-        layer.register_parameter("weight_packed", packed)
-        # NaN until loaded: process_weights_after_loading finds what the loader passed over.
-        steps = torch.full((rows, 1), torch.nan, dtype=torch.float32)
-        layer.register_parameter(
-            "weight_scale",
-            ChannelQuantScaleParameter(data=steps, output_dim=0, weight_loader=loader),
-        )
-        if self.format.activations == "dynamic":
-            clips = torch.full((self.parts,), torch.nan, dtype=torch.float32)
-            layer.register_parameter(
-                "input_clip", PerTensorScaleParameter(data=clips, weight_loader=loader)
-            )
+        form = self.format
+        in_features = form.columns or input_size_per_partition
+        rows = sum(output_partition_sizes)
+        create_parameters(layer, form, rows, in_features, self.parts, loader)
+        device = layer.weight_packed.device.type
         self.spec = LinearSpec(
-            in_features=input_size_per_partition,
+            in_features=in_features,
             out_features=rows,
-            weight_bits=bits,
-            activation_bits=self.format.activation_bits,
-            dynamic=self.format.activations == "dynamic",
-            device=packed.device.type,
+            weight_bits=form.weight_bits,
+            activation_bits=form.activation_bits,
+            dynamic=form.activations == "dynamic",
+            device=device,
             dtype=params_dtype,
+            group_size=form.group_size,
+            zero_points=form.zero_points,
+            capability=compute_capability(device),
         )
         self.kernel = select_linear(self.spec, self.requested)
         record_in_compile_cache_key(self.kernel.name)
 
-    def _refuse_cut_words(self, shard: int, whole: int) -> None:
-        """vLLM's loader would cut packed words in silence."""
-        word = codes_per_word(self.format.weight_bits)
-        if shard == whole or shard % word == 0:
+    def _refuse_cut_shards(self, shard: int, whole: int) -> None:
+        """vLLM's loader would cut packed words in silence; groups and Hadamard blocks likewise."""
+        if shard == whole:
+            return
+        form = self.format
+        units = {
+            codes_per_border(form.weight_bits): "packed words",
+            form.group_size or 1: "groups",
+            form.hadamard or 1: "Hadamard blocks",
+        }
+        cut = {unit: what for unit, what in units.items() if shard % unit}
+        if not cut:
             return
         ranks = whole // shard
         fitting = [
-            n for n in range(1, ranks) if whole % n == 0 and (n == 1 or whole // n % word == 0)
+            n
+            for n in range(1, ranks)
+            if whole % n == 0 and (n == 1 or not any(whole // n % unit for unit in units))
         ]
         sizes = " or ".join(str(n) for n in fitting)
+        unit, what = next(iter(cut.items()))
         raise ValueError(
             f"{self.prefix}: {whole} input channels over {ranks} tensor-parallel ranks are {shard} "
-            f"a rank, which is not a whole number of packed words ({word} codes each): "
+            f"a rank, which is not a whole number of {what} ({unit} codes each): "
             f"use --tensor-parallel-size {sizes}."
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Stored layout to the kernel's, once; the stored words are freed if it keeps its own."""
-        self._check_loaded(layer)
-        weight = self.kernel.prepare(layer.weight_packed.data, self.spec)
-        del layer.weight_packed
-        layer.register_parameter("kernel_weight", Parameter(weight, requires_grad=False))
-        steps = layer.weight_scale.data.reshape(-1).contiguous()
-        layer.register_parameter("weight_scale", Parameter(steps, requires_grad=False))
-        if self.spec.dynamic:
-            clip = layer.input_clip.data[:1].clone()
-            layer.register_parameter("input_clip", Parameter(clip, requires_grad=False))
+        """Stored layout to the kernel's, once; the stored tensors are freed if it keeps its own."""
+        check_loaded(layer, self.format, self.prefix)
+        zeros = getattr(layer, "weight_zero_point", None)
+        bias = getattr(layer, "bias", None)
+        stored = StoredLinear(
+            weight_packed=layer.weight_packed.data,
+            weight_step=layer.weight_scale.data.contiguous(),
+            zero_points=None if zeros is None else zeros.data.to(torch.int8),
+            bias=None if bias is None else bias.data,
+        )
+        layer.product = self.kernel.prepare(stored, self.spec)
+        layer.quantizer = self._quantizer(layer)
+        for name in STORED:
+            if hasattr(layer, name):
+                delattr(layer, name)
 
-    def _check_loaded(self, layer: Any) -> None:
-        if not bool(torch.isfinite(layer.weight_scale.data).all()):
-            raise FormatError(
-                f"{self.prefix}.weight_scale was not loaded in full or is not finite: "
-                "copy the checkpoint again, or quantize the model again."
-            )
-        if not self.spec.dynamic:
-            return
-        clips = layer.input_clip.data
-        if not bool((clips == clips[0]).all()):
-            raise FormatError(
-                f"The linears that vLLM merges into {self.prefix!r} have different clip ratios "
-                f"{clips.tolist()}, or one was not loaded: quantize the model again."
-            )
+    def _quantizer(self, layer: Any) -> StaticQuantizer | TokenQuantizer:
+        form = CodeForm(
+            bits=self.format.activation_bits,
+            layout=self.kernel.layout,
+            columns=layer.product.columns,
+            on_gpu=runs_on_gpu(self.spec, self.kernel),
+        )
+        if self.spec.dynamic:
+            return TokenQuantizer(form, layer.input_clip.data[:1].clone(), self.format.hadamard)
+        index, offset = getattr(layer, "input_index", None), getattr(layer, "input_offset", None)
+        return StaticQuantizer(
+            form,
+            channels=self.format.shape[1],
+            index=None if index is None else index.data,
+            offset=None if offset is None else offset.data,
+            device=layer.weight_packed.device,
+        )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] in the model's dtype (static: already divided by s) to y [..., N]."""
-        bits, code_dtype = self.format.activation_bits, self.kernel.code_dtype
-        token_step: Tensor | None = None
-        if self.spec.dynamic:
-            codes, token_step = token_codes(x, layer.input_clip, bits, code_dtype)
-        else:
-            codes = static_codes(x, bits, code_dtype)
-        return self.kernel.linear(
-            codes, layer.kernel_weight, layer.weight_scale, token_step, bias, x.dtype
-        )
+        """x [..., n] in the model's dtype (static: already divided by s) to y [..., N]."""
+        codes, token_step = layer.quantizer(x)
+        y: Tensor = layer.product(codes, token_step, bias is not None)
+        return y
+
+
+def compute_capability(device: str) -> int | None:
+    """10 * major + minor of the current GPU; None on other devices."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def record_in_compile_cache_key(kernel: str) -> None:

@@ -1,8 +1,14 @@
-"""Codes to int32 words and back, in compressed-tensors' pack-quantized layout.
+"""Codes to int32 words and back: the stored layout of weights.
 
-Stored layout, 4 bits: word j of a row holds columns 8j..8j+7, column 8j in the lowest nibble, each
-as code + 8. A row whose length is not a multiple of 8 ends with zero nibbles.
+Every width is stored offset-binary (code + 2^(b-1)), the first column in the lowest bits, and the
+bits of a row beyond its last code are zero.
+
+* 4 and 8 bits: compressed-tensors' pack-quantized layout, by its own functions.
+* 3 bits: a tight stream, 32 codes in 3 words, so that some codes straddle two words.
+  compressed-tensors would put ten codes in a word, which no kernel of vLLM takes.
 """
+
+from fractions import Fraction
 
 import torch
 from compressed_tensors.compressors.pack_quantized import (
@@ -12,26 +18,71 @@ from compressed_tensors.compressors.pack_quantized import (
 from torch import Tensor
 
 WORD_BITS = 32
+STREAM_CODES = 32  # codes after which a stream of any width is back at a word's border
 
 
-def codes_per_word(bits: int) -> int:
-    """How many codes of `bits` one int32 word holds."""
-    return WORD_BITS // bits
+def codes_per_word(bits: int) -> Fraction:
+    """How many codes of `bits` one int32 word holds: 8, 4 or, at 3 bits, 32/3."""
+    return Fraction(WORD_BITS, bits)
+
+
+def codes_per_border(bits: int) -> int:
+    """Smallest number of codes that fills whole words: where a shard of a row may begin."""
+    return codes_per_word(bits).numerator
 
 
 def words_per_row(columns: int, bits: int) -> int:
     """Length in words of a packed row of `columns` codes."""
-    return -(-columns // codes_per_word(bits))
+    return -(-columns * bits // WORD_BITS)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack `codes` int8 [rows, columns] into int32 [rows, words_per_row(columns)]."""
+    if bits == 3:
+        return _pack_stream(codes, bits)
     packed: Tensor = pack_to_int32(codes, bits, packed_dim=1)
     return packed
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: int32 [rows, words] to int8 codes [rows, columns]."""
+    if bits == 3:
+        return _unpack_stream(packed, bits, columns)
     shape = torch.Size((packed.shape[0], columns))
     codes: Tensor = unpack_from_int32(packed, bits, shape, packed_dim=1)
     return codes
+
+
+def _places(bits: int) -> list[tuple[int, int]]:
+    """Word and shift at which each of `STREAM_CODES` codes begins."""
+    return [divmod(bits * number, WORD_BITS) for number in range(STREAM_CODES)]
+
+
+def _pack_stream(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
+    runs = -(-columns // STREAM_CODES)
+    values = torch.zeros(rows, runs * STREAM_CODES, dtype=torch.int64, device=codes.device)
+    values[:, :columns] = codes.to(torch.int64) + 2 ** (bits - 1)
+    values = values.reshape(rows, runs, STREAM_CODES)
+    # One word more than a run has: no code straddles the last border.
+    words = torch.zeros(rows, runs, bits + 1, dtype=torch.int64, device=codes.device)
+    for number, (word, shift) in enumerate(_places(bits)):
+        spread = values[:, :, number] << shift
+        words[:, :, word] |= spread & (2**WORD_BITS - 1)
+        words[:, :, word + 1] |= spread >> WORD_BITS
+    stream = words[:, :, :bits].reshape(rows, runs * bits)[:, : words_per_row(columns, bits)]
+    signed = torch.where(stream >= 2 ** (WORD_BITS - 1), stream - 2**WORD_BITS, stream)
+    return signed.to(torch.int32).contiguous()
+
+
+def _unpack_stream(packed: Tensor, bits: int, columns: int) -> Tensor:
+    rows = packed.shape[0]
+    runs = -(-columns // STREAM_CODES)
+    words = torch.zeros(rows, runs * bits + 1, dtype=torch.int64, device=packed.device)
+    words[:, : packed.shape[1]] = packed.to(torch.int64) & (2**WORD_BITS - 1)
+    codes = torch.empty(rows, runs, STREAM_CODES, dtype=torch.int8, device=packed.device)
+    for number, (word, shift) in enumerate(_places(bits)):
+        pair = words[:, word:-1:bits] | (words[:, word + 1 :: bits][:, :runs] << WORD_BITS)
+        values = (pair >> shift) & (2**bits - 1)
+        codes[:, :, number] = (values - 2 ** (bits - 1)).to(torch.int8)
+    return codes.reshape(rows, -1)[:, :columns].contiguous()

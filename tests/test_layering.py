@@ -13,10 +13,11 @@ SERVER = ROOT / "mergequant_vllm"
 QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
-SHARED = ("format", "packing", "rounding", "kernels.int4_linear.reference")
+SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.int4_linear.reference")
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
+SHARED += ("kernels.hadamard.reference",)
 # Modules that may import vLLM as they are imported.
-TOUCHES_VLLM = {SERVER / "config.py", SERVER / "linear.py"}
+TOUCHES_VLLM = {SERVER / name for name in ("config.py", "linear.py", "parameters.py")}
 
 
 def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
@@ -47,7 +48,7 @@ def test_the_server_never_imports_the_quantizer(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))
-def test_vllm_is_imported_in_two_files_or_inside_functions(file: Path) -> None:
+def test_vllm_is_imported_in_three_files_or_inside_functions(file: Path) -> None:
     if file not in TOUCHES_VLLM:
         names = imports(file, top_level=True)
         assert not [name for name in names if name.split(".")[0] in ("vllm", "triton")]
@@ -75,6 +76,17 @@ def test_the_quantizers_layers_point_downwards() -> None:
         if room in lower:
             used = {x.split(".")[1] for x in imports(file) if x.startswith("mergequant.")}
             assert not used & {"cli", "pipeline", "stage", "evaluate", "decoder"}, file
+
+
+@pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_server_spells_out_dtypes(file: Path) -> None:
+    """vLLM loads models under the model's default dtype: float32 is not what is left out."""
+    factories = {"empty", "full", "ones", "rand", "randn", "tensor", "zeros"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        made = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
+        if made and made.attr in factories and ast.unparse(made.value) == "torch":
+            names = {keyword.arg for keyword in node.keywords}
+            assert "dtype" in names, f"{file.name}:{node.lineno}"
 
 
 def test_importing_the_plugin_touches_neither_vllm_nor_torch() -> None:

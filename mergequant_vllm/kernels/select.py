@@ -4,22 +4,27 @@ import functools
 import logging
 import os
 
+from mergequant_vllm.kernels.defaults import default_kernels, kind_of
 from mergequant_vllm.kernels.int4_linear.cpu import CpuLinear
+from mergequant_vllm.kernels.int4_linear.cutlass import CutlassLinear
+from mergequant_vllm.kernels.int4_linear.humming import HummingInt4Linear, HummingInt8Linear
+from mergequant_vllm.kernels.int4_linear.marlin import MarlinLinear
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.int4_linear.triton import TritonLinear
 
 KERNEL_VARIABLE = "MERGEQUANT_KERNEL"
 
-LINEAR_KERNELS: dict[str, LinearKernel] = {
-    kernel.name: kernel for kernel in (CpuLinear(), TritonLinear(), ReferenceLinear())
-}
-
-# In order of preference; the first that does not refuse is used, and refusals are logged.
-DEFAULTS: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu-fp32", "reference"),
-    "cuda": ("triton", "reference"),
-}
+_KERNELS: tuple[LinearKernel, ...] = (
+    CpuLinear(),
+    HummingInt4Linear(),
+    MarlinLinear(),
+    HummingInt8Linear(),
+    TritonLinear(),
+    CutlassLinear(),
+    ReferenceLinear(),
+)
+LINEAR_KERNELS: dict[str, LinearKernel] = {kernel.name: kernel for kernel in _KERNELS}
 
 logger = logging.getLogger("vllm.mergequant")
 
@@ -49,15 +54,23 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
         _log_once(f"INT4 linears run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
         return LINEAR_KERNELS[requested]
     refusals: list[str] = []
-    for name in DEFAULTS.get(spec.device, ("reference",)):
+    for name in default_kernels(spec):
         reason = LINEAR_KERNELS[name].refusal(spec)
         if reason is None:
-            because = "".join(f"; {refusal}" for refusal in refusals)
-            level = logging.WARNING if refusals else logging.INFO
-            _log_once(f"INT4 linears run on kernel {name!r} ({spec.device}){because}", level)
+            _log_choice(name, spec, refusals)
             return LINEAR_KERNELS[name]
         refusals.append(f"{name!r} was refused: {reason}")
     raise ValueError(f"No kernel runs {spec}: {'; '.join(refusals)}.")
+
+
+def _log_choice(name: str, spec: LinearSpec, refusals: list[str]) -> None:
+    where = spec.device
+    if spec.capability is not None:
+        where += f" {spec.capability // 10}.{spec.capability % 10}"
+    because = "".join(f"; {refusal}" for refusal in refusals)
+    level = logging.WARNING if refusals else logging.INFO
+    what = kind_of(spec).value
+    _log_once(f"Linears with {what} run on kernel {name!r} ({where}){because}", level)
 
 
 @functools.cache

@@ -3,68 +3,107 @@
 Made of the reference operations; the integer sums go through float GEMMs in which they are exact.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mergequant_vllm.kernels.int4_linear.reference import scale_products
+from mergequant_vllm.format import LinearFormat
+from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear.reference import scale_group_products, scale_products
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 
-_FLOAT32_EXACT_CHANNELS = 2**24 // 64  # sums of 4-bit products stay below 2^24
+_FLOAT32_EXACT_BELOW = 2**24
 
 
 class QuantizedLinear(nn.Module):
-    """y = (x_int @ W_int^T) * token_step * weight_step + b.
+    """y = (x_int @ (W_int - z)^T) * token_step * weight_step + b, as `form` says.
 
     Args:
-        codes: int8 [out, in], weight codes.
-        weight_step: [out].
+        form: how the linear is stored and what its activations are.
+        codes: int8 [out, K], weight codes.
+        weight_step: [out, groups].
+        zero_points: int8 [out, groups]; needed if `form` has zero points.
         bias: [out] or None.
-        clip: [1], ratio of the per-token step; None for static activations, where the input is in
-            units of its steps already.
-        bits: width of an activation code.
+        clip: [1], ratio of the per-token step; needed if activations are dynamic.
+        index: int32 [K], gather of the input's channels, or None.
+        offset: float32 [K], rounding offsets, or None.
         ranks: tensor-parallel size of a row-parallel linear: each shard of the input has its own
             step, and the shards' outputs are added in the output's dtype.
     """
 
-    codes: Tensor
+    weight: Tensor
     weight_step: Tensor
     clip: Tensor | None
+    index: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
+        form: LinearFormat,
         codes: Tensor,
         weight_step: Tensor,
-        bias: Tensor | None,
-        clip: Tensor | None,
-        bits: int,
+        *,
+        zero_points: Tensor | None = None,
+        bias: Tensor | None = None,
+        clip: Tensor | None = None,
+        index: Tensor | None = None,
+        offset: Tensor | None = None,
         ranks: int = 1,
     ) -> None:
         super().__init__()
-        exact = torch.float32 if codes.shape[1] <= _FLOAT32_EXACT_CHANNELS else torch.float64
-        self.bits = bits
+        self.form = form
         self.ranks = ranks
-        self.register_buffer("codes", codes.to(exact))
+        weight = codes.to(torch.float64)
+        if zero_points is not None:
+            size = form.group_size or codes.shape[1]
+            weight -= zero_points.repeat_interleave(size, dim=1)[:, : codes.shape[1]]
+        self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
+        self.register_buffer("index", index)
+        self.register_buffer("offset", offset)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes of an input [..., in] and, if dynamic, steps [..., 1]."""
+        """Codes float32 of an input [..., in] and, if dynamic, steps [..., 1]."""
+        bits, layout = self.form.activation_bits, CodeLayout.FLOAT32
         if self.clip is None:
-            return static_codes(x, self.bits, self.codes.dtype), None
-        return token_codes(x, self.clip, self.bits, self.codes.dtype)
+            return static_codes(x, bits, layout, index=self.index, offset=self.offset), None
+        return token_codes(x, self.clip, bits, layout, hadamard=self.form.hadamard)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to y [..., out], same dtype."""
-        shards = zip(x.chunk(self.ranks, -1), self.codes.chunk(self.ranks, -1), strict=True)
-        total: Tensor | None = None
-        for part, weight in shards:
-            codes, token_step = self.input_codes(part)
-            bias = self.bias if total is None else None
-            products = F.linear(codes, weight)
-            y = scale_products(products, self.weight_step, token_step, bias, x.dtype)
-            total = y if total is None else total + y
-        assert total is not None
+        outputs = list(self._shard_outputs(x))
+        total = outputs[0]
+        for y in outputs[1:]:
+            total = total + y
         return total
+
+    def _shard_outputs(self, x: Tensor) -> Iterator[Tensor]:
+        groups = self.weight_step.shape[1]
+        for rank, shard in enumerate(x.chunk(self.ranks, -1)):
+            codes, token_step = self.input_codes(shard)
+            codes = codes.to(self.weight.dtype)
+            columns = codes.shape[-1]
+            weight = self.weight[:, rank * columns : (rank + 1) * columns]
+            bias = self.bias if rank == 0 else None
+            if self.form.group_size is None:
+                step = self.weight_step[:, 0]
+                yield scale_products(F.linear(codes, weight), step, token_step, bias, x.dtype)
+                continue
+            starts = range(0, columns, self.form.group_size)
+            parts = [slice(start, start + self.form.group_size) for start in starts]
+            products = [F.linear(codes[..., part], weight[:, part]) for part in parts]
+            each = groups // self.ranks
+            steps = self.weight_step[:, rank * each : (rank + 1) * each]
+            yield scale_group_products(products, steps, token_step, bias, x.dtype)
+
+
+def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:
+    """float32 where no sum of products can reach 2^24, else float64."""
+    largest = float(weight.abs().amax()) if weight.numel() else 0.0
+    longest = weight.shape[1] * largest * 2 ** (form.activation_bits - 1)
+    return torch.float32 if longest <= _FLOAT32_EXACT_BELOW else torch.float64

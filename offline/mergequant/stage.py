@@ -35,6 +35,8 @@ from mergequant.methods.migrate import (
 from mergequant.options import Options
 from mergequant.quantized_linear import QuantizedLinear
 from mergequant.statistics import Hessian, LargestMagnitude
+from mergequant_vllm.format import LinearFormat
+from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import pack
@@ -62,13 +64,15 @@ class StageInput:
         step: float64 [n], what migrates into the weights; None if nothing does.
         clip: float32 [1], ratio of the per-token step; None for static activations.
         dequantized: input [t, n] of a linear to what the integer product sees of it.
-        tensors: the norm as it is to be stored, by name within the block.
+        norm: name within the block of the norm that carries 1/s, or None.
+        tensors: that norm as it is to be stored, by name within the block.
         clip_report: for the report.
     """
 
     step: Tensor | None
     clip: Tensor | None
     dequantized: Callable[[Tensor], Tensor]
+    norm: str | None
     tensors: dict[str, Tensor]
     clip_report: object
 
@@ -120,7 +124,8 @@ def _static_input(
     return StageInput(
         step=folded.step,
         clip=None,
-        dequantized=lambda x: static_codes(x, BITS, torch.float32),
+        dequantized=lambda x: static_codes(x, BITS, CodeLayout.FLOAT32),
+        norm=stage.norm.name,
         tensors={name: folded.weight.to(block.stored[name].dtype)},
         clip_report={
             "lowest": round(float(clip.min()), 4),
@@ -160,11 +165,11 @@ def _dynamic_input(
         clip = grid[losses.argmin().cpu()].reshape(1).to(device, torch.float32)
 
     def dequantized(x: Tensor) -> Tensor:
-        codes, step = token_codes(x, clip, BITS, torch.float32)
+        codes, step = token_codes(x, clip, BITS, CodeLayout.FLOAT32)
         return codes * step
 
     report = round(float(clip), 4)
-    return StageInput(None, clip, dequantized, tensors={}, clip_report=report)
+    return StageInput(None, clip, dequantized, norm=None, tensors={}, clip_report=report)
 
 
 def _stacked_weights(block: Block, stage: Stage) -> Tensor:
@@ -200,7 +205,15 @@ def _quantize_linear(
         gptq_loss = output_loss(weight, codes, step, hessian)
     bias = block.stored.get(f"{name}.bias")
     float_bias = None if bias is None else bias.to(codes.device, torch.float32)
-    block.replace(name, QuantizedLinear(codes, step, float_bias, source.clip, BITS))
+    form = LinearFormat(
+        shape=(codes.shape[0], codes.shape[1]),
+        activations="static" if source.clip is None else "dynamic",
+        norm=source.norm,
+        bias=bias is not None,
+    )
+    block.replace(
+        name, QuantizedLinear(form, codes, step[:, None], bias=float_bias, clip=source.clip)
+    )
     tensors = {
         f"{name}.weight_packed": pack(codes.cpu(), BITS),
         f"{name}.weight_scale": step.to(torch.bfloat16)[:, None],

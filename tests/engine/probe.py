@@ -1,12 +1,13 @@
 """Functions that run in vLLM's worker, on the served model."""
 
+import copy
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergequant_vllm.kernels.norm_round.reference import static_codes
-from mergequant_vllm.kernels.token_quant.reference import token_codes
+from mergequant_vllm.kernels.codes import read_codes
 
 # Prefix in vLLM -> what went in and came out of it, in the last step that was watched.
 SEEN: dict[str, tuple[Tensor, Tensor]] = {}
@@ -16,7 +17,7 @@ def start(model: nn.Module) -> list[str]:
     """Watch every quantized linear; returns their names."""
     names = []
     for name, module in model.named_modules():
-        if hasattr(module, "kernel_weight"):
+        if hasattr(module, "product"):
             module.register_forward_hook(_remember(name))
             names.append(name)
     return names
@@ -41,14 +42,18 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, (x, y) in SEEN.items():
         layer: Any = model.get_submodule(name)
         method = layer.quant_method
-        bits, code_dtype = method.format.activation_bits, method.kernel.code_dtype
-        step = None
-        if method.spec.dynamic:
-            codes, step = token_codes(x, layer.input_clip, bits, code_dtype)
-        else:
-            codes = static_codes(x, bits, code_dtype)
-        ones = torch.ones_like(layer.weight_scale)
-        sums = method.kernel.linear(codes, layer.kernel_weight, ones, None, None, torch.float64)
+        laid_out, step = layer.quantizer(x)
+        codes = read_codes(laid_out, method.kernel.layout)
+        sums = integer_sums(layer.product, laid_out)
         seen = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
         found[name] = {key: None if value is None else value.cpu() for key, value in seen.items()}
     return found
+
+
+def integer_sums(product: Any, codes: Tensor) -> Tensor:
+    """The prepared linear's own sums: its product with steps of 1 and no rounding after."""
+    plain = copy.copy(product)
+    plain.spec = dataclasses.replace(product.spec, dtype=torch.float64)
+    plain._buffers = {**product._buffers, "weight_step": torch.ones_like(product.weight_step)}
+    y: Tensor = plain(codes, None, False)
+    return y

@@ -108,7 +108,7 @@ def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
         units = x
     else:
         clip = reader.read(f"{parts[0]}.input_clip")
-        step = (found["x"].abs().amax(-1, keepdim=True) * clip / 7).clamp(min=2.0**-100)
+        step = (found["x"].abs().amax(-1, keepdim=True) * clip * (1 / 7)).clamp(min=2.0**-100)
         assert torch.equal(found["step"], step)
         units = (found["x"] * step.reciprocal()).double()
     codes = units.round().clamp(-8, 7).to(torch.int64)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 
 
@@ -16,7 +17,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def norm_and_round(x: Tensor, weight: Tensor) -> Tensor:
-    return static_codes(norm(x, weight), 4, torch.float32)
+    return static_codes(norm(x, weight), 4, CodeLayout.FLOAT32)
 
 
 # What fusion may leave out between the norm's float32 value and the code: two roundings to the

@@ -1,15 +1,28 @@
 """Definition of the INT4 linear (paper Eq. 5), in exact integers.
 
-    y[t, j] = (sum_k x_int[t, k] * w_int[j, k]) * token_step[t] * weight_step[j] + bias[j]
+Per output channel j, with weight codes w, zero points z (0 if there are none) and activation
+codes x:
 
-The sum is an integer. It is multiplied in float32, the token's step first, then the channel's, and
-rounded once to the output's dtype after the bias. Every kernel keeps this order.
+    y[t, j] = (sum_k x[t, k] * (w[j, k] - z[j])) * token_step[t] * weight_step[j] + bias[j]
+
+and with groups g of input channels, each with its own step and zero point:
+
+    y[t, j] = (sum_g (sum_{k in g} x[t, k] * (w[j, k] - z[j, g])) * weight_step[j, g])
+              * token_step[t] + bias[j]
+
+The innermost sums are integers. They are rounded to float32 once and multiplied in float32, in the
+order written (per channel: the token's step first; groups: added in ascending order, then the
+token's step); the result is rounded once to the output's dtype, after the bias. Kernels of ours
+equal this bit for bit; kernels of others say where they round differently.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
+from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
 
 
@@ -36,10 +49,10 @@ def scale_products(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue: integer sums to the linear's output.
+    """The epilogue without groups: integer sums to the linear's output.
 
     Args:
-        products: [..., N], integer-valued; below 2^24 in magnitude, so exact in float32.
+        products: [..., N], integer-valued.
         weight_step: float32 [N].
         token_step: float32 [..., 1], or None for static activations.
         bias: [N] or None.
@@ -50,35 +63,87 @@ def scale_products(
     y = products.to(torch.float32)
     if token_step is not None:
         y = y * token_step
-    y = y * weight_step
+    return _finish(y * weight_step, None, bias, out_dtype)
+
+
+def scale_group_products(
+    products: list[Tensor],
+    weight_step: Tensor,
+    token_step: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The epilogue with groups: `products` one [..., N] a group, `weight_step` [N, groups]."""
+    y = products[0].to(torch.float32) * weight_step[:, 0]
+    for group, sums in enumerate(products[1:], start=1):
+        y = y + sums.to(torch.float32) * weight_step[:, group]
+    return _finish(y, token_step, bias, out_dtype)
+
+
+def _finish(
+    y: Tensor, token_step: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    if token_step is not None:
+        y = y * token_step
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(out_dtype)
+
+
+def centred_codes(stored: StoredLinear, spec: LinearSpec) -> Tensor:
+    """Weight codes minus their zero points: int16 [N, K]."""
+    codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features).to(torch.int16)
+    if stored.zero_points is None:
+        return codes
+    size = spec.group_size or spec.in_features
+    zeros = stored.zero_points.to(torch.int16).repeat_interleave(size, dim=1)
+    return codes - zeros[:, : spec.in_features]
+
+
+def group_slices(spec: LinearSpec) -> list[slice]:
+    """Input channels of each group."""
+    size = spec.group_size or spec.in_features
+    borders = [*range(0, spec.in_features, size), spec.in_features]
+    return [slice(start, stop) for start, stop in pairwise(borders)]
 
 
 class ReferenceLinear:
     """The definition as a selectable kernel: slow, obvious, on any device."""
 
     name = "reference"
-    code_dtype = torch.int8
+    layout = CodeLayout.INT8
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Nothing is refused."""
         return None
 
-    def prepare(self, weight_packed: Tensor, spec: LinearSpec) -> Tensor:
-        """int32 [N, words] as stored to int8 codes [N, K]."""
-        return unpack(weight_packed, spec.weight_bits, spec.in_features)
+    def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
+        """int16 [N, K]: codes minus zero points."""
+        return _Prepared(stored, spec)
 
-    def linear(
-        self,
-        codes: Tensor,
-        weight: Tensor,
-        weight_step: Tensor,
-        token_step: Tensor | None,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
+
+class _Prepared(PreparedLinear):
+    weight: Tensor
+    weight_step: Tensor
+    bias: Tensor | None
+
+    def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.columns = spec.in_features
+        self.register_buffer("weight", centred_codes(stored, spec))
+        self.register_buffer("weight_step", stored.weight_step)
+        self.register_buffer("bias", stored.bias)
+
+    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
         """See the module's docstring."""
-        products = integer_products(codes, weight)
-        return scale_products(products, weight_step, token_step, bias, out_dtype)
+        bias = self.bias if add_bias else None
+        if self.spec.group_size is None:
+            sums = integer_products(codes, self.weight)
+            step = self.weight_step[:, 0]
+            return scale_products(sums, step, token_step, bias, self.spec.dtype)
+        products = [
+            integer_products(codes[..., part], self.weight[:, part])
+            for part in group_slices(self.spec)
+        ]
+        return scale_group_products(products, self.weight_step, token_step, bias, self.spec.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.rounding import largest_code, round_to_codes
 
@@ -93,7 +94,7 @@ def token_clip_losses(x: Tensor, weights: Tensor, grid: Tensor, bits: int) -> Te
     """
     losses = []
     for ratio in grid.tolist():
-        codes, step = token_codes(x, x.new_tensor([ratio]), bits, torch.float32)
+        codes, step = token_codes(x, x.new_tensor([ratio]), bits, CodeLayout.FLOAT32)
         error = (x - codes * step) @ weights.T
         losses.append(error.square().sum(dtype=torch.float64))
     return torch.stack(losses)

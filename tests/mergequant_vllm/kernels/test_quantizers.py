@@ -1,39 +1,79 @@
-"""Static rounding and per-token quantization, against the equations in exact arithmetic."""
+"""Static rounding, per-token quantization and code layouts, against exact arithmetic."""
 
 from fractions import Fraction
 
+import pytest
 import torch
 
+from mergequant_vllm.kernels.codes import CodeLayout, lay_out, nibble_order, read_codes
+from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
+
+INT8 = CodeLayout.INT8
 
 
 def test_static_codes_round_and_clamp() -> None:
     x = torch.tensor([[-9.0, -0.5, 0.5, 1.5, 6.6, 99.0]], dtype=torch.bfloat16)
-    assert static_codes(x, 4, torch.int8).tolist() == [[-8, 0, 0, 2, 7, 7]]
+    assert static_codes(x, 4, INT8).tolist() == [[-8, 0, 0, 2, 7, 7]]
+    assert static_codes(x, 8, INT8).tolist() == [[-9, 0, 0, 2, 7, 99]]
 
 
-def test_token_codes_are_the_nearest_integers_to_the_exact_quotients() -> None:
+def test_static_codes_gather_then_shift_then_round_then_pad() -> None:
+    x = torch.tensor([[0.4, 2.4, -3.0]])
+    index = torch.tensor([1, 1, 0, 2, 2], dtype=torch.int32)
+    offset = torch.tensor([-0.25, 0.25, 0.0, 0.25, -0.75])
+    codes = static_codes(x, 4, INT8, index=index, offset=offset, columns=8)
+    assert codes.tolist() == [[2, 3, 0, -3, -4, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("layout", list(CodeLayout))
+def test_layouts_are_read_back(layout: CodeLayout) -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8).reshape(2, 8)
+    padded = torch.nn.functional.pad(codes, (0, 4))
+    for given in (codes, codes.to(torch.float32)):
+        assert torch.equal(read_codes(lay_out(given, layout, 12), layout), padded)
+
+
+def test_the_first_half_is_in_the_low_nibbles() -> None:
+    laid_out = lay_out(torch.tensor([[1, -2, 7, -8]]), CodeLayout.NIBBLES, 4)
+    assert laid_out.dtype == torch.uint8
+    assert laid_out.tolist() == [[0x71, 0x8E]]
+    assert nibble_order(6).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_token_codes_are_the_nearest_integers_to_the_exact_quotients(bits: int) -> None:
+    largest = 2 ** (bits - 1) - 1
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 33, generator=generator)
     clip = torch.tensor([0.7])
-    codes, step = token_codes(x, clip, 4, torch.int8)
+    codes, step = token_codes(x, clip, bits, INT8)
     for row, row_codes in zip(x.tolist(), codes.tolist(), strict=True):
-        exact_step = Fraction(0.7) * max(abs(Fraction(v)) for v in row) / 7
+        exact_step = Fraction(0.7) * max(abs(Fraction(v)) for v in row) / largest
         for value, code in zip(row, row_codes, strict=True):
             quotient = Fraction(value) / exact_step
-            nearest = min(max(round(quotient), -8), 7)
-            # Three float32 roundings stand between the quotient and the code.
+            nearest = min(max(round(quotient), -largest - 1), largest)
+            # Five float32 roundings stand between the quotient and the code.
             near_tie = (
                 abs(abs(quotient - round(quotient)) - Fraction(1, 2)) < abs(quotient) * 2**-21
             )
             assert code == nearest or near_tie
-    expected = x.abs().amax(-1, keepdim=True) * clip / 7
+    expected = x.abs().amax(-1, keepdim=True) * clip * (1 / largest)
     assert torch.equal(step, expected)
 
 
+def test_rotation_comes_before_the_step() -> None:
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    clip = torch.tensor([0.9])
+    codes, step = token_codes(x, clip, 4, INT8, hadamard=8, columns=32)
+    plain, plain_step = token_codes(rotate(x, 8), clip, 4, INT8, columns=32)
+    assert torch.equal(codes, plain) and torch.equal(step, plain_step)
+    assert not torch.equal(codes, token_codes(x, clip, 4, INT8, columns=32)[0])
+
+
 def test_a_token_of_zeros_has_codes_zero_and_a_finite_step() -> None:
-    codes, step = token_codes(torch.zeros(2, 8), torch.ones(1), 4, torch.int8)
+    codes, step = token_codes(torch.zeros(2, 8), torch.ones(1), 4, INT8)
     assert codes.eq(0).all()
     assert torch.isfinite(step).all() and step.gt(0).all()
 
@@ -41,5 +81,5 @@ def test_a_token_of_zeros_has_codes_zero_and_a_finite_step() -> None:
 def test_huge_and_tiny_tokens_keep_their_codes() -> None:
     row = torch.tensor([-7.0, -3.0, 0.0, 1.0, 7.0])
     for scale in (2.0**-80, 1.0, 2.0**120):
-        codes, _ = token_codes(row * scale, torch.ones(1), 4, torch.int8)
+        codes, _ = token_codes(row * scale, torch.ones(1), 4, INT8)
         assert codes.tolist() == [-7, -3, 0, 1, 7]

@@ -1,51 +1,132 @@
-"""Kernels are chosen by name or by device, and never changed in silence."""
+"""Kernels are chosen by name or by a table, and never changed in silence."""
 
-import dataclasses
 import logging
+from typing import Any
 
 import pytest
 import torch
 
-from mergequant_vllm.kernels import select
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
+from mergequant_vllm.kernels import defaults, select
+from mergequant_vllm.kernels.int4_linear import cutlass, humming, marlin
+from tests.mergequant_vllm.kernels.made import make_spec
 
-SPEC = LinearSpec(
-    in_features=64,
-    out_features=8,
-    weight_bits=4,
-    activation_bits=4,
-    dynamic=False,
-    device="cpu",
-    dtype=torch.float32,
-)
+SPEC = make_spec(in_features=64, out_features=8)
+
+INT4: dict[str, Any] = {}
+BY_INT8: dict[str, Any] = {"activation_bits": 8}
+W3: dict[str, Any] = {"weight_bits": 3}
+W3_GROUPS: dict[str, Any] = {"weight_bits": 3, "group_size": 128, "zero_points": True}
+W8: dict[str, Any] = {"weight_bits": 8, "activation_bits": 8}
 
 
 @pytest.fixture(autouse=True)
-def _forget_what_was_logged() -> None:
+def _forget_what_was_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     select._log_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
-def test_the_default_follows_the_device() -> None:
+@pytest.fixture
+def _libraries_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU machine with vLLM for CUDA."""
+    monkeypatch.setattr(marlin, "_missing_operations", lambda: None)
+    monkeypatch.setattr(cutlass, "_missing_operation", lambda: None)
+    monkeypatch.setattr(humming._HummingLinear, "_refuse_library", lambda *_: None)
+
+
+def gpu(capability: int | None, **changes: object) -> Any:
+    fields: dict[str, object] = {"in_features": 4096, "out_features": 4096, "device": "cuda"}
+    dtype = torch.float16 if capability == 75 else torch.bfloat16
+    return make_spec(**{**fields, "dtype": dtype, "capability": capability, **changes})
+
+
+@pytest.mark.usefixtures("_libraries_are_there")
+@pytest.mark.parametrize(
+    ("capability", "form", "kernel"),
+    [
+        (75, INT4, "humming-int4"),
+        (75, BY_INT8, "humming-int8"),
+        (75, W3, "humming-int8"),
+        (75, W8, "humming-int8"),
+        *((c, INT4, "humming-int4") for c in (80, 86, 89)),
+        *((c, BY_INT8, "marlin-int8") for c in (80, 86, 89)),
+        *((c, w, "humming-int8") for c in (80, 86, 89) for w in (W3, W3_GROUPS, W8)),
+        *((c, form, "marlin-int8") for c in (90, 100, 120) for form in (INT4, BY_INT8)),
+        *((c, w, "humming-int8") for c in (90, 100, 120) for w in (W3, W3_GROUPS, W8)),
+        (103, W3, "triton"),
+        (None, INT4, "triton"),
+        (130, INT4, "triton"),
+    ],
+)
+def test_the_documented_kernel_is_chosen(
+    capability: int | None, form: dict[str, Any], kernel: str
+) -> None:
+    assert select.select_linear(gpu(capability, **form), None).name == kernel
+
+
+def test_every_gpu_in_range_has_a_row_for_every_kind() -> None:
+    for capability in (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121):
+        for kind in defaults.Kind:
+            rows = [r for r in defaults.GPUS if r.oldest <= capability <= r.newest]
+            assert [r.kind for r in rows].count(kind) == 1
+    assert all(row.kernels[-1] == "reference" and row.evidence for row in defaults.GPUS)
+    named = {name for row in defaults.GPUS for name in row.kernels}
+    assert named <= select.LINEAR_KERNELS.keys()
+    assert "cutlass-int8" not in named  # twice the memory: only by name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spec", "reason"),
+    [
+        ("humming-int4", gpu(90), r"INT4 .* end at .* 8\.9, this is 9\.0; use humming-int8"),
+        ("humming-int4", gpu(86, activation_bits=8), "takes activations of 4 bits"),
+        ("humming-int4", gpu(86, zero_points=True), "no zero points with weights of 4 bits"),
+        ("humming-int8", gpu(103), r"slow in compute capability 10\.3"),
+        ("humming-int8", gpu(90, group_size=96), "has 96"),
+        ("marlin-int8", gpu(75), r"needs compute capability 8\.0 and the GPU has 7\.5"),
+        ("marlin-int8", gpu(90, weight_bits=3), "reads 4-bit weights and the layer has 3"),
+        ("marlin-int8", gpu(90, group_size=128), "has groups of 128"),
+        ("marlin-int8", gpu(90, dtype=torch.float32), "use --dtype bfloat16"),
+        ("cutlass-int8", gpu(100), "choose marlin-int8"),
+        ("triton", gpu(75), r"needs compute capability 8\.0 and the GPU has 7\.5"),
+        ("triton", SPEC, r"runs on GPUs .* and the layer is on cpu"),
+        ("cpu-fp32", gpu(90), "runs on the CPU and the layer is on cuda"),
+    ],
+)
+def test_a_requested_kernel_that_refuses_is_an_error_with_the_reason(
+    kernel: str, spec: Any, reason: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"Kernel '{kernel}' cannot run a linear of .*{reason}"
+    ) as error:
+        select.select_linear(spec, kernel)
+    assert str(error.value).endswith("; unset MERGEQUANT_KERNEL to use the default.")
+
+
+def test_on_a_cpu_the_cpus_kernel_is_chosen() -> None:
     assert select.select_linear(SPEC, None).name == "cpu-fp32"
 
 
-def test_a_requested_kernel_is_used() -> None:
-    assert select.select_linear(SPEC, "reference").name == "reference"
-
-
-def test_a_requested_kernel_that_refuses_is_an_error_with_the_reason() -> None:
-    on_gpu = dataclasses.replace(SPEC, device="cuda")
-    with pytest.raises(ValueError, match=r"'cpu-fp32' cannot run .*it runs on the CPU"):
-        select.select_linear(on_gpu, "cpu-fp32")
-
-
-def test_a_fallback_is_logged_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("vllm").propagate = True
-    too_long = dataclasses.replace(SPEC, in_features=300_000)
+def test_a_requested_kernel_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert select.select_linear(too_long, None).name == "reference"
-    assert "'cpu-fp32' was refused: K = 300000" in caplog.text
+        for _ in range(2):
+            assert select.select_linear(SPEC, "reference").name == "reference"
+    lines = [r.getMessage() for r in caplog.records if "kernel 'reference'" in r.getMessage()]
+    assert lines == ["INT4 linears run on kernel 'reference', as MERGEQUANT_KERNEL asks"]
+
+
+def test_a_fallback_is_logged_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(marlin, "_missing_operations", lambda: "marlin_gemm is not there")
+    monkeypatch.setattr(humming._HummingLinear, "_refuse_library", lambda *_: "no humming")
+    with caplog.at_level(logging.INFO):
+        assert select.select_linear(gpu(90), None).name == "triton"
     assert caplog.records[-1].levelno == logging.WARNING
+    assert caplog.records[-1].getMessage() == (
+        "Linears with 4-bit weights per channel, 4-bit activations run on kernel 'triton' "
+        "(cuda 9.0); 'marlin-int8' was refused: marlin_gemm is not there; "
+        "'humming-int8' was refused: no humming"
+    )
 
 
 def test_the_environment_names_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

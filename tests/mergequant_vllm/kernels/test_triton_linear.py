@@ -4,36 +4,39 @@ The kernel calls no function that Triton itself jits, so it can be interpreted i
 imported Triton before TRITON_INTERPRET was set; no subprocess is needed.
 """
 
-import re
-import subprocess
+import itertools
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from mergequant_vllm.kernels.codes import lay_out
+from mergequant_vllm.kernels.int4_linear import triton_operator
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
-from mergequant_vllm.kernels.int4_linear.triton import (
-    LARGEST_TILE,
-    TILES,
-    Tile,
-    TritonLinear,
-    build_kernel,
-    choose_tile,
-    compile_options,
-    int4_linear,
+from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.int4_linear.tiles import LinearShape, Tile, fit_to_layout
+from mergequant_vllm.kernels.int4_linear.triton import TritonLinear, exact_channels
+from mergequant_vllm.kernels.int4_linear.triton_layout import choose_layout, to_kernel_layout
+from mergequant_vllm.kernels.int4_linear.triton_operator import int4_linear_triton
+from mergequant_vllm.kernels.int4_linear.triton_program import build_kernel
+from tests.mergequant_vllm.kernels.made import (
+    MadeLinear,
+    make_linear,
+    make_spec,
+    make_token_step,
+    random_codes,
 )
-from mergequant_vllm.packing import pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = TritonLinear()
+TILES = [Tile(16, 32, 256, 2, 3), Tile(32, 64, 128, 4, 3), Tile(128, 128, 128, 8, 3)]
 
-# (N, K): 1, primes, around the tiles; K ends inside a word in all but the last.
-SIZES = [(1, 1), (7, 43), (43, 7), (129, 127), (172, 129), (352, 172), (43, 352)]
+# (N, K): 1, primes, around the tiles.
+SIZES = [(1, 1), (7, 43), (43, 7), (129, 127), (127, 129), (172, 352)]
 
 
 @pytest.fixture
@@ -47,131 +50,192 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     build_kernel.cache_clear()
 
 
-def make_spec(**changes: object) -> LinearSpec:
-    fields: dict[str, object] = {
-        "in_features": 352,
-        "out_features": 128,
-        "weight_bits": 4,
-        "activation_bits": 4,
-        "dynamic": False,
-        "device": "cuda",
-        "dtype": torch.bfloat16,
-    }
-    return LinearSpec(**{**fields, **changes})  # type: ignore[arg-type]
+def on_device(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(DEVICE)
 
 
-def random_codes(*shape: int) -> Tensor:
-    """int8 in [-8, 7]."""
-    return torch.randint(-8, 8, shape, dtype=torch.int8)
+def run(made: MadeLinear, x: Tensor, token_step: Tensor | None, bias: bool) -> Tensor:
+    """The kernel's output for codes `x` int8 [..., K], on the CPU."""
+    stored = StoredLinear(
+        made.stored.weight_packed.to(DEVICE),
+        made.stored.weight_step.to(DEVICE),
+        on_device(made.stored.zero_points),
+        on_device(made.stored.bias),
+    )
+    prepared = KERNEL.prepare(stored, made.spec).to(DEVICE)
+    codes = lay_out(x, KERNEL.layout, prepared.columns).to(DEVICE)
+    y: Tensor = prepared(codes, on_device(token_step), bias)
+    return y.cpu()
 
 
 def assert_equals_reference(
-    codes: Tensor,
-    weight_codes: Tensor,
-    weight_step: Tensor,
-    token_step: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
+    made: MadeLinear, x: Tensor, token_step: Tensor | None = None, bias: bool = False
 ) -> Tensor:
-    """`codes` int8 [..., K] and `weight_codes` int8 [N, K], all on the CPU; returns [..., N]."""
-    expected = ReferenceLinear().linear(
-        codes, weight_codes, weight_step, token_step, bias, out_dtype
-    )
-    weight = KERNEL.prepare(pack(weight_codes, 4).to(DEVICE), make_spec())
-    result = KERNEL.linear(
-        codes.to(DEVICE),
-        weight,
-        weight_step.to(DEVICE),
-        None if token_step is None else token_step.to(DEVICE),
-        None if bias is None else bias.to(DEVICE),
-        out_dtype,
-    ).cpu()
-    assert result.dtype == out_dtype
+    result = run(made, x, token_step, bias)
+    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, bias)
+    assert result.dtype == made.spec.dtype
     assert torch.equal(result, expected)
+    assert torch.equal(result.signbit(), expected.signbit())
     return result
 
 
 @pytest.mark.usefixtures("kernel_runs")
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 64, 127, 128, 129])
-def test_sizes(tokens: int, size: tuple[int, int]) -> None:
-    torch.manual_seed(tokens)
-    N, K = size
-    assert_equals_reference(
-        random_codes(tokens, K),
-        random_codes(N, K),
-        torch.rand(N) * 0.01,
-        torch.rand(tokens, 1),
-        torch.randn(N),
-        torch.float32,
+def test_sizes(tokens: int, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        triton_operator, "tile_for", lambda shape, *_: fit_to_layout(tile, shape.layout)
     )
+    for n, k in SIZES[tokens % 3 :: 3]:  # each tile meets each size, with some number of tokens
+        spec = make_spec(in_features=k, out_features=n, dynamic=True)
+        made = make_linear(spec, bias=True, seed=tokens)
+        x = random_codes(4, tokens, k, seed=tokens)
+        assert_equals_reference(made, x, make_token_step(tokens), bias=True)
+
+
+@pytest.mark.usefixtures("kernel_runs")
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 32, 96, 128, 512])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "asymmetric"])
+def test_every_stored_form(weight_bits: int, group_size: int | None, zero_points: bool) -> None:
+    """Static and dynamic, 4-bit and 8-bit activations; the last group is short."""
+    for activation_bits, dynamic in ((4, True), (8, False)):
+        spec = make_spec(
+            in_features=544,
+            out_features=33,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            group_size=group_size,
+            zero_points=zero_points,
+            dynamic=dynamic,
+        )
+        made = make_linear(spec, bias=True)
+        x = random_codes(activation_bits, 3, 544, seed=7)
+        assert_equals_reference(made, x, make_token_step(3) if dynamic else None, bias=True)
 
 
 @pytest.mark.usefixtures("kernel_runs")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_epilogue(dynamic: bool, bias_dtype: torch.dtype | None, out_dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    tokens, N, K = 7, 129, 172
-    assert_equals_reference(
-        random_codes(tokens, K),
-        random_codes(N, K),
-        torch.rand(N) * 0.01,
-        torch.rand(tokens, 1) if dynamic else None,
-        None if bias_dtype is None else torch.randn(N).to(bias_dtype),
-        out_dtype,
-    )
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_epilogue(dynamic: bool, group_size: int | None, dtype: torch.dtype) -> None:
+    """The output and the bias have the model's dtype; a float32 bias may meet any output."""
+    spec = make_spec(in_features=172, dynamic=dynamic, group_size=group_size, dtype=dtype)
+    made = make_linear(spec, bias=True)
+    wide = replace(made, stored=replace(made.stored, bias=torch.randn(spec.out_features)))
+    step = make_token_step(7) if dynamic else None
+    for linear, bias in ((made, False), (made, True), (wide, True)):
+        assert_equals_reference(linear, random_codes(4, 7, 172), step, bias)
 
 
 @pytest.mark.usefixtures("kernel_runs")
-@pytest.mark.parametrize("tokens", [1, 129])
-@pytest.mark.parametrize("pair", [(-8, -8), (7, 7), (-8, 7), (7, -8), (-128, -8)], ids=str)
-def test_extreme_codes(pair: tuple[int, int], tokens: int) -> None:
-    """Longest sums; -128 is what 8-bit activations would bring."""
-    N, K = 43, 351
-    result = assert_equals_reference(
-        torch.full((tokens, K), pair[0], dtype=torch.int8),
-        torch.full((N, K), pair[1], dtype=torch.int8),
-        torch.ones(N),
-        None,
-        None,
-        torch.float32,
-    )
-    assert torch.equal(result, torch.full((tokens, N), float(pair[0] * pair[1] * K)))
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_extreme_codes(weight_bits: int, activation_bits: int, group_size: int | None) -> None:
+    """The longest sums of each sign, also with zero points at the other end of the range."""
+    ends = [(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (activation_bits, weight_bits)]
+    for a, w in itertools.product(*ends):
+        far = ends[1][0] + ends[1][1] - w
+        for zero in (None, far):
+            spec = make_spec(
+                in_features=130,
+                out_features=3,
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                group_size=group_size,
+                zero_points=zero is not None,
+            )
+            codes = torch.full((3, 130), w, dtype=torch.int8)
+            zeros = None if zero is None else torch.full((3, spec.groups), zero, dtype=torch.int8)
+            made = make_linear(spec, codes=codes, zero_points=zeros)
+            made.stored.weight_step.fill_(1.0)
+            y = assert_equals_reference(made, torch.full((2, 130), a, dtype=torch.int8))
+            assert torch.equal(y, torch.full((2, 3), float(a * (w - (zero or 0)) * 130)))
+
+
+@pytest.mark.usefixtures("kernel_runs")
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("step", [2.0**-133, 1e-30, 1e30, -1e-3, 0.0])
+def test_extreme_steps(step: float, group_size: int | None) -> None:
+    """Subnormal, overflowing, negative and zero steps, tokens and groups of zeros among them."""
+    spec = make_spec(in_features=172, group_size=group_size, dynamic=True, dtype=torch.float16)
+    made = make_linear(spec)
+    made.stored.weight_step.fill_(step)
+    x = random_codes(4, 4, 172)
+    x[0] = 0
+    x[1, :64] = 0
+    for token_step in (1.0, 2.0**-20, 1e6):
+        assert_equals_reference(made, x, torch.full((4, 1), token_step))
+    wide = replace(made, spec=replace(spec, dtype=torch.float32))
+    assert_equals_reference(wide, x, torch.full((4, 1), 0.01))
 
 
 @pytest.mark.usefixtures("kernel_runs")
 def test_leading_dimensions_and_strides() -> None:
-    """Codes [2, 3, K] and steps [2, 3, 1], both cut out of wider tensors."""
-    torch.manual_seed(0)
-    assert_equals_reference(
-        random_codes(2, 3, 64)[..., 5:48],
-        random_codes(7, 43),
-        torch.rand(7),
-        torch.rand(2, 3, 4)[..., :1],
-        None,
-        torch.float32,
-    )
-
-
-def operator_arguments(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        random_codes(tokens, 43).to(DEVICE),
-        pack(random_codes(7, 43), 4).to(DEVICE),
-        torch.rand(7, device=DEVICE),
-        torch.rand(tokens, 1, device=DEVICE),
-        torch.randn(7, device=DEVICE),
-    )
+    """Codes [2, 3, columns] and steps [2, 3, 1], both cut out of wider tensors."""
+    made = make_linear(make_spec(in_features=128, dynamic=True))
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    x = random_codes(4, 2, 3, 192)[..., 5:133]
+    step = torch.rand(2, 3, 4)[..., :1]
+    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, step, False)
+    assert torch.equal(prepared.to(DEVICE)(x.to(DEVICE), step.to(DEVICE), False).cpu(), expected)
 
 
 @pytest.mark.usefixtures("kernel_runs")
-def test_operator_is_registered_soundly() -> None:
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "asymmetric"])
+def test_what_lies_beyond_the_linear_does_not_matter(bits: int, zero_points: bool) -> None:
+    """Codes beyond K against weights of 0, weights beyond K against codes of 0; rows beyond N."""
+    n, k, tokens = 5, 100, 3
+    layout = choose_layout(k, bits, None)
+    x, w = random_codes(8, tokens, k, seed=1), random_codes(bits, n, k, seed=2)
+    padding = layout.columns - k
+    rows = torch.randint(-128, 128, (n + 64, layout.row_bytes), dtype=torch.int8)
+    steps = torch.full((n + 64,), torch.nan)
+    steps[:n] = 0.5
+    zeros = torch.randint(-4, 4, (n + 64,), dtype=torch.int8)
+    expected = x.long() @ (w.long() - (zeros[:n, None].long() if zero_points else 0)).T * 0.5
+    for dirty in ("codes", "weights"):
+        fills = {name: random_codes(bits, n + tokens, padding) for name in ("codes", "weights")}
+        fills["weights" if dirty == "codes" else "codes"].zero_()
+        rows[:n] = to_kernel_layout(torch.cat((w, fills["weights"][:n]), 1), layout)
+        codes = torch.cat((x, fills["codes"][:tokens]), 1)
+        y = int4_linear_triton(
+            torch.cat((codes, torch.full((64, layout.columns), 127, dtype=torch.int8)))[:tokens].to(
+                DEVICE
+            ),
+            rows.to(DEVICE)[:n],
+            steps.to(DEVICE)[None, :n],
+            zeros.to(DEVICE)[None, :n] if zero_points else None,
+            None,
+            None,
+            k,
+            bits,
+            None,
+            torch.float32,
+        )
+        assert torch.equal(y.cpu(), expected.float())
+
+
+def operator_arguments(tokens: int, group_size: int | None, full: bool) -> tuple[object, ...]:
+    """Arguments of the operator, with every optional tensor or with none."""
+    shape = LinearShape(7, 64, 4, group_size)
+    weight = to_kernel_layout(random_codes(4, 7, 64), shape.layout)
+    zeros = random_codes(4, shape.groups, 7)
+    tensors: list[Tensor | None] = [random_codes(4, tokens, shape.layout.columns), weight]
+    tensors += [torch.rand(shape.groups, 7), zeros, torch.rand(tokens, 1), torch.randn(7)]
+    if not full:
+        tensors[3:] = [None] * 3
+    return (*map(on_device, tensors), 64, 4, group_size, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("kernel_runs")
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
+def test_operator_is_registered_soundly(full: bool) -> None:
     """Schema, fake implementation and dynamic shapes, by PyTorch's own check."""
-    codes, weight, weight_step, token_step, bias = operator_arguments(5)
-    for optional in ((token_step, bias), (None, None)):
-        arguments = (codes, weight, weight_step, *optional, torch.bfloat16)
-        torch.library.opcheck(int4_linear, arguments)
+    arguments = operator_arguments(5, 32 if full else None, full)
+    torch.library.opcheck(int4_linear_triton, arguments)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -183,74 +247,89 @@ def test_one_graph_for_all_lengths() -> None:
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(KERNEL.linear, fullgraph=True, dynamic=True, backend=keep_graph)
+    made = make_linear(make_spec(in_features=128, out_features=7, dynamic=True), bias=True)
+    prepared = KERNEL.prepare(made.stored, made.spec).to(DEVICE)
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
     for tokens in (2, 5, 65):
-        arguments = (*operator_arguments(tokens), torch.float32)
-        assert torch.equal(compiled(*arguments), KERNEL.linear(*arguments))
+        x = random_codes(4, tokens, 128).to(DEVICE)
+        step = make_token_step(tokens).to(DEVICE)
+        assert torch.equal(compiled(x, step, True), prepared(x, step, True))
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert len(graphs) == 1
     assert [str(node.target) for node in calls] == ["mergequant.int4_linear_triton.default"]
 
 
-def test_tiles_grow_with_tokens() -> None:
-    chosen = [choose_tile(tokens).block_m for tokens in (0, 1, 16, 17, 64, 65, 10**6)]
-    assert chosen == [16, 16, 16, 64, 64, 128, 128]
+@pytest.mark.usefixtures("kernel_runs")
+def test_rows_of_another_length_are_refused() -> None:
+    codes, *others = operator_arguments(2, None, full=False)
+    assert isinstance(codes, Tensor)
+    with pytest.raises(ValueError, match="takes rows of 128 codes, not 64"):
+        int4_linear_triton(codes[:, :64], *others)
 
 
-@pytest.mark.parametrize("tile", [*(tile for _, tile in TILES), LARGEST_TILE], ids=str)
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_for_gpus(capability: int, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, without a GPU: int8 tensor cores, no fused multiply-add, small enough."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    build_kernel.cache_clear()
-    pointers = {"codes": "*i8", "weight": "*i32", "weight_step": "*fp32", "token_step": "*fp32"}
-    outputs = {"bias": "*bf16", "out": "*bf16"}
-    sizes = {"M": "i32", "N": "i32", "K": "i32"}
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    kernel = build_kernel()
-    signature = {**pointers, **outputs, **sizes, **dict.fromkeys(blocks, "constexpr")}
-    aligned = [*pointers, *outputs, "N", "K"]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs=blocks,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = compile_kernel(source, target=target, options=compile_options(tile))
-    build_kernel.cache_clear()
-    assert re.search(r"mma.*(\.s8\.s8|kind::i8)", compiled.asm["ptx"])
-    assert "fma." not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 99 * 1024  # a block's most on capabilities 8.6 and 8.9
-
-
-def test_refuses_other_widths() -> None:
-    reason = KERNEL.refusal(make_spec(weight_bits=3))
-    assert reason == "it reads 4-bit weights and the layer has 3 bits"
-
-
-def test_refuses_the_cpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weight_bits": 5}, "it reads weights of 3, 4 and 8 bits and the layer has 5"),
+        ({"activation_bits": 16}, "it takes codes of 4 and 8 bits and the layer has 16"),
+        (
+            {"group_size": 48},
+            "it takes groups of whole multiples of 32 channels and the layer's have 48",
+        ),
+        (
+            {"dtype": torch.float64},
+            "it writes bfloat16, float16 and float32 and the model has torch.float64",
+        ),
+        (
+            {"in_features": 131072, "activation_bits": 8},
+            "its sums are exact up to 131071 channels and the layer adds 131072",
+        ),
+        ({"capability": 75}, "it needs compute capability 8.0 and the GPU has 7.5"),
+        ({"device": "cpu"}, "it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on cpu"),
+        ({"capability": 80}, None),
+        ({"capability": 120, "in_features": 131072}, None),
+        ({"group_size": 128, "in_features": 131072, "activation_bits": 8}, None),
+    ],
+    ids=str,
+)
+def test_refusals(
+    changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = KERNEL.refusal(make_spec(device="cpu"))
-    assert reason == "it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on cpu"
+    assert KERNEL.refusal(make_spec(**{"device": "cuda", **changes})) == reason
+
+
+def test_the_interpreter_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert KERNEL.refusal(make_spec(device="cpu")) is None
+    assert KERNEL.refusal(make_spec()) is None
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)], ids=str)
-def test_refuses_old_gpus(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asks_the_gpu_where_the_spec_does_not_say(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     refused = "it needs compute capability 8.0 and the GPU has 7.5"
-    assert KERNEL.refusal(make_spec()) == (refused if capability == (7, 5) else None)
+    reason = KERNEL.refusal(make_spec(device="cuda"))
+    assert reason == (refused if capability == (7, 5) else None)
+
+
+def test_exact_channels_are_exact() -> None:
+    """One channel more and a sum of extremes leaves int32."""
+    forms = itertools.product((3, 4, 8), (4, 8), (False, True))
+    for weight_bits, activation_bits, zero_points in forms:
+        spec: LinearSpec = make_spec(
+            weight_bits=weight_bits, activation_bits=activation_bits, zero_points=zero_points
+        )
+        shifted = 2 ** (weight_bits - 1) * 2 ** (8 - weight_bits) * 2 ** (activation_bits - 1)
+        centred = (2**weight_bits - 1) * 2 ** (activation_bits - 1) if zero_points else 0
+        largest = max(shifted, centred)
+        assert exact_channels(spec) * largest < 2**31 <= (exact_channels(spec) + 1) * largest
 
 
 @pytest.mark.parametrize("stub", [None, types.ModuleType("triton")], ids=["absent", "stub"])
@@ -259,15 +338,6 @@ def test_refuses_without_triton(
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", stub)
     monkeypatch.delitem(sys.modules, "triton.language", raising=False)
-    reason = KERNEL.refusal(make_spec())
+    reason = KERNEL.refusal(make_spec(device="cuda"))
     assert reason is not None
     assert reason.startswith("Triton cannot be imported (")
-
-
-def test_module_loads_without_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None; "
-        "from mergequant_vllm.kernels.int4_linear.triton import TritonLinear; TritonLinear()"
-    )
-    root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)

@@ -1,0 +1,196 @@
+"""The Triton program of the INT4 linear: int8 tensor cores, weights packed until registers.
+
+The product is computed transposed, weights [BLOCK_N, .] times codes [., BLOCK_M]: the tensor cores
+of capability 9.0 and later read only their first operand from registers, where weights unpack.
+
+A code of b bits is unpacked into the top b bits of an int8, which is the code times 2^(8-b): a
+shift and a mask, without sign extension. The sums are shifted back, exactly.
+
+Triton is imported when the kernel is first built: this module also loads where Triton is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def interpreted() -> bool:
+    """Whether the user asks Triton to interpret kernels, which needs no GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unpacking(bits: int) -> tuple[str, ...]:
+    """PTX for each part of a tile: four bytes of the planes, $1 and $2, to four int8 codes, $0.
+
+    Triton would unpack byte by byte. Its interpreter knows no assembly and runs the program's plain
+    formulas, which are these.
+    """
+    if bits == 4:
+        return (
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "and.b32 $0, $1, 0xF0F0F0F0;",
+        )
+    if bits == 3:
+        return tuple(_unpacking_of_3_bits(part) for part in range(8))
+    return ()
+
+
+def _unpacking_of_3_bits(part: int) -> str:
+    up = 5 - part // 2 * 2
+    low = f"shl.b32 t, $1, {up}" if up > 0 else f"shr.b32 t, $1, {-up}"
+    return (
+        f"{{ .reg .b32 t, s; {low}; and.b32 t, t, 0x60606060; "
+        f"shl.b32 s, $2, {7 - part}; and.b32 s, s, 0x80808080; or.b32 $0, t, s; }}"
+    )
+
+
+def int4_linear_program(
+    codes: tl.tensor,
+    weight: tl.tensor,
+    weight_step: tl.tensor,
+    zero_points: tl.tensor | None,
+    code_sums: tl.tensor | None,
+    token_step: tl.tensor | None,
+    bias: tl.tensor | None,
+    out: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    BITS: tl.constexpr,
+    RUN: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNPACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One [BLOCK_M, BLOCK_N] tile of the output; source of the Triton kernel.
+
+    Args:
+        codes: int8 [M, columns], contiguous.
+        weight: int8 [N, row_bytes], contiguous, see `triton_layout`.
+        weight_step: float32 [groups, N].
+        zero_points: int8 [groups, N] or None.
+        code_sums: int32 [groups, M], sums of each group's activation codes; None without zero
+            points.
+        token_step: float32 [M] or None.
+        bias: [N] of any floating dtype, or None.
+        out: [M, N], contiguous, written in its own dtype.
+        M: tokens.
+        N: outputs.
+        columns: inputs, padded to whole steps.
+        row_bytes: bytes of a row of weights.
+        BITS: width of a code in `weight`.
+        RUN: columns of a part of the layout's tile.
+        PARTS: parts of a tile.
+        GROUP: inputs of a group; 0: one step per output.
+        UNPACK: `unpacking(BITS)`; empty: the plain formulas.
+        BLOCK_M: tokens of the tile.
+        BLOCK_N: outputs of the tile.
+        BLOCK_K: inputs of one step along K, whole tiles of the layout.
+    """
+    # Bands of eight token tiles take turns at the same weights, which then stay in the L2 cache.
+    BAND: tl.constexpr = 8
+    tiles_n = (N + BLOCK_N - 1) // BLOCK_N
+    band = tl.program_id(0) // (BAND * tiles_n)
+    place = tl.program_id(0) % (BAND * tiles_n)
+    height = tl.minimum((M + BLOCK_M - 1) // BLOCK_M - band * BAND, BAND)
+    rows = (band * BAND + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = (place // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows, in_outputs = rows < M, outputs < N
+
+    # One part of each tile in a step: its codes and its bytes. 64 bits: M * K and N * K pass 2^31.
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    PART: tl.constexpr = BLOCK_K // PARTS
+    tile, within = tl.arange(0, PART) // RUN, tl.arange(0, PART) % RUN
+    x_part = codes + rows.to(tl.int64)[:, None] * columns
+    x_part += (tile * (RUN * PARTS) + within)[None, :]
+    w_plane = weight + outputs.to(tl.int64)[:, None] * row_bytes
+    w_plane += (tile * (RUN * PLANES) + within)[None, :]
+
+    sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
+    # -0: adding to it leaves the first group as it is, even where that is -0.
+    y = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32) * -1.0
+    for step in range(columns // BLOCK_K):
+        w_at = w_plane + step * (PART * PLANES)
+        plane = tl.load(w_at, mask=in_outputs[:, None], other=0)
+        if BITS == 3:
+            odd_plane = tl.load(w_at + RUN, mask=in_outputs[:, None], other=0)
+            signs = tl.load(w_at + 2 * RUN, mask=in_outputs[:, None], other=0)
+        for part in tl.static_range(PARTS):
+            x_at = x_part + (step * BLOCK_K + part * RUN)
+            x = tl.load(x_at, mask=in_rows[:, None], other=0)
+            if BITS == 8:
+                w = plane
+            elif BITS == 4:
+                if len(UNPACK) > 0:
+                    w = tl.inline_asm_elementwise(
+                        UNPACK[part], "=r,r", [plane], dtype=tl.int8, is_pure=True, pack=4
+                    )
+                else:
+                    w = (plane << 4 if part == 0 else plane & -16).to(tl.int8)
+            else:
+                low = plane if part % 2 == 0 else odd_plane
+                if len(UNPACK) > 0:
+                    w = tl.inline_asm_elementwise(
+                        UNPACK[part], "=r,r,r", [low, signs], dtype=tl.int8, is_pure=True, pack=4
+                    )
+                else:
+                    up = 5 - part // 2 * 2
+                    low = low << up if up > 0 else low >> -up
+                    w = ((low & 96) | ((signs << (7 - part)) & -128)).to(tl.int8)
+            sums = tl.dot(w, tl.trans(x), sums, out_dtype=tl.int32)
+            # A tile of the layout holds whole groups, or a group holds whole steps.
+            if GROUP > 0 and (
+                (part + 1) * RUN % GROUP == 0 if GROUP < BLOCK_K else part == PARTS - 1
+            ):
+                after = (step + 1) * BLOCK_K
+                group_ends = True if GROUP <= BLOCK_K else (after % GROUP == 0) | (after == columns)
+                if group_ends:
+                    group = (step * BLOCK_K + part * RUN) // GROUP
+                    products = sums >> (8 - BITS)
+                    if zero_points is not None:
+                        at = zero_points + group * N + outputs
+                        zero = tl.load(at, mask=in_outputs, other=0).to(tl.int32)
+                        in_group = tl.load(code_sums + group * M + rows, mask=in_rows, other=0)
+                        products -= zero[:, None] * in_group[None, :]
+                    at = weight_step + group * N + outputs
+                    scale = tl.load(at, mask=in_outputs, other=0)
+                    y += products.to(tl.float32) * scale[:, None]
+                    sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
+
+    if GROUP == 0:
+        products = sums >> (8 - BITS)
+        if zero_points is not None:
+            zero = tl.load(zero_points + outputs, mask=in_outputs, other=0).to(tl.int32)
+            in_row = tl.load(code_sums + rows, mask=in_rows, other=0)
+            products -= zero[:, None] * in_row[None, :]
+        y = products.to(tl.float32)
+    # The reference's order; `compile_options` keeps it.
+    if token_step is not None:
+        y = y * tl.load(token_step + rows, mask=in_rows, other=0)[None, :]
+    if GROUP == 0:
+        y = y * tl.load(weight_step + outputs, mask=in_outputs, other=0)[:, None]
+    if bias is not None:
+        y = y + tl.load(bias + outputs, mask=in_outputs, other=0).to(tl.float32)[:, None]
+    out_at = out + rows.to(tl.int64)[:, None] * N + outputs[None, :]
+    in_out = in_rows[:, None] & in_outputs[None, :]
+    tl.store(out_at, tl.trans(y.to(out.dtype.element_ty)), mask=in_out)
+
+
+@functools.cache
+def build_kernel() -> Any:
+    """The Triton kernel of `int4_linear_program`; interpreted if TRITON_INTERPRET=1 by now."""
+    import triton
+    import triton.language
+
+    # Triton resolves `tl` among the globals of the program's module, its interpreter only there.
+    globals()["tl"] = triton.language
+    return triton.jit(int4_linear_program, do_not_specialize=["M"])

@@ -1,0 +1,143 @@
+"""Which code turns activations into codes, decided per call by who compiles.
+
+| where                      | static                | per token (with Hadamard)              |
+|----------------------------|-----------------------|----------------------------------------|
+| GPU under torch.compile    | `norm_round.fused`    | `token_quant.fused` (`.triton`)        |
+| GPU, eager                 | `norm_round.triton`   | `token_quant.triton`                   |
+| CPU, or kernel `reference` | `reference` of either | `reference` of either                  |
+
+Under torch.compile the compiler puts gather, round, clamp and packing into the kernel of the norm
+(or of the activation function) in front; in eager mode each is one Triton kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
+from mergequant_vllm.kernels.int4_linear.triton import interpreted
+from mergequant_vllm.kernels.norm_round import fused as norm_round_fused
+from mergequant_vllm.kernels.norm_round import reference as norm_round
+from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
+from mergequant_vllm.kernels.token_quant import fused as token_quant_fused
+from mergequant_vllm.kernels.token_quant import reference as token_quant
+from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+
+
+@dataclass(frozen=True)
+class CodeForm:
+    """The codes that a linear's kernel takes.
+
+    Attributes:
+        bits: width of an activation code.
+        layout: how they are laid out.
+        columns: length of a row; codes beyond the linear's K are 0.
+        on_gpu: written by the GPU forms of the quantizers.
+    """
+
+    bits: int
+    layout: CodeLayout
+    columns: int
+    on_gpu: bool
+
+
+def runs_on_gpu(spec: LinearSpec, kernel: LinearKernel) -> bool:
+    """Whether the quantizers' GPU forms run; kernel `reference` asks for the definitions."""
+    if kernel.name == "reference":
+        return False
+    return spec.device == "cuda" or (interpreted() and kernel.name == "triton")
+
+
+class StaticQuantizer(nn.Module):
+    """Rounds a migrated norm's output (definition: `norm_round.reference`).
+
+    Args:
+        channels: n, width of the norm's output.
+        index: int32 [K] or None.
+        offset: float32 [K] or None.
+        device: where the codes are made.
+    """
+
+    index: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        form: CodeForm,
+        channels: int,
+        index: Tensor | None,
+        offset: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("index", index)
+        self.register_buffer("offset", offset)
+        slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
+        self.slabs = len(slabs)
+        for number, slab in enumerate(slabs if form.on_gpu else ()):
+            for name, tensor in vars(slab).items():
+                there = None if tensor is None else tensor.to(device)
+                self.register_buffer(f"slab_{number}_{name}", there)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [..., n] to codes [..., columns]; no step."""
+        form = self.form
+        if form.on_gpu and torch.compiler.is_compiling():
+            codes = norm_round_fused.static_codes(
+                x, form.bits, form.layout, self._slabs(), form.columns
+            )
+            return codes, None
+        source = norm_round_triton if form.on_gpu else norm_round
+        codes = source.static_codes(
+            x,
+            form.bits,
+            form.layout,
+            index=self.index,
+            offset=self.offset,
+            columns=form.columns,
+        )
+        return codes, None
+
+    def _slabs(self) -> list[norm_round_fused.Slab]:
+        names = ("channel", "offset", "mask")
+        return [
+            norm_round_fused.Slab(*(getattr(self, f"slab_{number}_{name}") for name in names))
+            for number in range(self.slabs)
+        ]
+
+
+class TokenQuantizer(nn.Module):
+    """Quantizes each token with its own step (definition: `token_quant.reference`).
+
+    Args:
+        clip: float32 [1].
+        hadamard: block of the rotation, or None.
+    """
+
+    clip: Tensor
+
+    def __init__(self, form: CodeForm, clip: Tensor, hadamard: int | None) -> None:
+        super().__init__()
+        self.form = form
+        self.hadamard = hadamard
+        self.register_buffer("clip", clip)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., K] to codes [..., columns] and steps float32 [..., 1]."""
+        form = self.form
+        source = token_quant
+        if form.on_gpu:
+            fuses = torch.compiler.is_compiling() and self.hadamard is None
+            source = token_quant_fused if fuses else token_quant_triton
+        codes, step = source.token_codes(
+            x,
+            self.clip,
+            form.bits,
+            form.layout,
+            hadamard=self.hadamard,
+            columns=form.columns,
+        )
+        return codes, step

@@ -1,0 +1,160 @@
+"""vLLM parameters in the contract's stored layout, and whether the loader filled them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+    PerTensorScaleParameter,
+)
+
+from mergequant_vllm.format import FormatError, LinearFormat
+from mergequant_vllm.packing import codes_per_word, words_per_row
+
+_REMEDY = "copy the checkpoint again, or quantize the model again."
+
+# Suffixes of the stored tensors, which a layer keeps only until its kernel has prepared its own.
+STORED = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "input_index",
+    "input_offset",
+    "input_clip",
+)
+
+# What no checkpoint holds: a parameter that keeps it was passed over by the loader.
+_NO_ZERO_POINT = 1000
+_NO_CHANNEL = -1
+
+
+class SharedInputParameter(BasevLLMParameter):
+    """A tensor of a linear's input, of which every merged linear brings an equal copy."""
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """The whole copy: the input of a column-parallel linear is not sharded."""
+        self._take(loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        """As above, for each of the merged linears."""
+        self._take(loaded_weight)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        """As above, for q, k and v."""
+        self._take(loaded_weight)
+
+    def _take(self, loaded: Tensor) -> None:
+        before = self.data.clone()
+        self._assert_and_load(loaded)
+        was_empty = bool((before == _NO_CHANNEL).all() or before.isnan().all())
+        if not was_empty and not torch.equal(before, self.data):
+            raise FormatError(
+                "Linears that vLLM merges have different input_index or input_offset tensors: "
+                "quantize the model again."
+            )
+
+
+def create_parameters(
+    layer: Any,
+    form: LinearFormat,
+    rows: int,
+    in_features: int,
+    parts: int,
+    loader: Callable[..., None],
+) -> None:
+    """Register the stored tensors of one server linear on `layer`, empty.
+
+    Every dtype is spelled out: vLLM loads models under the model's default dtype.
+
+    Args:
+        rows: N on this rank, merged linears together.
+        in_features: K on this rank, after reconstruction.
+        parts: how many of the checkpoint's linears are merged.
+        loader: vLLM's weight loader.
+    """
+    words = words_per_row(in_features, form.weight_bits)
+    per_word = codes_per_word(form.weight_bits)
+    packed = PackedvLLMParameter(
+        data=torch.zeros(rows, words, dtype=torch.int32),
+        input_dim=1,
+        output_dim=0,
+        packed_dim=1,
+        packed_factor=per_word if per_word.denominator > 1 else int(per_word),
+        weight_loader=loader,
+    )
+    layer.register_parameter("weight_packed", packed)
+    _create_weight_steps(layer, form, rows, in_features, loader)
+    if form.columns is not None:
+        index = torch.full((in_features,), _NO_CHANNEL, dtype=torch.int32)
+        layer.register_parameter(
+            "input_index", SharedInputParameter(data=index, weight_loader=loader)
+        )
+    if form.offsets:
+        offset = torch.full((in_features,), torch.nan, dtype=torch.float32)
+        layer.register_parameter(
+            "input_offset", SharedInputParameter(data=offset, weight_loader=loader)
+        )
+    if form.activations == "dynamic":
+        clips = torch.full((parts,), torch.nan, dtype=torch.float32)
+        layer.register_parameter(
+            "input_clip", PerTensorScaleParameter(data=clips, weight_loader=loader)
+        )
+
+
+def _create_weight_steps(
+    layer: Any, form: LinearFormat, rows: int, in_features: int, loader: Callable[..., None]
+) -> None:
+    size = form.group_size or in_features
+    groups = -(-in_features // size)
+    tensors = {"weight_scale": torch.full((rows, groups), torch.nan, dtype=torch.float32)}
+    if form.zero_points:
+        tensors["weight_zero_point"] = torch.full((rows, groups), _NO_ZERO_POINT, dtype=torch.int16)
+    for name, data in tensors.items():
+        parameter = (
+            ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+            if form.group_size is None
+            else GroupQuantScaleParameter(
+                data=data, input_dim=1, output_dim=0, weight_loader=loader
+            )
+        )
+        layer.register_parameter(name, parameter)
+
+
+def check_loaded(layer: Any, form: LinearFormat, prefix: str) -> None:
+    """Find what the loader passed over, and values that no quantizer writes.
+
+    Raises:
+        FormatError: one sentence that names the tensor.
+    """
+
+    def refuse(name: str, fault: str) -> None:
+        raise FormatError(f"{prefix}.{name} was not loaded in full or {fault}: {_REMEDY}")
+
+    if not bool(torch.isfinite(layer.weight_scale.data).all()):
+        refuse("weight_scale", "is not finite")
+    if form.zero_points:
+        half = 2 ** (form.weight_bits - 1)
+        zeros = layer.weight_zero_point.data
+        if not bool(((zeros >= -half) & (zeros < half)).all()):
+            refuse("weight_zero_point", f"is outside [{-half}, {half - 1}]")
+    if form.columns is not None:
+        index = layer.input_index.data
+        if not bool(((index >= 0) & (index < form.shape[1])).all()):
+            refuse("input_index", f"names channels outside [0, {form.shape[1] - 1}]")
+    if form.offsets and not bool(torch.isfinite(layer.input_offset.data).all()):
+        refuse("input_offset", "is not finite")
+    if form.activations == "dynamic":
+        _check_clips(layer.input_clip.data, prefix)
+
+
+def _check_clips(clips: Tensor, prefix: str) -> None:
+    if not bool((clips == clips[0]).all()):
+        raise FormatError(
+            f"The linears that vLLM merges into {prefix!r} have different clip ratios "
+            f"{clips.tolist()}, or one was not loaded: quantize the model again."
+        )

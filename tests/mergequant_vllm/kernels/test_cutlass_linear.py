@@ -1,0 +1,250 @@
+"""CutlassLinear's operands and roundings against the reference, on an emulated vLLM function."""
+
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant_vllm.kernels.codes import CodeLayout, lay_out
+from mergequant_vllm.kernels.int4_linear.cutlass import CutlassLinear
+from mergequant_vllm.kernels.int4_linear.reference import (
+    ReferenceLinear,
+    integer_products,
+    scale_products,
+)
+from tests.mergequant_vllm.kernels.made import (
+    MadeLinear,
+    make_linear,
+    make_spec,
+    make_token_step,
+    random_codes,
+)
+
+KERNEL = CutlassLinear()
+GPU = {"device": "cuda", "dtype": torch.bfloat16, "capability": 90}
+
+# (N, K): aligned to 16, off it by N, by K, by both.
+SIZES = [(64, 128), (43, 128), (128, 127), (129, 351), (1, 1), (16, 7)]
+
+Multiply = Callable[..., Tensor]
+
+
+def multiply(*, fused: bool) -> Multiply:
+    """`cutlass_scaled_mm`: its demands, and the product by the documented order of roundings."""
+
+    def cutlass_scaled_mm(
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        out_dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        assert out_dtype in (torch.bfloat16, torch.float16)
+        rows = a.view(-1, a.shape[-1])
+        assert a.dtype == b.dtype == torch.int8
+        assert rows.stride(1) == 1 and rows.shape[1] == b.shape[0]
+        assert b.stride(0) == 1 and b.stride(1) % 16 == 0
+        assert b.shape[0] % 16 == 0 and b.shape[1] % 16 == 0
+        for scale, size in ((scale_a, rows.shape[0]), (scale_b, b.shape[1])):
+            assert scale.dtype == torch.float32 and scale.is_contiguous()
+            assert scale.numel() in (1, size) and scale.dim() == 2 and scale.shape[1] == 1
+        y = integer_products(rows, b.T).float() * scale_b[:, 0]
+        if bias is None:
+            y = y * scale_a
+        else:
+            assert bias.dtype == out_dtype and bias.shape == (b.shape[1],)
+            assert bias.is_contiguous()
+            # A product of two float32 numbers is exact in float64.
+            product = y.double() * scale_a.double()
+            product = product if fused else product.float().double()
+            y = (product + bias.double()).float()
+        return y.to(out_dtype).view(*a.shape[:-1], b.shape[1])
+
+    return cutlass_scaled_mm
+
+
+def install(patch: pytest.MonkeyPatch, *, fused: bool = True) -> None:
+    """A vLLM that consists of this function."""
+    package, operations = types.ModuleType("vllm"), types.ModuleType("vllm._custom_ops")
+    operations.cutlass_scaled_mm = multiply(fused=fused)  # type: ignore[attr-defined]
+    package._custom_ops = operations  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "vllm", package)
+    patch.setitem(sys.modules, "vllm._custom_ops", operations)
+
+
+def make(n: int, k: int, *, bias: bool = False, **changes: object) -> MadeLinear:
+    spec = make_spec(in_features=k, out_features=n, **{**GPU, **changes})
+    return make_linear(spec, bias=bias, seed=n + k)
+
+
+def expected(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
+    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, bias)
+    return y
+
+
+def run(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    y: Tensor = prepared(lay_out(x, KERNEL.layout, prepared.columns), step, bias)
+    assert y.dtype == made.spec.dtype and y.is_contiguous()
+    return y
+
+
+def half_ulp(dtype: torch.dtype, values: Tensor) -> Tensor:
+    """The most that rounding `values` to `dtype` changes them."""
+    information = torch.finfo(dtype)
+    return information.eps / 2 * values.abs() + information.tiny * information.eps / 2
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129])
+def test_static_linears_equal_the_reference(
+    tokens: int, size: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    made = make(*size, weight_bits=bits)
+    x = random_codes(4, tokens, size[1], seed=tokens)
+    assert torch.equal(run(made, x, None), expected(made, x, None))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["two roundings", "fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_so_they_do_with_a_bias(
+    bits: int, dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, fused=fused)
+    made = make(43, 127, bias=True, dtype=dtype, activation_bits=bits)
+    x = random_codes(bits, 129, 127, seed=1)
+    assert torch.equal(run(made, x, None, bias=True), expected(made, x, None, bias=True))
+    assert torch.equal(run(made, x, None), expected(made, x, None))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["two roundings", "fused"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129])
+def test_token_steps_keep_the_bound(
+    tokens: int, dtype: torch.dtype, bias: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module's bound before the cast; then each side is rounded to the output's dtype."""
+    install(monkeypatch, fused=fused)
+    made = make(129, 351, bias=bias, dtype=dtype, dynamic=True)
+    x, step = random_codes(4, tokens, 351, seed=1), make_token_step(tokens)
+    result, want = run(made, x, step, bias).double(), expected(made, x, step, bias).double()
+
+    sums, weight_step = integer_products(x, made.codes), made.stored.weight_step[:, 0]
+    before = scale_products(sums, weight_step, step, None, torch.float64)
+    after = before if made.stored.bias is None else before + made.stored.bias.double()
+    apart = 2.0**-22 * before.abs() + (2.0**-23 * after.abs() if bias else 0)
+    apart *= 1 + 2.0**-10  # the bound is to first order
+    allowed = apart + 2 * half_ulp(dtype, after.abs() + apart)
+    assert ((result - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("pair", [(-8, -8), (7, 7), (127, -128), (-128, -128)], ids=str)
+def test_extreme_codes(pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    spec = make_spec(in_features=351, out_features=43, weight_bits=8, activation_bits=8, **GPU)
+    made = make_linear(spec, codes=torch.full((43, 351), pair[1], dtype=torch.int8))
+    x = torch.full((3, 351), pair[0], dtype=torch.int8)
+    assert torch.equal(run(made, x, None), expected(made, x, None))
+
+
+def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes [2, 3, K] and steps [2, 3, 1], both cut out of wider tensors; steps powers of two."""
+    install(monkeypatch)
+    made = make(43, 127, dynamic=True)
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    x = random_codes(4, 2, 3, 127)
+    codes = lay_out(x, CodeLayout.INT8, prepared.columns + 7)[..., : prepared.columns]
+    step = (2.0 ** -torch.arange(24.0)).reshape(2, 3, 4)[..., :1]
+    assert torch.equal(prepared(codes, step, False), expected(made, x, step))
+
+
+def test_all_padding_is_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    made = make(43, 127)
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    padded = torch.zeros(48, 128, dtype=torch.int8)
+    padded[:43, :127] = made.codes
+    assert prepared.columns == 128
+    assert torch.equal(prepared.get_buffer("weight"), padded)
+
+
+def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's function is traced, as in vLLM's own layers; here the operation below it is opaque."""
+    install(monkeypatch)
+    operation = sys.modules["vllm._custom_ops"].cutlass_scaled_mm
+    wrapped = torch.compiler.allow_in_graph(operation)  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(sys.modules["vllm._custom_ops"], "cutlass_scaled_mm", wrapped)
+    made = make(48, 128)
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
+    for tokens in (2, 5, 65):
+        x = random_codes(4, tokens, 128)
+        assert torch.equal(compiled(x, None, False), expected(made, x, None))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "it runs on NVIDIA GPUs and the layer is on cpu"),
+        ({"capability": 70}, "it needs compute capability 7.5 and the GPU has 7.0"),
+        (
+            {"capability": 100},
+            "INT8 is not in vLLM's CUTLASS kernels for Blackwell (compute capability 10.0); "
+            "choose marlin-int8",
+        ),
+        (
+            {"capability": 120},
+            "INT8 is not in vLLM's CUTLASS kernels for Blackwell (compute capability 12.0); "
+            "choose marlin-int8",
+        ),
+        ({"group_size": 128}, "it takes a step per output channel, the layer has groups of 128"),
+        ({"zero_points": True}, "it takes no zero points and the layer has them"),
+        (
+            {"dtype": torch.float32},
+            "it writes bfloat16 or float16 and the model is in float32; use --dtype bfloat16",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_what_the_kernels_cannot_hold(changes: dict[str, object], reason: str) -> None:
+    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) == reason
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, None])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_serves_all_widths(
+    bits: int, capability: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", object(), raising=False)
+    changes = {"weight_bits": bits, "capability": capability}
+    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) is None
+
+
+def test_refuses_a_vllm_without_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", object(), raising=False)
+    monkeypatch.delattr(torch.ops._C, "cutlass_scaled_mm")
+    reason = KERNEL.refusal(make_spec(**GPU))
+    assert reason == "this build of vLLM has no operation cutlass_scaled_mm; install vLLM for CUDA"
+
+
+def test_refuses_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    reason = KERNEL.refusal(make_spec(**GPU))
+    assert reason is not None and reason.startswith("vLLM cannot be imported (")

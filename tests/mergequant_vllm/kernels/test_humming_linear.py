@@ -1,0 +1,632 @@
+"""Humming's kernels behind an emulation of the library: layouts, scales, calls and refusals.
+
+What the library itself computes is compared with `humming_reference` on a GPU, not here.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from mergequant_vllm.kernels.codes import CodeLayout, lay_out, nibble_order
+from mergequant_vllm.kernels.int4_linear import humming
+from mergequant_vllm.kernels.int4_linear.humming import (
+    HummingInt4Linear,
+    HummingInt8Linear,
+    HummingPrepared,
+    humming_linear,
+)
+from mergequant_vllm.kernels.int4_linear.humming_library import (
+    library,
+    library_tensors,
+    padded_columns,
+)
+from mergequant_vllm.kernels.int4_linear.humming_reference import (
+    emulate,
+    emulate_epilogue,
+    emulate_group_epilogue,
+    largest_sum,
+    multiply_add,
+    power_of_two,
+)
+from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
+from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
+from tests.mergequant_vllm.kernels.emulated_humming import (
+    RANGES,
+    VERSIONS,
+    Emulated,
+    install,
+    read_bits,
+)
+from tests.mergequant_vllm.kernels.made import (
+    MadeLinear,
+    make_linear,
+    make_spec,
+    make_token_step,
+    random_codes,
+)
+
+Kernel = HummingInt4Linear | HummingInt8Linear
+INT4, INT8 = HummingInt4Linear(), HummingInt8Linear()
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def gpu_spec(**changes: object) -> LinearSpec:
+    """A spec that both kernels serve, with other fields."""
+    return make_spec(**{"device": "cuda", "dtype": torch.bfloat16, **changes})
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Emulated:
+    """The newest version, emulated."""
+    return install(monkeypatch, VERSIONS[-1], tmp_path)
+
+
+@pytest.fixture
+def cold() -> Iterator[None]:
+    """No kernel is warm."""
+    before = humming._warm.copy()
+    humming._warm.clear()
+    yield
+    humming._warm.clear()
+    humming._warm.update(before)
+
+
+def run(kernel: Kernel, made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool) -> Tensor:
+    prepared = kernel.prepare(made.stored, made.spec)
+    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, bias)
+    return y
+
+
+FORMS: list[tuple[Kernel, dict[str, object]]] = [
+    (INT4, {"weight_bits": 4}),
+    (INT4, {"weight_bits": 3}),
+    (INT4, {"weight_bits": 3, "zero_points": True}),
+    (INT4, {"weight_bits": 4, "group_size": 512}),  # one group: a step per output channel
+    (INT8, {"weight_bits": 4}),
+    (INT8, {"weight_bits": 3, "activation_bits": 8}),
+    (INT8, {"weight_bits": 8, "activation_bits": 8}),
+    (INT8, {"weight_bits": 4, "zero_points": True}),
+    (INT8, {"weight_bits": 4, "group_size": 32, "zero_points": True, "activation_bits": 8}),
+    (INT8, {"weight_bits": 3, "group_size": 128}),
+    (INT8, {"weight_bits": 8, "group_size": 128}),
+]
+IDS = [f"{k.name}-{'-'.join(f'{a[0]}{b}' for a, b in form.items())}" for k, form in FORMS]
+
+
+# Tokens, N, K, whether there is a bias, whether tokens have steps: on and off the tiles.
+SIZES = [(1, 64, 256, False, False), (127, 43, 352, True, True)]
+SIZES += [(128, 40, 320, True, False), (129, 129, 127, True, True)]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
+def test_what_the_library_is_handed_decodes_to_the_emulation(
+    library: Emulated, kernel: Kernel, form: dict[str, object], dtype: torch.dtype
+) -> None:
+    for m, n, k, bias, dynamic in SIZES:
+        spec = gpu_spec(in_features=k, out_features=n, dtype=dtype, dynamic=dynamic, **form)
+        assert kernel.refusal(spec) is None
+        made = make_linear(spec, bias=bias, seed=m)
+        x = random_codes(spec.activation_bits, m, k, seed=n)
+        step = make_token_step(m) if dynamic else None
+        prepared = kernel.prepare(made.stored, spec)
+        codes = lay_out(x, kernel.layout, prepared.columns)
+        for add_bias in {bias, False}:
+            y = prepared(codes, step, add_bias)
+            assert y.dtype == dtype and torch.isfinite(y).all()
+            assert torch.equal(y, emulate(made.stored, spec, x, step, add_bias))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_every_version_of_the_library_gets_its_own_arguments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, dynamic: bool
+) -> None:
+    install(monkeypatch, version, tmp_path)
+    for kernel in (INT4, INT8):
+        spec = gpu_spec(weight_bits=3, dtype=torch.float16, dynamic=dynamic)
+        if kernel is INT8:
+            spec = dataclasses.replace(spec, zero_points=True, group_size=128)
+        assert kernel.refusal(spec) is None
+        made = make_linear(spec, bias=True)
+        x, step = random_codes(4, 2, 64, 352), make_token_step(128).reshape(2, 64, 1)
+        y = run(kernel, made, x, step if dynamic else None, True)
+        expected = emulate(made.stored, spec, x, step if dynamic else None, True)
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+def test_it_equals_the_reference_where_nothing_rounds(
+    library: Emulated, kernel: Kernel, form: dict[str, object], dtype: torch.dtype
+) -> None:
+    # Every 70th channel is used, by codes of -1 to 1: sums of a few bits. Steps and biases are
+    # powers of two, the bias the largest: whatever is added has at most 8 bits.
+    for dynamic in (False, True):
+        spec = gpu_spec(in_features=352, out_features=43, dtype=dtype, dynamic=dynamic, **form)
+        codes = torch.zeros(43, 352, dtype=torch.int8)
+        codes[:, ::70] = random_codes(3, 43, 6).clamp(-1, 1)
+        zeros = torch.zeros(43, spec.groups, dtype=torch.int8) if spec.zero_points else None
+        made = make_linear(spec, codes=codes, zero_points=zeros, bias=True)
+        exponents = torch.arange(43).unsqueeze(1).expand(43, spec.groups) % 3
+        stored = dataclasses.replace(
+            made.stored, weight_step=2.0 ** (exponents - 9), bias=torch.full((43,), 0.5).to(dtype)
+        )
+        x = random_codes(3, 128, 352).clamp(-1, 1)
+        step = 2.0 ** (torch.arange(128).reshape(-1, 1) % 3 - 2) if dynamic else None
+        expected = ReferenceLinear().prepare(stored, spec)(x, step, True)
+        assert expected.unique().numel() > 9
+        y = run(kernel, dataclasses.replace(made, stored=stored), x, step, True)
+        assert torch.equal(y, expected)
+
+
+def in_order(weight: Tensor, kernel: Kernel) -> Tensor:
+    """Columns [N, columns] as the library counts them, in the order of the linear's channels."""
+    if kernel.layout is not CodeLayout.NIBBLES:
+        return weight
+    order = nibble_order(weight.shape[1])
+    return torch.empty_like(weight).index_copy_(1, order, weight)
+
+
+@pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
+def test_the_library_gets_documented_layouts(
+    library: Emulated, kernel: Kernel, form: dict[str, object]
+) -> None:
+    spec = gpu_spec(in_features=300, out_features=43, dtype=torch.float16, **form)
+    made = make_linear(spec, bias=True)
+    prepared = kernel.prepare(made.stored, spec)
+    handed, half = library.handed, 2 ** (spec.weight_bits - 1)
+    weight = in_order(read_bits(handed["weight"], spec.weight_bits) - half, kernel)
+    assert weight.shape[1] == prepared.columns and prepared.columns % 32 == 0
+    assert torch.equal(weight[:43, :300], made.codes.to(torch.int64))
+    assert not weight[43:].any() and not weight[:, 300:].any()
+    scale = made.stored.weight_step * 2.0 ** power_of_two(made.stored, spec)
+    assert torch.equal(handed["weight_scale"][:43].float(), scale)
+    assert torch.equal(handed["bias"][:43], made.stored.bias)  # type: ignore[arg-type]
+    if made.stored.zero_points is not None:
+        zeros = read_bits(handed["zero_point"].T, spec.weight_bits) - half
+        assert torch.equal(zeros[:, :43].T, made.stored.zero_points.to(torch.int64))
+
+
+def test_stored_words_are_handed_on_where_nothing_is_padded() -> None:
+    made = make_linear(gpu_spec(in_features=352, out_features=128))
+    assert (
+        library_tensors(made.stored, made.spec, CodeLayout.INT8, 0)["weight"]
+        is made.stored.weight_packed
+    )
+
+
+def nearest(value: Fraction, dtype: torch.dtype, *, bounded: bool = True) -> Fraction:
+    """`value` rounded to the nearest, ties to even; `bounded`: with the dtype's smallest step."""
+    if value == 0:
+        return value
+    bits = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}[dtype]
+    exponent = math.frexp(abs(float(value)))[1] - bits
+    if bounded:
+        info = torch.finfo(dtype)
+        exponent = max(exponent, math.frexp(info.smallest_normal * info.eps)[1] - 1)
+    step = Fraction(2) ** exponent
+    return round(value / step) * step
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_epilogue_rounds_twice(dtype: torch.dtype, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randint(-(2**17), 2**17, (40, 16), generator=generator)
+    products[:8] //= 2**8
+    scale = (torch.randn(16, generator=generator) / 64).to(dtype)
+    added = torch.randn(16, generator=generator).to(dtype) if bias else None
+    token = make_token_step(40) / 8
+    for scale_first in (False, True):
+        y = emulate_epilogue(products, scale, token, added, scale_first=scale_first)
+        for t in range(40):
+            for j in range(16):
+                total = Fraction(int(products[t, j]))
+                total = nearest(total * Fraction(float(token[t])), torch.float32)
+                total = total if scale_first else nearest(total, dtype)
+                total *= Fraction(float(scale[j]))
+                if scale_first:
+                    total = nearest(nearest(total, torch.float32), dtype)
+                if added is not None:
+                    total += Fraction(float(added[j]))
+                assert float(y[t, j]) == float(nearest(total, dtype))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bfloat16", "float16"])
+def test_groups_are_added_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    runs = list(torch.randint(-4096, 4096, (5, 30, 8), generator=generator))
+    scale = (torch.rand(8, 5, generator=generator) / 50).to(dtype)
+    token, bias = make_token_step(30), torch.randn(8, generator=generator).to(dtype)
+    y = emulate_group_epilogue(runs, scale, token, bias)
+    for t in range(30):
+        for j in range(8):
+            total = Fraction(0)
+            for g, sums in enumerate(runs):
+                added = int(sums[t, j]) * Fraction(float(scale[j, g]))
+                total = nearest(total + added, torch.float32)
+            total = nearest(total * Fraction(float(token[t])), torch.float32)
+            total = nearest(nearest(total, dtype) + Fraction(float(bias[j])), dtype)
+            assert float(y[t, j]) == float(total)
+
+
+@pytest.mark.parametrize(("capability", "length"), [(None, 64), (89, 64), (90, 128), (120, 64)])
+def test_groups_are_cut_into_runs(capability: int | None, length: int) -> None:
+    made = make_linear(gpu_spec(in_features=600, group_size=256, capability=capability))
+    x = random_codes(4, 50, 600)
+    runs = [slice(at, min(at + length, 600)) for at in range(0, 600, length)]
+    sums = [integer_products(x[:, run], made.codes[:, run]) for run in runs]
+    steps = made.stored.weight_step[:, [run.start // 256 for run in runs]].to(torch.bfloat16)
+    expected = emulate_group_epilogue(sums, steps, torch.ones(1), None)
+    assert torch.equal(emulate(made.stored, made.spec, x, None, False), expected)
+
+
+@pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32])
+def test_multiply_add_rounds_once(dtype: torch.dtype) -> None:
+    # The product lies between two neighbours; addends too small for float64's or float32's last
+    # bit decide which is nearer.
+    eps = torch.finfo(dtype).eps
+    a = torch.tensor([1 + eps, 1 + eps, 1 + eps, -1 - eps, 1.5], dtype=dtype)
+    b = torch.tensor([1 - eps / 2, 1.5, 1.5, 1.5, 0.75], dtype=dtype)
+    tiny = torch.finfo(dtype).smallest_normal * 4
+    for c in (0.0, tiny, -tiny, 1.0, -1.0):
+        addend = torch.full_like(a, c)
+        found = multiply_add(a, b, addend, dtype)
+        for i in range(a.numel()):
+            exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(addend[i]))
+            assert float(found[i]) == float(nearest(exact, dtype))
+
+
+def worst_case(made: MadeLinear) -> Tensor:
+    """Activation codes [N, K] that bring each output to its largest sum, nearly."""
+    most = 2 ** (made.spec.activation_bits - 1)
+    return torch.where(made.codes < 0, -most, most - 1).to(torch.int8)
+
+
+@pytest.mark.parametrize("k", [64, 1024, 4096, 28672])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 4), (3, 4), (4, 8), (8, 8)])
+def test_float16_holds_every_static_sum_and_loses_none(
+    k: int, bits: int, activation_bits: int
+) -> None:
+    made = make_linear(
+        gpu_spec(
+            in_features=k,
+            out_features=8,
+            weight_bits=bits,
+            activation_bits=activation_bits,
+            dtype=torch.float16,
+        ),
+        seed=k,
+    )
+    shift, bound = power_of_two(made.stored, made.spec), largest_sum(made.stored, made.spec)
+    assert bound <= 65504 * 2**shift and (shift == 0 or bound > 65504 * 2 ** (shift - 1))
+    assert bound <= k << (bits + activation_bits - 2)
+    sums = torch.cat(
+        (
+            integer_products(worst_case(made), made.codes).flatten(),
+            torch.arange(-1000, 1000),
+            torch.tensor([bound, -bound]),
+        )
+    )
+    assert int(sums.abs().max()) <= bound
+    first = (sums.to(torch.float32) * 2.0**-shift).to(torch.float16)
+    assert torch.isfinite(first).all()
+    for total, value in zip(sums.tolist(), first.tolist(), strict=True):
+        # As if float16 had no largest and no smallest exponent.
+        assert Fraction(value) * 2**shift == nearest(Fraction(total), torch.float16, bounded=False)
+
+
+def test_a_dynamic_float16_sum_overflows_only_with_its_output() -> None:
+    made = make_linear(gpu_spec(in_features=64, dtype=torch.float16, dynamic=True))
+    codes = made.codes.clone()
+    codes[5] = 0
+    steps = made.stored.weight_step.clone()
+    steps[5] = 2.0**-24  # unused, must not count
+    made = make_linear(made.spec, codes=codes)
+    stored = dataclasses.replace(made.stored, weight_step=steps)
+    shift = power_of_two(stored, made.spec)
+    scale = steps * 2.0**shift
+    used = torch.arange(128) != 5
+    assert 1 <= float(scale[used].min()) < 2
+    # A token whose outputs reach float16's upper end.
+    x = worst_case(made)
+    products = integer_products(x, codes).to(torch.float64)
+    exact = products * steps[:, 0].to(torch.float64)
+    token = (60000 / exact.abs().amax(dim=1, keepdim=True).clamp(min=2**-10)).to(torch.float32)
+    y = emulate(stored, made.spec, x, token, False)
+    assert torch.isfinite(y).all() and float(y.abs().max()) > 59000
+    # With the whole step on the token's side some sums would not have fitted.
+    assert not torch.isfinite((products.to(torch.float32) * token).to(torch.float16)).all()
+
+
+def test_bfloat16_and_groups_need_no_power_of_two() -> None:
+    made = make_linear(gpu_spec(in_features=4096))
+    assert power_of_two(made.stored, made.spec) == 0
+    made = make_linear(gpu_spec(in_features=4096, dtype=torch.float16, group_size=128))
+    assert power_of_two(made.stored, made.spec) == 0
+
+
+@pytest.mark.parametrize("step", [40000.0, 2.0**-30, 1 + 2.0**-11])
+def test_steps_that_float16_cannot_hold_are_refused(step: float) -> None:
+    made = make_linear(gpu_spec(in_features=4096, dtype=torch.float16))
+    steps = made.stored.weight_step.clone()
+    steps[3] = step
+    stored = dataclasses.replace(made.stored, weight_step=steps)
+    with pytest.raises(ValueError, match=r"weight steps in float16.*--dtype bfloat16"):
+        power_of_two(stored, made.spec)
+
+
+def test_a_configuration_that_was_not_asked_for_is_an_error(library: Emulated) -> None:
+    made = make_linear(gpu_spec())
+    for lie in ({"a_dtype": "int8"}, {"use_int_weight_scale": True}):
+        library.lies = dict(lie)
+        with pytest.raises(RuntimeError, match=r"humming configured .* was asked for"):
+            INT4.prepare(made.stored, made.spec)
+
+
+@pytest.mark.usefixtures("cold")
+def test_scales_are_float32_whatever_the_default_dtype_is(library: Emulated) -> None:
+    specs = [
+        gpu_spec(dtype=torch.float16, dynamic=dynamic, in_features=4096)
+        for dynamic in (False, True)
+    ]
+    linears = [make_linear(spec) for spec in specs]
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
+    try:
+        for made in linears:
+            prepared = INT4.prepare(made.stored, made.spec)
+            prepared.warm_up()  # type: ignore[operator]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scales = [launch["input_scale"] for launch in library.launches]
+    assert {scale.dtype for scale in scales} == {torch.float32}
+
+
+def test_no_tokens_launch_nothing(library: Emulated) -> None:
+    made = make_linear(gpu_spec())
+    y = run(INT8, made, torch.zeros(0, 352, dtype=torch.int8), None, False)
+    assert y.shape == (0, 128) and y.dtype == torch.bfloat16 and not library.launches
+
+
+def test_stream_k_brings_locks(library: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(humming, "_locks", lambda device: torch.zeros(1024, dtype=torch.int32))
+    made = make_linear(gpu_spec())
+    x = random_codes(4, 3, 352)
+    expected = run(INT4, made, x, None, False)
+    assert torch.equal(run(HummingInt4Linear(stream_k=True), made, x, None, False), expected)
+    exact, shared = library.launches
+    assert exact["locks"] is None and shared["locks"].shape == (1024,)
+
+
+@pytest.mark.parametrize("kernel", [INT4, INT8], ids=lambda kernel: kernel.name)
+@pytest.mark.usefixtures("cold")
+def test_warm_up_launches_each_kernel_once_a_shape(
+    library: Emulated, kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="vllm.mergequant")
+    prepared = []
+    for seed, dynamic in ((0, False), (1, False), (2, True)):
+        made = make_linear(gpu_spec(dynamic=dynamic), bias=True, seed=seed)
+        prepared.append(kernel.prepare(made.stored, made.spec))
+    assert all(isinstance(each, HummingPrepared) for each in prepared)
+    for each in prepared:
+        each.warm_up()  # type: ignore[operator]
+    first = {number: before + 1 for before, _, number, _ in reversed(RANGES)}
+    launched = [launch["inputs"].shape[0] for launch in library.launches]
+    assert launched == sorted(first.values()) * 2  # the second layer has the first one's shape
+    assert (library.folder / "mergequant").exists()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("humming: 3 kernels for 352 inputs and 128 outputs ready after")
+
+
+@pytest.mark.parametrize(("kernel", "dynamic"), [(INT4, False), (INT8, True)])
+def test_it_is_opaque_to_the_compiler(library: Emulated, kernel: Kernel, dynamic: bool) -> None:
+    made = make_linear(gpu_spec(dtype=torch.float16, dynamic=dynamic), bias=True)
+    prepared = kernel.prepare(made.stored, made.spec)
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (3, 129):
+        codes = lay_out(random_codes(4, m, 352), kernel.layout, prepared.columns)
+        step = make_token_step(m) if dynamic else None
+        assert torch.equal(compiled(codes, step, True), prepared(codes, step, True))
+
+
+def test_the_operation_is_registered_as_it_behaves(library: Emulated) -> None:
+    made = make_linear(gpu_spec(out_features=43), bias=True)
+    prepared: Any = INT8.prepare(made.stored, made.spec)
+    codes = random_codes(4, 5, 2, 352)
+    arguments = (
+        codes,
+        prepared.weight,
+        prepared.weight_scale,
+        prepared.zero_point,
+        prepared.bias,
+        prepared.input_scale,
+        None,
+        prepared.layer_config,
+        prepared.compute_config,
+        43,
+    )
+    torch.library.opcheck(humming_linear, arguments)
+
+
+REFUSALS: list[tuple[Kernel, dict[str, object], str]] = [
+    (INT4, {"device": "cpu"}, "it runs on NVIDIA GPUs and the layer is on cpu"),
+    (INT8, {"dtype": torch.float32}, "the model is in float32; use --dtype bfloat16"),
+    (INT4, {"weight_bits": 8}, "it takes weights of 3 or 4 bits and the layer has 8 bits"),
+    (INT8, {"weight_bits": 5}, "it takes weights of 3 or 4 or 8 bits and the layer has 5 bits"),
+    (INT4, {"activation_bits": 8}, "it takes activations of 4 bits and the layer has 8"),
+    (INT4, {"zero_points": True}, "it takes no zero points with weights of 4 bits"),
+    (INT8, {"zero_points": True, "weight_bits": 8}, "no zero points with weights of 8 bits"),
+    (INT4, {"group_size": 64}, "output channel, the layer has groups of 64; use humming-int8"),
+    (INT8, {"group_size": 16}, "groups of 32 or a higher power of two and the layer has 16"),
+    (INT8, {"group_size": 96}, "groups of 32 or a higher power of two and the layer has 96"),
+    (INT4, {"capability": 70}, "it needs compute capability 7.5 and the GPU has 7.0"),
+    (INT8, {"capability": 75}, "bfloat16 needs compute capability 8.0 (this is 7.5)"),
+    (INT4, {"capability": 90}, "at compute capability 8.9, this is 9.0; use humming-int8"),
+    (INT8, {"capability": 103}, "INT8 tensor cores are slow in compute capability 10.3"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "reason"), REFUSALS)
+def test_refusals_say_why(
+    library: Emulated, kernel: Kernel, changes: dict[str, object], reason: str
+) -> None:
+    assert reason in str(kernel.refusal(gpu_spec(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        (INT4, {"capability": None}),
+        (INT4, {"capability": 75, "dtype": torch.float16}),
+        (INT4, {"capability": 89, "group_size": 512}),  # one group: a step per output channel
+        (INT8, {"capability": 100}),
+        (INT8, {"capability": 110}),
+        (INT8, {"capability": 121, "in_features": 64, "group_size": 96}),
+    ],
+)
+def test_what_is_not_refused(library: Emulated, kernel: Kernel, changes: dict[str, object]) -> None:
+    assert kernel.refusal(gpu_spec(**changes)) is None
+
+
+def test_old_versions_are_refused_where_they_lack_something(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, "0.1.12", tmp_path)
+    old, thor = gpu_spec(capability=75, dtype=torch.float16), gpu_spec(capability=110)
+    assert "needs humming-kernels 0.1.17, not 0.1.12; upgrade vLLM" in str(INT4.refusal(old))
+    assert INT8.refusal(old) is None
+    assert "needs humming-kernels 0.1.14, not 0.1.12; upgrade vLLM" in str(INT8.refusal(thor))
+    zeros = gpu_spec(zero_points=True)
+    assert "needs humming-kernels 0.1.17, not 0.1.12; upgrade vLLM" in str(INT8.refusal(zeros))
+    assert INT8.refusal(gpu_spec(zero_points=True, group_size=128)) is None
+
+
+def test_a_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "humming", None)
+    reason = str(INT4.refusal(gpu_spec()))
+    assert reason.startswith("humming-kernels cannot be imported (")
+    assert reason.endswith("); install vLLM for CUDA")
+
+
+def real_library(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The installed library, without the build that importing it starts in the background."""
+    monkeypatch.setenv("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+    return pytest.importorskip("humming", reason="humming-kernels is not installed")
+
+
+def signatures() -> dict[str, list[str]]:
+    """Parameters of what is called, and fields of the schemas, of the `humming` to be imported."""
+    schema = library("schema")
+    found = {
+        name: sorted(each.name for each in dataclasses.fields(getattr(schema, name)))
+        for name in ("HummingWeightSchema", "HummingInputSchema")
+    }
+    functions = {"gemm": library("ops").humming_gemm}
+    if Version(importlib.import_module("humming").__version__) >= Version("0.1.17"):
+        functions["prepare"] = library("transform").prepare_and_transform_humming_tensors
+    else:
+        method = library("layer").HummingMethod
+        functions["meta"] = method.prepare_layer_meta
+        functions["transform"] = method.transform_humming_layer
+    for name, function in functions.items():
+        found[name] = parameters(function)
+    return {
+        name: [each for each in names if each != "quant_method"] for name, names in found.items()
+    }
+
+
+def parameters(function: Any) -> list[str]:
+    """Names, of a function or of an operation registered with PyTorch."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return [argument.name for argument in function.default._schema.arguments]
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_installed_library_has_the_emulated_signatures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    version = real_library(monkeypatch).__version__
+    if version not in VERSIONS:
+        pytest.skip(f"there is no emulation of humming-kernels {version}")
+    real = signatures()
+    kernels = library("kernel.humming").HummingKernel
+    assert parameters(kernels.prepare_kernels)[:3] == [
+        "layer_config",
+        "compute_config",
+        "tuning_config",
+    ]
+    install(monkeypatch, version, tmp_path)
+    assert signatures() == real
+
+
+@pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
+def test_the_installed_library_documents_the_layouts(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, form: dict[str, object]
+) -> None:
+    real_library(monkeypatch)
+    spec = gpu_spec(in_features=300, out_features=43, **form)
+    if (reason := kernel.refusal(spec)) is not None:
+        pytest.skip(reason)
+    tensors = library_tensors(make_linear(spec, bias=True).stored, spec, kernel.layout, 0)
+    schema = library("schema").HummingWeightSchema(
+        b_dtype=f"uint{spec.weight_bits}",
+        weight_scale_group_size=0 if spec.groups == 1 else spec.group_size,
+        has_zero_point=spec.zero_points,
+    )
+    documented = schema.get_tensors_attrs(
+        shape_n=tensors["weight"].shape[0],
+        shape_k=padded_columns(spec),
+        param_dtype=spec.dtype,
+        has_bias=True,
+    )
+    assert documented.keys() == tensors.keys()
+    for name, form_ in documented.items():
+        assert tuple(tensors[name].shape) == form_["shape"]
+        assert tensors[name].dtype == form_["dtype"]
+
+
+class StandIn:
+    """What the library asks of a GPU before it compiles anything."""
+
+    sm_version, sm_major, sm_minor, is_ppu = 80, 8, 0, False
+
+
+def test_the_installed_library_reads_the_weights_as_they_are_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if Version(real_library(monkeypatch).__version__) < Version("0.1.17"):
+        pytest.skip("this version transforms on a GPU only")
+    monkeypatch.setattr("humming.transform.DeviceInfo", lambda device: StandIn)
+    monkeypatch.setattr("humming.device.DeviceInfo._get_value", lambda self: StandIn)
+    for dynamic in (False, True):
+        spec = gpu_spec(in_features=300, out_features=43, dynamic=dynamic)
+        made = make_linear(spec, bias=True)
+        prepared: Any = INT4.prepare(made.stored, spec)
+        config = json.loads(prepared.layer_config)
+        assert config["input_quant_mode"] == ("dynamic_token" if dynamic else "static_tensor")
+        assert (config["shape_n"], config["shape_k"]) == (256, 384)
+        assert (config["pad_shape_n"], config["pad_shape_k"]) == (208, 64)
+        assert config["weight_scale_type"] == "channel" and config["c_dtype"] == "bfloat16"
+        # Flat layout: 64 outputs by 32 codes, along N first.
+        words = prepared.weight.reshape(384 // 32, 256 // 64, 64, 4).permute(1, 2, 0, 3)
+        codes = read_bits(words.reshape(256, 384 // 8), 4)
+        codes = torch.where(codes < 8, codes, codes - 16)[:48, :320]
+        codes = in_order(codes, INT4)
+        assert torch.equal(codes[:43, :300], made.codes.to(torch.int64))
+        assert not codes[43:].any() and not codes[:, 300:].any()
+        assert prepared.weight_scale.shape == (1, 256) and prepared.bias.shape == (256,)

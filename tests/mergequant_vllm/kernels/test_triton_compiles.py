@@ -1,0 +1,93 @@
+"""The Triton kernel compiles to machine code for GPUs that are not here."""
+
+import re
+from typing import Any
+
+import pytest
+
+from mergequant_vllm.kernels.int4_linear.tiles import (
+    LinearShape,
+    Tile,
+    default_tile,
+    shared_bytes,
+    shared_limit,
+)
+from mergequant_vllm.kernels.int4_linear.triton_operator import compile_options
+from mergequant_vllm.kernels.int4_linear.triton_program import build_kernel, unpacking
+
+POINTERS = {
+    "codes": "*i8",
+    "weight": "*i8",
+    "weight_step": "*fp32",
+    "zero_points": "*i8",
+    "code_sums": "*i32",
+    "token_step": "*fp32",
+    "bias": "*bf16",
+    "out": "*bf16",
+}
+
+# Capability, tokens, weight bits, group size, and which optional tensors there are. Each width,
+# each kind of group and each tensor-core instruction (mma, wgmma, tcgen05) once.
+VARIANTS = [
+    (80, 1, 4, None, ("token_step",)),
+    (80, 64, 8, None, ("bias",)),
+    (90, 1, 3, 128, ("zero_points", "code_sums")),
+    (90, 64, 4, 512, ("zero_points", "code_sums", "token_step", "bias")),
+    (100, 64, 4, None, ("token_step", "bias")),
+    (120, 1, 3, None, ()),
+]
+
+
+def compile_for(capability: int, tile: Tile, shape: LinearShape, optional: tuple[str, ...]) -> Any:
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = build_kernel()
+    layout = shape.layout
+    absent = {"zero_points", "code_sums", "token_step", "bias"} - set(optional)
+    constants = {
+        **dict.fromkeys(absent),
+        "BITS": layout.bits,
+        "RUN": layout.run,
+        "PARTS": layout.parts,
+        "GROUP": shape.group_size or 0,
+        "UNPACK": unpacking(layout.bits),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+    present = {name: kind for name, kind in POINTERS.items() if name not in absent}
+    types = {**present, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [*present, "N", "columns", "row_bytes"]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return compile_kernel(source, target=target, options=compile_options(tile))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiles_for_gpus(
+    variant: tuple[int, int, int, int | None, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Int8 tensor cores, no fused multiply-add, no flushed subnormals, small enough."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    capability, tokens, bits, group_size, optional = variant
+    shape = LinearShape(4096, 4096, bits, group_size)
+    limit = shared_limit(capability)
+    tile = default_tile(shape, tokens, limit)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    build_kernel.cache_clear()
+    compiled = compile_for(capability, tile, shape, optional)
+    build_kernel.cache_clear()
+    ptx = compiled.asm["ptx"]
+    assert re.search(r"mma.*(\.s8\.s8|kind::i8)", ptx)
+    assert "fma." not in ptx and ".ftz" not in ptx
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= shared_bytes(tile, shape) <= limit
+    assert not re.search(r"\.local\b", ptx)

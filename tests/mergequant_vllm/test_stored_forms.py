@@ -1,0 +1,294 @@
+"""Every form that the contract names, loaded by vLLM's own layers from tensors made here."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant.quantized_linear import QuantizedLinear
+from mergequant_vllm.format import FormatError, LinearFormat
+from mergequant_vllm.packing import pack
+from tests.mergequant_vllm.kernels.made import random_codes
+
+pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from mergequant_vllm.linear import MergeQuantLinearMethod
+
+NAME = "model.layers.0.mlp.gate_up_proj"
+
+
+class Given(QuantizationConfig):
+    """Hands every layer one method: a checkpoint's configuration is not under test here."""
+
+    def __init__(self, *merged: LinearFormat, kernel: str | None = None) -> None:
+        super().__init__()
+        self.merged, self.kernel = merged, kernel
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> MergeQuantLinearMethod:
+        return MergeQuantLinearMethod(prefix, self.merged, self.kernel)
+
+    def get_name(self) -> Any:
+        return "mergequant"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Given":
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
+
+
+def make_tensors(form: LinearFormat, seed: int) -> dict[str, Tensor]:
+    """What a checkpoint would hold of a linear of this form."""
+    rows, k, bits = form.shape[0], form.in_features, form.weight_bits
+    generator = torch.Generator().manual_seed(seed)
+    codes = random_codes(bits, rows, k, seed=seed)
+    step = torch.rand(rows, form.groups, generator=generator) + 0.01
+    tensors = {"weight_packed": pack(codes, bits), "weight_scale": step.to(torch.bfloat16)}
+    if form.zero_points:
+        tensors["weight_zero_point"] = random_codes(bits, rows, form.groups, seed=seed + 1)
+    if form.columns is not None:
+        index = torch.randint(0, form.shape[1], (k,), generator=torch.Generator().manual_seed(0))
+        tensors["input_index"] = index.to(torch.int32)
+    if form.offsets:
+        tensors["input_offset"] = torch.rand(k, generator=torch.Generator().manual_seed(1)) - 0.5
+    if form.activations == "dynamic":
+        tensors["input_clip"] = torch.tensor([0.8125])
+    return tensors
+
+
+def oracle(form: LinearFormat, tensors: dict[str, Tensor]) -> QuantizedLinear:
+    from mergequant_vllm.packing import unpack
+
+    return QuantizedLinear(
+        form,
+        unpack(tensors["weight_packed"], form.weight_bits, form.in_features),
+        tensors["weight_scale"],
+        zero_points=tensors.get("weight_zero_point"),
+        clip=tensors.get("input_clip"),
+        index=tensors.get("input_index"),
+        offset=tensors.get("input_offset"),
+    )
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """vLLM builds and loads a model under the model's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load(layer: Any, *parts: dict[str, Tensor]) -> None:
+    parameters = dict(layer.named_parameters())
+    assert parameters.keys() == parts[0].keys()
+    for number, tensors in enumerate(parts):
+        for name, parameter in parameters.items():
+            shard = () if len(parts) == 1 else (number,)
+            parameter.weight_loader(parameter, tensors[name], *shard)
+    with loading():
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def merged_layer(first: LinearFormat, second: LinearFormat, kernel: str | None = None) -> Any:
+    rows = [first.shape[0], second.shape[0]]
+    with loading():
+        return MergedColumnParallelLinear(
+            first.shape[1], rows, bias=False, params_dtype=torch.float32,
+            quant_config=Given(first, second, kernel=kernel), prefix=NAME,
+        )  # fmt: skip
+
+
+WEIGHTS: list[dict[str, Any]] = [
+    {"weight_bits": 3, "group_size": 32, "zero_points": True},
+    {"weight_bits": 3, "zero_points": True},
+    {"weight_bits": 4, "group_size": 64},
+    {"weight_bits": 8},
+    {},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"columns": 128, "offsets": True},
+        {"columns": 64, "activation_bits": 8},
+        {"offsets": True},
+        {"columns": 131},
+        {},
+    ],
+    ids=str,
+)
+def test_static_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
+    forms = [
+        LinearFormat(shape=(rows, 64), activations="static", norm="n", **weights, **inputs)
+        for rows in (43, 20)
+    ]
+    tensors = [make_tensors(form, seed) for seed, form in enumerate(forms)]
+    layer = merged_layer(*forms)
+    load(layer, *tensors)
+    x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
+    expected = torch.cat([oracle(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
+    assert torch.equal(layer(x)[0], expected)
+    assert not dict(layer.named_parameters()).keys() & {"weight_packed", "weight_scale"}
+
+
+def row_layer(form: LinearFormat, kernel: str | None = None) -> Any:
+    with loading():
+        return RowParallelLinear(
+            form.shape[1], form.shape[0], bias=False, params_dtype=torch.float32,
+            quant_config=Given(form, kernel=kernel), prefix="model.layers.0.mlp.down_proj",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("inputs", [{"hadamard": 32}, {"activation_bits": 8}], ids=str)
+def test_dynamic_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
+    form = LinearFormat(shape=(43, 192), activations="dynamic", **weights, **inputs)
+    tensors = make_tensors(form, 3)
+    layer = row_layer(form)
+    load(layer, tensors)
+    x = torch.randn(9, 192, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(layer(x)[0], oracle(form, tensors)(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("hadamard", [None, 32])
+def test_what_runs_on_gpus_equals_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, hadamard: int | None
+) -> None:
+    """The quantizers' GPU forms and the Triton product behind them, interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    form: dict[str, Any] = {"weight_bits": 3, "group_size": 32, "zero_points": True}
+    static = LinearFormat(
+        shape=(43, 64), activations="static", norm="n", columns=80, offsets=True, **form
+    )
+    dynamic = LinearFormat(shape=(64, 192), activations="dynamic", hadamard=hadamard, **form)
+    tensors = [make_tensors(static, 0), make_tensors(static, 1), make_tensors(dynamic, 2)]
+    up, down = merged_layer(static, static, "triton"), row_layer(dynamic, "triton")
+    load(up, *tensors[:2])
+    load(down, tensors[2])
+    assert up.quantizer.form.on_gpu and down.quantizer.form.on_gpu
+    x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
+    z = torch.randn(9, 192, generator=torch.Generator().manual_seed(6))
+
+    def run(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return up(x)[0], down(z)[0]
+
+    found = torch.compile(run, fullgraph=True)(x, z) if compiled else run(x, z)
+    expected = torch.cat([oracle(static, part)(x) for part in tensors[:2]], -1)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], oracle(dynamic, tensors[2])(z))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_each_rank_of_two_takes_its_own_columns(
+    monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any]
+) -> None:
+    """The second of two ranks of a row-parallel linear: its words, its groups, its rotation."""
+    whole = LinearFormat(shape=(43, 256), activations="dynamic", hadamard=64, **weights)
+    half = whole.model_copy(update={"shape": (43, 128)})
+    tensors = make_tensors(whole, 3)
+    for module in ("parameter", "layers.linear"):
+        where = f"vllm.model_executor.{module}"
+        monkeypatch.setattr(f"{where}.get_tensor_model_parallel_rank", lambda: 1)
+        monkeypatch.setattr(f"{where}.get_tensor_model_parallel_world_size", lambda: 2)
+    layer = row_layer(whole)
+    layer.reduce_results = False
+    load(layer, tensors)
+    from mergequant_vllm.packing import unpack
+
+    codes = unpack(tensors["weight_packed"], whole.weight_bits, 256)[:, 128:]
+    mine = {**tensors, "weight_packed": pack(codes, whole.weight_bits)}
+    if whole.group_size is not None:
+        second = slice(whole.groups // 2, None)
+        for name in tensors.keys() & {"weight_scale", "weight_zero_point"}:
+            mine[name] = tensors[name][:, second]
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(layer(x)[0], oracle(half, mine)(x))
+
+
+def test_shards_that_cut_groups_or_rotations_are_refused() -> None:
+    def refuse(**fields: Any) -> None:
+        form = LinearFormat(shape=(64, 192), activations="dynamic", **fields)
+        MergeQuantLinearMethod("down", [form], None).create_weights(
+            torch.nn.Module(), 96, [64], 192, 64, torch.float32, weight_loader=lambda *_: None
+        )
+
+    refuse(group_size=32)
+    with pytest.raises(ValueError, match=r"96 a rank, .* groups \(64 codes each\): use .*size 1\."):
+        refuse(group_size=64)
+    with pytest.raises(ValueError, match=r"not a whole number of Hadamard blocks \(64 codes"):
+        refuse(hadamard=64)
+
+
+def test_merged_linears_must_read_the_same_channels() -> None:
+    forms = [
+        LinearFormat(shape=(8, 64), activations="static", norm="n", columns=64, offsets=True)
+        for _ in range(2)
+    ]
+    for name in ("input_index", "input_offset"):
+        tensors = [make_tensors(form, 0) for form in forms]
+        tensors[1][name] = tensors[1][name].flip(0)
+        with pytest.raises(FormatError, match="different input_index or input_offset"):
+            load(merged_layer(*forms), *tensors)
+
+
+def test_linears_of_different_form_are_not_merged() -> None:
+    one = LinearFormat(shape=(8, 64), activations="static", norm="n")
+    for other in ({"weight_bits": 3}, {"columns": 64}, {"norm": "m"}, {"zero_points": True}):
+        with pytest.raises(FormatError, match="are stored in different ways"):
+            MergeQuantLinearMethod("gate_up", [one, one.model_copy(update=other)], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("input_index", 64, r"input_index .* names channels outside \[0, 63\]"),
+        ("weight_zero_point", 9, r"weight_zero_point .* is outside \[-4, 3\]"),
+        ("input_offset", float("inf"), "input_offset .* is not finite"),
+        ("weight_scale", float("nan"), "weight_scale .* is not finite"),
+    ],
+)
+def test_values_that_no_quantizer_writes_are_refused(name: str, bad: float, message: str) -> None:
+    fields: dict[str, Any] = {"columns": 64, "offsets": True, "zero_points": True, "weight_bits": 3}
+    form = LinearFormat(shape=(8, 64), activations="static", norm="n", **fields)
+    tensors = make_tensors(form, 0)
+    tensors[name][-1] = bad
+    with pytest.raises(FormatError, match=message):
+        load(merged_layer(form, form), tensors, tensors)
