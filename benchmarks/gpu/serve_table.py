@@ -138,7 +138,10 @@ def table(cells: Cells) -> str:
                 f"{cell['decode_tokens_per_second']:.0f} | {cell['whole_seconds']:.2f} | "
                 f"{ratios} | {kernels} |"
             )
-    lines += ["", *_memory(methods), "", *_paper()]
+    lines += ["", *_memory(methods), "", *_paper(), ""]
+    for name, batches in methods.items():
+        settings = next(iter(batches.values())).get("settings", {})
+        lines.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     lines += ["", *cells.troubles()]
     return "\n".join(lines)
 

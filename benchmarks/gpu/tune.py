@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import Cells, Record
+from benchmarks.gpu.cells import Cells, Record, Refused
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.device import KERNELS, Device
+from benchmarks.gpu.device import KERNELS, Device, synchronize
 from benchmarks.gpu.gemm import Subjects, make_spec
 from benchmarks.gpu.timing import ROUND_SECONDS, make_runner, repeats
 from benchmarks.shapes import GPU_MODELS, Linear, distinct
@@ -127,10 +127,11 @@ def _seconds(subjects: Subjects, m: int, device: Device, smoke: bool, tile: Tile
             runner = make_runner(calls, device, round_seconds=0 if smoke else ROUND_SECONDS / 2)
             repeat = 1 if smoke else repeats(runner, ROUND_SECONDS / 2)
             rounds = [runner.seconds(repeat) for _ in range(1 if smoke else 3)]
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if "CUDA error" in str(error) and "out of" not in str(error).lower():
-                raise
-            return float("inf")  # too large for this GPU after all
+        except Refused:
+            raise
+        except Exception:  # most likely too large for this GPU after all
+            synchronize(device)  # raises if it is worse
+            return float("inf")
     return min(rounds) / (repeat * runner.calls)
 
 

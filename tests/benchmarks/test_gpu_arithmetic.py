@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import gemm_table, quantize_table, serve_table, trace_table
+from benchmarks.gpu import (
+    gemm_table,
+    quantize_table,
+    serve_table,
+    trace_table,
+)
 from benchmarks.gpu.cells import Cells
 from benchmarks.gpu.gemm import cost
 from benchmarks.gpu.goals import Goal, worst
 from benchmarks.gpu.methods import METHODS, find_method, write_checkpoint
+from benchmarks.gpu.plots import draw_all
 from benchmarks.gpu.promises import Product, check
 from benchmarks.gpu.serve_child import speeds
 from benchmarks.gpu.trace import per_block
@@ -208,3 +214,21 @@ def test_methods_are_asked_for_by_name() -> None:
     for unknown in ("gptq", "bf16:triton"):
         with pytest.raises(ValueError, match="choose from bf16"):
             find_method(unknown)
+
+
+def test_engine_results_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    trace = {"prefill": {"a": 2.0}, "decode": {"a": 3.0}, "kernels": {}}
+    serve = {
+        f"{name} batch={b}": serve_cell(b, 1, 3, 1) for name in ("bf16", "fp8") for b in (1, 8)
+    }
+    for part, records in (("trace", {"bf16 eager": trace}), ("serve", serve)):
+        head = {"part": part, "device": "a GPU"}
+        path = tmp_path / "a_GPU" / f"{part}.json"
+        path.parent.mkdir(exist_ok=True)
+        cells = Cells(path, head, "s", time.time() + 60, again=False, run="1")
+        for key, record in records.items():
+            cells.put(key, record)
+    drawn = sorted(path.name for path in draw_all(tmp_path))
+    names = ("serve-decode", "serve-end-to-end", "serve-prefill", "trace-kernels")
+    assert drawn == [f"{name}.png" for name in names]

@@ -1,12 +1,14 @@
 """Cells: what is done stays done, failures are tried again, a dead device is not touched twice."""
 
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu.__main__ import GRACE, main
 from benchmarks.gpu.cells import (
     Cells,
     DeadDeviceError,
@@ -175,3 +177,23 @@ def test_children_hand_over_what_they_found_before_they_end(
     seen = run_child("a_child", [behaviour], found.__setitem__, 3.0, log)
     assert found == {"1": {"us": 1}} and "CELL 1" in log.read_text()
     assert seen == fault or (fault is not None and seen is not None and seen.startswith(fault))
+
+
+def test_a_part_goes_on_in_a_new_process_when_its_own_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statuses = [75, -11, 1]
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **arguments: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        assert arguments["timeout"] <= 60 + GRACE
+        return subprocess.CompletedProcess(command, statuses.pop(0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["exact", "--minutes", "1", "--results", str(tmp_path), "--kernels", "triton"]
+    assert main(arguments) == 1
+    # The same run, so that what killed a process is left alone.
+    assert len(commands) == 3 and commands[0] == commands[1] == commands[2]
+    assert commands[0][3:7] == ["exact", "--minutes", "1", "--results"]
+    assert "--worker" in commands[0] and "its process died (-11)" in capsys.readouterr().out

@@ -1,11 +1,9 @@
-"""What vLLM does around the model: chunked prefill, prefix caching, speculation, pipeline ranks."""
+"""What vLLM does around the model: chunked prefill, prefix caching, speculation."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mergequant.evaluate import vllm_engine
 from tests.engine.conftest import Oracle, check_greedy
@@ -57,22 +55,3 @@ def test_chunked_prefill_prefix_caching_and_speculation(
     assert all(not output.num_cached_tokens for output in first)
     assert all(output.num_cached_tokens > 0 for output in again)
     assert drafted["vllm:spec_decode_num_accepted_tokens"] > 0
-
-
-def test_pipeline_parallelism(served: Path, oracles: dict[int, Oracle]) -> None:
-    """Each of two ranks has half of the blocks."""
-    if 0 < torch.cuda.device_count() < 2:
-        pytest.skip("two ranks need two GPUs")
-    cores = sorted(os.sched_getaffinity(0))
-    with pytest.MonkeyPatch.context() as patch:
-        if len(cores) >= 2:
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:2])))
-        with vllm_engine(
-            served,
-            quantization="mergequant",
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            pipeline_parallel_size=2,
-        ) as llm:
-            check_generations(llm, oracles[1])

@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out, nibble_order
-from mergequant_vllm.kernels.int4_linear import humming
+from mergequant_vllm.kernels.int4_linear import humming, humming_library
 from mergequant_vllm.kernels.int4_linear.humming import (
     HummingInt4Linear,
     HummingInt8Linear,
@@ -28,7 +28,6 @@ from mergequant_vllm.kernels.int4_linear.humming import (
     humming_linear,
 )
 from mergequant_vllm.kernels.int4_linear.humming_library import (
-    library,
     library_tensors,
     padded_columns,
 )
@@ -531,16 +530,18 @@ def real_library(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def signatures() -> dict[str, list[str]]:
     """Parameters of what is called, and fields of the schemas, of the `humming` to be imported."""
-    schema = library("schema")
+    schema = humming_library.library("schema")
     found = {
         name: sorted(each.name for each in dataclasses.fields(getattr(schema, name)))
         for name in ("HummingWeightSchema", "HummingInputSchema")
     }
-    functions = {"gemm": library("ops").humming_gemm}
+    functions = {"gemm": humming_library.library("ops").humming_gemm}
     if Version(importlib.import_module("humming").__version__) >= Version("0.1.17"):
-        functions["prepare"] = library("transform").prepare_and_transform_humming_tensors
+        functions["prepare"] = humming_library.library(
+            "transform"
+        ).prepare_and_transform_humming_tensors
     else:
-        method = library("layer").HummingMethod
+        method = humming_library.library("layer").HummingMethod
         functions["meta"] = method.prepare_layer_meta
         functions["transform"] = method.transform_humming_layer
     for name, function in functions.items():
@@ -564,7 +565,7 @@ def test_the_installed_library_has_the_emulated_signatures(
     if version not in VERSIONS:
         pytest.skip(f"there is no emulation of humming-kernels {version}")
     real = signatures()
-    kernels = library("kernel.humming").HummingKernel
+    kernels = humming_library.library("kernel.humming").HummingKernel
     assert parameters(kernels.prepare_kernels)[:3] == [
         "layer_config",
         "compute_config",
@@ -583,7 +584,7 @@ def test_the_installed_library_documents_the_layouts(
     if (reason := kernel.refusal(spec)) is not None:
         pytest.skip(reason)
     tensors = library_tensors(make_linear(spec, bias=True).stored, spec, kernel.layout, 0)
-    schema = library("schema").HummingWeightSchema(
+    schema = humming_library.library("schema").HummingWeightSchema(
         b_dtype=f"uint{spec.weight_bits}",
         weight_scale_group_size=0 if spec.groups == 1 else spec.group_size,
         has_zero_point=spec.zero_points,

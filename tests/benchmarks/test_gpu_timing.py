@@ -1,0 +1,108 @@
+"""What only runs on a GPU, on stand-ins: graphs and events, calls of vLLM's kernels."""
+
+import contextlib
+import sys
+import types
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from benchmarks.gpu import rivals, timing
+from benchmarks.gpu.cells import Refused
+from benchmarks.gpu.device import Device
+
+
+class FakeEvent:
+    """An event of a GPU whose clock is this list's length, in ms."""
+
+    clock: ClassVar[list[None]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0
+
+    def record(self) -> None:
+        self.at = len(self.clock)
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return float(end.at - self.at)
+
+
+class FakeGraph:
+    """Replays nothing but the time of one call."""
+
+    def replay(self) -> None:
+        FakeEvent.clock.append(None)
+
+
+def test_a_gpu_is_timed_by_replays_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    gpu = Device("cuda", "a GPU", 90, 2**20, "1")
+
+    def call() -> None:
+        FakeEvent.clock.append(None)
+
+    def fail() -> None:
+        raise RuntimeError("cannot be captured")
+
+    found = timing.compare(
+        {"graph": lambda: [call, call], "launches": lambda: [call], "fails": lambda: [fail]},
+        gpu,
+        launches=frozenset({"launches"}),
+    )
+    # Two calls take 2 ms, so that a round of 4 ms is two loops in the graph: four calls in 1 ms.
+    assert found["graph"]["timer"] == "graph" and found["graph"]["us"] == 250
+    assert found["launches"]["timer"] == "events" and found["launches"]["us"] == 1000
+    assert found["fails"] == {"failed": "RuntimeError: cannot be captured"}
+
+    def no_graph(graph: object) -> None:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(torch.cuda, "graph", no_graph)
+    found = timing.compare({"x": lambda: [call]}, gpu)
+    assert found["x"]["timer"] == "events (RuntimeError: no graphs here)"
+
+
+@pytest.mark.parametrize("order", [True, False])
+def test_rivals_call_vllm_as_each_version_has_it(
+    monkeypatch: pytest.MonkeyPatch, order: bool
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def old(
+        x: torch.Tensor, weight: torch.Tensor, g_idx: object, is_k_full: bool, **k: Any
+    ) -> None:
+        seen.update(k, weight=weight, g_idx=g_idx)
+
+    def new(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+        seen.update(weight=weight, weight_scale=weight_scale)
+
+    utils = types.SimpleNamespace(
+        apply_gptq_marlin_linear=old if order else new,
+        marlin_make_workspace_new=lambda device: torch.zeros(4),
+    )
+    product = lambda a, b, scale_a, scale_b, dtype: (  # noqa: E731
+        (a.double() * scale_a) @ (b.double() * scale_b.t())
+    ).to(dtype)
+    modules = {
+        "vllm.model_executor.layers.quantization.utils": types.SimpleNamespace(marlin_utils=utils),
+        "vllm.scalar_type": types.SimpleNamespace(scalar_types=types.SimpleNamespace(uint4b8=1)),
+        "vllm._custom_ops": types.SimpleNamespace(cutlass_scaled_mm=product),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(rivals, "_needs_gpu", lambda generator: None)
+    generator = torch.Generator().manual_seed(0)
+    for name in (rivals.MARLIN, rivals.INT8, "vllm cutlass W8A8 FP8"):
+        rival = rivals.RIVALS[name]
+        y = rival.make(64, 256, generator)(rival.inputs(3, 256, generator))
+        assert y is None or (y.shape == (3, 64) and y.dtype is torch.bfloat16)
+    assert seen["weight"].shape == (16, 128) and ("g_idx" in seen) is order
+    with pytest.raises(Refused, match="multiple of 64"):
+        rivals.RIVALS[rivals.MARLIN].make(63, 256, generator)
