@@ -1,6 +1,5 @@
 """The method on one page: a 16-bit model in, a mergequant checkpoint out, block by block."""
 
-import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,17 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mergequant_vllm
-from mergequant.architecture import (
-    Architecture,
-    block_tensors,
-    has_bias,
-    linear_shape,
-    outer_tensors,
-    validate,
-)
+from mergequant.architecture import Architecture, outer_tensors, validate
 from mergequant.architectures import find
 from mergequant.checkpoint import Reader, Writer, locate
+from mergequant.contract import checkpoint_format
 from mergequant.corpus import (
     calibration_windows,
     load_tokenizer,
@@ -31,15 +23,7 @@ from mergequant.decoder import Decoder
 from mergequant.errors import InputError
 from mergequant.options import Options
 from mergequant.stage import LinearResult, quantize_stage
-from mergequant_vllm.format import (
-    BLOCK,
-    FORMAT_VERSION,
-    QUANT_METHOD,
-    CheckpointFormat,
-    LinearFormat,
-    Provenance,
-    check_tensors,
-)
+from mergequant_vllm.format import check_tensors
 
 logger = logging.getLogger("mergequant")
 
@@ -155,47 +139,3 @@ def _device(wanted: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"Device {wanted!r} cannot be used here: give --device cpu.") from error
     return device
-
-
-def checkpoint_format(
-    config: Mapping[str, object],
-    architecture: Architecture,
-    options: Options,
-    calibration_sha256: str,
-) -> CheckpointFormat:
-    """The contract of the checkpoint that `quantize` writes."""
-    linears = {}
-    for stage in architecture.stages():
-        static = stage.norm is not None and options.activations == "static"
-        for linear in stage.linears:
-            linears[linear.name] = LinearFormat(
-                shape=linear_shape(architecture, linear, config),
-                activations="static" if static else "dynamic",
-                norm=stage.norm.name if static and stage.norm else None,
-                bias=has_bias(linear, config),
-            )
-    quantized = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    tensors = {name: list(shape) for name, shape in outer_tensors(architecture, config).items()}
-    for name, shape in block_tensors(architecture, config).items():
-        if name not in quantized:
-            tensors[f"{architecture.block}.{name}"] = list(shape)
-    assert BLOCK in architecture.block
-    return CheckpointFormat(
-        quant_method=QUANT_METHOD,
-        format_version=FORMAT_VERSION,
-        block=architecture.block,
-        blocks=int(str(config["num_hidden_layers"])),
-        linears=linears,
-        tensors=tensors,
-        provenance=Provenance(
-            options=options.model_dump(mode="json"),
-            versions=_versions(),
-            calibration_sha256=calibration_sha256,
-        ),
-    )
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("torch", "transformers", "compressed-tensors")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    return {"mergequant-vllm": mergequant_vllm.__version__, **versions}
