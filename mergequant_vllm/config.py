@@ -87,6 +87,7 @@ class MergeQuantConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer; linears outside the contract stay in the model's dtype."""
         refuse_lora()
+        refuse_offload()
         if not isinstance(layer, LinearBase):
             return None
         merged = self._linears_behind(prefix)
@@ -118,6 +119,21 @@ def found_tensors(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, StoredT
         for name, header in headers.items()
         if name != "__metadata__"  # free text that some versions of vLLM pass on
     }
+
+
+def refuse_offload() -> None:
+    """Raise ValueError if weights are to be kept in host memory.
+
+    vLLM moves a layer's parameters by name, and ours are gone once a kernel has prepared its own.
+    """
+    offload = getattr(get_current_vllm_config(), "offload_config", None)
+    kept = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
+    groups = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
+    if kept or groups:
+        raise ValueError(
+            "A mergequant checkpoint cannot be served with weights offloaded to host memory: "
+            "serve without --cpu-offload-gb and --offload-group-size, on more GPUs if it must be."
+        )
 
 
 def refuse_lora() -> None:

@@ -108,6 +108,12 @@ class MergeQuantLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Stored layout to the kernel's, once; the stored tensors are freed if it keeps its own."""
+        if hasattr(layer, "product"):
+            # CUDA graphs would go on reading the old tensors.
+            raise ValueError(
+                f"{self.prefix}: the weights of a mergequant checkpoint cannot be loaded again into "
+                "a running server: restart it."
+            )
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)
         bias = getattr(layer, "bias", None)
@@ -149,8 +155,8 @@ class MergeQuantLinearMethod(LinearMethodBase):
 
 
 def compute_capability(device: str) -> int | None:
-    """10 * major + minor of the current GPU; None on other devices."""
-    if device != "cuda" or not torch.cuda.is_available():
+    """10 * major + minor of the current NVIDIA GPU; None on other devices."""
+    if device != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor

@@ -18,6 +18,8 @@ from compressed_tensors.compressors.pack_quantized import (
 from torch import Tensor
 
 WORD_BITS = 32
+# Unpacking makes wide intermediates; on a GPU that its weights fill they must stay small.
+_CODES_AT_ONCE = 2**22
 STREAM_CODES = 32  # codes after which a stream of any width is back at a word's border
 
 
@@ -46,10 +48,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: int32 [rows, words] to int8 codes [rows, columns]."""
-    if bits == 3:
-        return _unpack_stream(packed, bits, columns)
-    shape = torch.Size((packed.shape[0], columns))
-    codes: Tensor = unpack_from_int32(packed, bits, shape, packed_dim=1)
+    codes = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
+    rows = max(1, _CODES_AT_ONCE // max(1, columns))
+    for start in range(0, packed.shape[0], rows):
+        words = packed[start : start + rows]
+        if bits == 3:
+            codes[start : start + rows] = _unpack_stream(words, bits, columns)
+        else:
+            shape = torch.Size((words.shape[0], columns))
+            codes[start : start + rows] = unpack_from_int32(words, bits, shape, packed_dim=1)
     return codes
 
 

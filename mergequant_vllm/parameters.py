@@ -49,6 +49,9 @@ class SharedInputParameter(BasevLLMParameter):
         self._take(loaded_weight)
 
     def _take(self, loaded: Tensor) -> None:
+        if self.data.is_meta:  # vLLM counts what it is going to load
+            self._assert_and_load(loaded)
+            return
         before = self.data.clone()
         self._assert_and_load(loaded)
         was_empty = bool((before == _NO_CHANNEL).all() or before.isnan().all())
@@ -149,12 +152,11 @@ def check_loaded(layer: Any, form: LinearFormat, prefix: str) -> None:
     if form.offsets and not bool(torch.isfinite(layer.input_offset.data).all()):
         refuse("input_offset", "is not finite")
     if form.activations == "dynamic":
-        _check_clips(layer.input_clip.data, prefix)
-
-
-def _check_clips(clips: Tensor, prefix: str) -> None:
-    if not bool((clips == clips[0]).all()):
-        raise FormatError(
-            f"The linears that vLLM merges into {prefix!r} have different clip ratios "
-            f"{clips.tolist()}, or one was not loaded: quantize the model again."
-        )
+        clips = layer.input_clip.data
+        if not bool(((clips > 0) & (clips <= 1)).all()):
+            refuse("input_clip", "is outside (0, 1]")
+        if not bool((clips == clips[0]).all()):
+            raise FormatError(
+                f"The linears that vLLM merges into {prefix!r} have different clip ratios "
+                f"{clips.tolist()}: quantize the model again."
+            )

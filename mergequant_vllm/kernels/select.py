@@ -51,7 +51,8 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
                 f"Kernel {requested!r} cannot run {spec}: {reason}; "
                 f"unset {KERNEL_VARIABLE} to use the default."
             )
-        _log_once(f"INT4 linears run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
+        what = kind_of(spec).value
+        _log_once(f"Linears with {what} run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
         return LINEAR_KERNELS[requested]
     refusals: list[str] = []
     for name in default_kernels(spec):

@@ -83,7 +83,7 @@ class Block(torch.nn.Module):
         return self.down(SiluAndMul.forward_native(self.gate_up(y))), residual
 
 
-def generated_kernels(block: Block, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def generated_kernels(block: Block) -> list[str]:
     """Source of each kernel that Inductor generates for `block`, as the wrapper names them."""
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(2))
@@ -100,8 +100,8 @@ def generated_kernels(block: Block, monkeypatch: pytest.MonkeyPatch) -> list[str
 
 def test_no_kernel_stands_between_norm_and_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    plain = generated_kernels(Block(quantized=False), monkeypatch)
-    quantized = generated_kernels(Block(quantized=True), monkeypatch)
+    plain = generated_kernels(Block(quantized=False))
+    quantized = generated_kernels(Block(quantized=True))
     # norm, norm, act-and-mul: with the rounding inside, and one more in front of o.
     assert len(plain) == 3
     assert len(quantized) == 4

@@ -206,6 +206,16 @@ def test_lora_is_refused(checkpoint: Path) -> None:
         plugin_config(checkpoint).get_quant_method(torch.nn.Linear(2, 2), "lm_head")
 
 
+def test_weights_in_host_memory_are_refused(checkpoint: Path) -> None:
+    config = VllmConfig()
+    config.offload_config.uva.cpu_offload_gb = 4
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(ValueError, match="serve without --cpu-offload-gb"),
+    ):
+        plugin_config(checkpoint).get_quant_method(torch.nn.Linear(2, 2), "lm_head")
+
+
 def test_the_kernel_is_in_vllms_compile_cache_key() -> None:
     def key(*kernels: str) -> str:
         config = VllmConfig()

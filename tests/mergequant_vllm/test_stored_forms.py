@@ -292,3 +292,27 @@ def test_values_that_no_quantizer_writes_are_refused(name: str, bad: float, mess
     tensors[name][-1] = bad
     with pytest.raises(FormatError, match=message):
         load(merged_layer(form, form), tensors, tensors)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, 5.0, float("inf"), float("nan")])
+def test_clip_ratios_that_no_quantizer_writes_are_refused(clip: float) -> None:
+    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    tensors = make_tensors(form, 0) | {"input_clip": torch.tensor([clip])}
+    with pytest.raises(FormatError, match=r"down_proj.input_clip .* is outside \(0, 1\]"):
+        load(row_layer(form), tensors)
+
+
+def test_weights_are_not_loaded_twice() -> None:
+    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    layer, tensors = row_layer(form), make_tensors(form, 0)
+    load(layer, tensors)
+    with pytest.raises(ValueError, match=r"down_proj: .* cannot be loaded again .*: restart it"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_vllm_may_count_what_it_is_going_to_load() -> None:
+    form = LinearFormat(shape=(8, 64), activations="static", norm="n", columns=64)
+    layer = merged_layer(form, form)
+    index = layer.input_index
+    index.data = index.data.to("meta")
+    index.weight_loader(index, make_tensors(form, 0)["input_index"], 0)

@@ -321,5 +321,5 @@ class HummingInt8Linear(_HummingLinear):
 
     def _refuse_capability(self, capability: int, found: str) -> str | None:
         if 103 <= capability < 110:
-            return f"INT8 tensor cores are slow in compute capability {found}"
+            return f"INT8 tensor cores are slow in compute capability {found}; use triton"
         return None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergequant_vllm.kernels.codes import as_rows
 from mergequant_vllm.kernels.int4_linear.tile_tables import tile_for
 from mergequant_vllm.kernels.int4_linear.tiles import LinearShape, Tile
 from mergequant_vllm.kernels.int4_linear.triton_program import (
@@ -43,7 +44,7 @@ def int4_linear(
     """The operator: opaque to torch.compile.
 
     Args:
-        codes: int8 [..., columns].
+        codes: int8 [..., columns]; rows may be further apart.
         weight: int8 [N, bytes], contiguous.
         weight_step: float32 [groups, N].
         zero_points: int8 [groups, N] or None.
@@ -62,7 +63,7 @@ def int4_linear(
         raise ValueError(
             f"The Triton linear takes rows of {shape.layout.columns} codes, not {codes.shape[-1]}."
         )
-    x = codes.reshape(-1, codes.shape[-1]).contiguous()
+    x = as_rows(codes)
     tokens = x.shape[0]
     # Triton's interpreter truncates to bfloat16; PyTorch rounds, as GPUs do.
     out = x.new_empty(
@@ -101,6 +102,7 @@ def launch(
         tokens,
         outputs,
         layout.columns,
+        codes.stride(0),
         layout.row_bytes,
         BITS=layout.bits,
         RUN=layout.run,

@@ -61,6 +61,7 @@ def int4_linear_program(
     M: tl.tensor,
     N: tl.tensor,
     columns: tl.tensor,
+    row_codes: tl.tensor,
     row_bytes: tl.tensor,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
@@ -74,7 +75,7 @@ def int4_linear_program(
     """One [BLOCK_M, BLOCK_N] tile of the output; source of the Triton kernel.
 
     Args:
-        codes: int8 [M, columns], contiguous.
+        codes: int8 [M, columns], `row_codes` apart.
         weight: int8 [N, row_bytes], contiguous, see `triton_layout`.
         weight_step: float32 [groups, N].
         zero_points: int8 [groups, N] or None.
@@ -86,6 +87,7 @@ def int4_linear_program(
         M: tokens.
         N: outputs.
         columns: inputs, padded to whole steps.
+        row_codes: from one row of codes to the next, at least `columns`.
         row_bytes: bytes of a row of weights.
         BITS: width of a code in `weight`.
         RUN: columns of a part of the layout's tile.
@@ -110,7 +112,7 @@ def int4_linear_program(
     PLANES: tl.constexpr = 3 if BITS == 3 else 1
     PART: tl.constexpr = BLOCK_K // PARTS
     tile, within = tl.arange(0, PART) // RUN, tl.arange(0, PART) % RUN
-    x_part = codes + rows.to(tl.int64)[:, None] * columns
+    x_part = codes + rows.to(tl.int64)[:, None] * row_codes
     x_part += (tile * (RUN * PARTS) + within)[None, :]
     w_plane = weight + outputs.to(tl.int64)[:, None] * row_bytes
     w_plane += (tile * (RUN * PLANES) + within)[None, :]

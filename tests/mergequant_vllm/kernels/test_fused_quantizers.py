@@ -64,9 +64,9 @@ def test_token_codes_equal_the_reference(
             assert torch.equal(mine, theirs)
 
 
-def count_kernels(cases: list[str]) -> dict[str, int]:
+def count_kernels() -> dict[str, int]:
     """Triton kernels of each case of `fused_cases`, for few and for many tokens: the larger."""
-    command = [sys.executable, "-m", "tests.mergequant_vllm.kernels.fused_cases", *cases]
+    command = [sys.executable, "-m", "tests.mergequant_vllm.kernels.fused_cases"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -79,7 +79,7 @@ def test_norm_and_rounding_are_one_gpu_kernel() -> None:
         pytest.skip("the harness reaches into Inductor as PyTorch 2.13 has it")
     pytest.importorskip("vllm", reason="the norm and the activation function are vLLM's")
     pytest.importorskip("triton", reason="Triton is not installed")
-    counts = count_kernels([])
+    counts = count_kernels()
     assert counts.pop("static, padded, by the reference") == 2
     assert counts.pop("norm alone") == 1
     assert set(counts.values()) == {1}, counts

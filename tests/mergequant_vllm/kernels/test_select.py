@@ -111,7 +111,8 @@ def test_a_requested_kernel_is_used_and_logged_once(caplog: pytest.LogCaptureFix
         for _ in range(2):
             assert select.select_linear(SPEC, "reference").name == "reference"
     lines = [r.getMessage() for r in caplog.records if "kernel 'reference'" in r.getMessage()]
-    assert lines == ["INT4 linears run on kernel 'reference', as MERGEQUANT_KERNEL asks"]
+    what = "4-bit weights per channel, 4-bit activations"
+    assert lines == [f"Linears with {what} run on kernel 'reference', as MERGEQUANT_KERNEL asks"]
 
 
 def test_a_fallback_is_logged_with_every_reason(

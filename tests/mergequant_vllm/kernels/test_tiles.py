@@ -183,7 +183,10 @@ def test_a_table_of_another_gpu_is_refused(
 
 
 def test_shipped_tables_are_tables() -> None:
-    for path in SHIPPED.glob("*.json"):
+    tables = list(SHIPPED.glob("*.json"))
+    if not tables:
+        pytest.skip("no table is shipped: no GPU has been tuned for")
+    for path in tables:
         assert path.name == file_name(json.loads(path.read_text())["gpu"])
         assert load_table(path)
 

@@ -60,7 +60,7 @@ def compile_for(capability: int, tile: Tile, shape: LinearShape, optional: tuple
     present = {name: kind for name, kind in POINTERS.items() if name not in absent}
     types = {**present, **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [*present, "N", "columns", "row_bytes"]
+    aligned = [*present, "N", "columns", "row_codes", "row_bytes"]
     source = ASTSource(
         kernel,
         signature,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import lay_out
+from mergequant_vllm.kernels.codes import CodeLayout, lay_out
 from mergequant_vllm.kernels.int4_linear import triton_operator
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
@@ -169,6 +169,19 @@ def test_extreme_steps(step: float, group_size: int | None) -> None:
         assert_equals_reference(made, x, torch.full((4, 1), token_step))
     wide = replace(made, spec=replace(spec, dtype=torch.float32))
     assert_equals_reference(wide, x, torch.full((4, 1), 0.01))
+
+
+@pytest.mark.usefixtures("kernel_runs")
+def test_rows_that_are_further_apart_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the quantizers' form for compilers hands over where reconstruction changed K."""
+    made = make_linear(make_spec(in_features=200, out_features=40))
+    prepared = KERNEL.prepare(made.stored, made.spec).to(DEVICE)
+    codes = lay_out(random_codes(4, 5, 200), CodeLayout.INT8, prepared.columns).to(DEVICE)
+    wide = torch.full((5, prepared.columns + 48), 99, dtype=torch.int8, device=DEVICE)
+    wide[:, : prepared.columns] = codes
+    expected = prepared(codes, None, False)
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
+    assert torch.equal(prepared(wide[:, : prepared.columns], None, False), expected)
 
 
 @pytest.mark.usefixtures("kernel_runs")
