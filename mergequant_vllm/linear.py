@@ -107,12 +107,12 @@ class MergeQuantLinearMethod(LinearMethodBase):
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Stored layout to the kernel's, once; the stored tensors are freed if it keeps its own."""
+        """Stored layout to the kernel's, once; the stored tensors are freed."""
         if hasattr(layer, "product"):
             # CUDA graphs would go on reading the old tensors.
             raise ValueError(
-                f"{self.prefix}: the weights of a mergequant checkpoint cannot be loaded again into "
-                "a running server: restart it."
+                f"{self.prefix}: the weights of a mergequant checkpoint cannot be loaded again "
+                "into a running server: restart it."
             )
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)

@@ -1,25 +1,29 @@
-"""Hugging Face folders: a lazy reader, and a writer that leaves a whole checkpoint or nothing."""
+"""Hugging Face folders: a lazy reader, and a writer that can be killed and continued."""
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergequant.durable import write_durably, write_json
 from mergequant.errors import InputError
+from mergequant.fingerprint import Fingerprint
+from mergequant.staging import FOLDER, Staging
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STAGING = ".partial"
+REPORT = "quantization_report.jsonl"
 # Some publishers store the same weights a second time under this name.
 DUPLICATES = "consolidated*"
 COPIED = (
@@ -34,6 +38,8 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+logger = logging.getLogger("mergequant")
 
 
 def locate(model: str | Path) -> Path:
@@ -66,10 +72,13 @@ class Reader:
         folder: where the files are.
         config: `config.json`.
         stored: shape and dtype of each tensor, by name.
+        hadamard: block of the online rotation that a linear's weight expects of its input, by name
+            within its block; a model as it is stored has none.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.hadamard: dict[str, int] = {}
         self.config = self._read_config()
         self._file_of: dict[str, Path] = {}
         self.stored: dict[str, StoredTensor] = {}
@@ -105,6 +114,10 @@ class Reader:
                 raise InputError(f"Shard {file} is missing: download the model again.")
         return files
 
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted(set(self._file_of.values()))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, by name."""
         return {name: entry.shape for name, entry in self.stored.items()}
@@ -115,6 +128,10 @@ class Reader:
             # A copy: pages of the mapped file must not stay with the tensor.
             tensor: Tensor = tensors.get_tensor(name).clone()
         return tensor
+
+    def read_in_source_dtype(self, name: str) -> Tensor:
+        """As `read`; a view that computes its tensors rounds them to the dtype of the source."""
+        return self.read(name)
 
     def read_block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors below module `prefix`, by their name within it."""
@@ -146,81 +163,146 @@ class Writer:
     """A checkpoint in the making, in a hidden folder of its own; it comes out whole or not at all.
 
     Staging inside the output works where that is a mount or a link; `config.json` comes out last.
-    Use as a context manager: what is unfinished when the block is left is removed, folders that
-    were made for it too.
+    Use as a context manager: if no block is finished when it is left, all that was made is removed;
+    else the finished blocks are kept, and `begin` with the same fingerprint finds them.
+
+    Attributes:
+        finished: how many blocks, from the first, need not be made; 0 before `begin`.
     """
 
     def __init__(self, output: Path, shards: int) -> None:
         self.output = output
-        self.staging = output / STAGING
-        self._shards = shards
-        self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self.finished = 0
+        self._staging = Staging(output, shards)
         self._made: list[Path] = []
-        self._finished = False
+        self._complete = False
         if output.exists() and not output.is_dir():
             raise InputError(f"Output {output} is a file: choose another name.")
-        if output.is_dir() and any(path.name != STAGING for path in output.iterdir()):
-            raise InputError(f"Output folder {output} is not empty: choose another or remove it.")
+        self._refuse_files()
+
+    def _refuse_files(self) -> None:
+        if self.output.is_dir():
+            own = {FOLDER, *self._staging.published()}
+            if any(path.name not in own for path in self.output.iterdir()):
+                raise InputError(
+                    f"Output folder {self.output} is not empty: choose another or remove it."
+                )
 
     def __enter__(self) -> "Writer":
         self._made = [path for path in (self.output, *self.output.parents) if not path.exists()]
         try:
-            shutil.rmtree(self.staging, ignore_errors=True)  # left by a run that was killed
-            self.staging.mkdir(parents=True)
+            self._staging.acquire()
         except OSError as error:
-            self._clean_up()
+            self._remove_made()
             raise InputError(
                 f"{self.output} cannot be written ({error}): choose another."
             ) from error
+        try:
+            self._refuse_files()  # another run may have ended since
+        except InputError:
+            self._leave()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self._finished:
-            self._clean_up()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        finished = self._leave()
+        if finished and not isinstance(error, InputError):
+            logger.warning(
+                "%d of %d blocks are finished: run the same command again to continue, or remove "
+                "%s to give up.",
+                finished,
+                self._staging.shards - 1,
+                self._staging.folder,
+            )
 
-    def _clean_up(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+    def _leave(self) -> int:
+        """Clean up what holds no finished block; returns how many blocks are left there."""
+        left = 0 if self._complete else self._staging.finished()
+        if not left:
+            self._staging.remove()
+            self._remove_made()
+        self._staging.release()
+        return left
+
+    def _remove_made(self) -> None:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def begin(self, fingerprint: Fingerprint) -> None:
+        """Continue the run of this fingerprint that the output holds, or begin it.
+
+        Raises:
+            InputError: the output holds finished blocks of a run that was begun otherwise.
+        """
+        self._staging.refuse_another(fingerprint)
+        self._staging.take_back()
+        self.finished = self._staging.resume(fingerprint)
+
+    def write_block(
+        self, number: int, tensors: Mapping[str, Tensor], report: Sequence[dict[str, Any]]
+    ) -> None:
+        """Write block `number`, counted from 0, and its lines of the report: it is finished."""
+        self.write_shard(number, tensors)
+        self._staging.write_record(number, report)
+
+    def read_block(self, number: int) -> dict[str, Tensor]:
+        """The tensors of finished block `number`, by full name."""
+        return load_file(self._staging.shard(number))
+
     def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number`, counted from 0, atomically."""
-        name = f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        partial = self.staging / f"{name}.partial"
-        save_file(whole, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        os.replace(partial, self.staging / name)
-        for key, value in whole.items():
-            self._weight_map[key] = name
-            self._bytes += value.nbytes
+        whole = dict(_in_memory_of_their_own(tensors))
+
+        def write(path: Path) -> None:
+            save_file(whole, path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+
+        write_durably(self._staging.shard(number), write)
 
     def headers(self) -> dict[str, StoredTensor]:
-        """Shape and dtype of each tensor written so far, as the files say."""
-        files = sorted(self.staging.glob("*.safetensors"))
-        return {name: entry for file in files for name, entry in read_header(file).items()}
+        """Shape and dtype of each tensor that was written, as the files of all shards say."""
+        return {name: entry for file in self._shards() for name, entry in read_header(file).items()}
 
-    def report(self, line: Mapping[str, Any]) -> None:
-        """Add one line to the checkpoint's `quantization_report.jsonl`."""
-        with (self.staging / "quantization_report.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _shards(self) -> list[Path]:
+        return [self._staging.shard(number) for number in range(self._staging.shards)]
 
     def finish(self, source: Reader, quantization_config: Mapping[str, Any]) -> None:
-        """Write the index and config, copy the tokenizer, and move everything into place."""
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
-        _write_json(self.staging / INDEX, index)
-        _write_json(
-            self.staging / CONFIG, {**source.config, "quantization_config": quantization_config}
-        )
-        for file in _copied_files(source.folder):
-            shutil.copyfile(file, self.staging / file.name)
-        names = sorted(path.name for path in self.staging.iterdir())
-        for name in sorted(names, key=lambda name: name == CONFIG):
-            os.replace(self.staging / name, self.output / name)
-        self.staging.rmdir()
-        self._finished = True
+        """Write the report, index and config, copy the tokenizer, and move all into place."""
+        folder = self._staging.folder
+        records = (self._staging.record(number) for number in range(self._staging.shards - 1))
+        lines = [json.dumps(line) + "\n" for record in records for line in record.report]
+        (folder / REPORT).write_text("".join(lines))
+        write_json(folder / INDEX, _index(self._shards()))
+        copied = list(_copied_files(source.folder))
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
+        write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
+        # config.json makes the folder look finished: it is the last.
+        files = [*self._shards(), folder / REPORT, folder / INDEX, *copied, folder / CONFIG]
+        self._staging.publish([file.name for file in files])
+        self._complete = True
+
+
+def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Contiguous, on the CPU; linears behind one norm may share tensors, safetensors may not."""
+    seen = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        yield name, whole.clone() if memory in seen else whole
+        seen.add(memory)
+
+
+def _index(shards: Sequence[Path]) -> dict[str, Any]:
+    """Content of `model.safetensors.index.json`, as the files' headers say."""
+    weight_map = {name: file.name for file in shards for name in read_header(file)}
+    size = 0
+    for file in shards:
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        size += file.stat().st_size - 8 - header
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -257,10 +339,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def is_mergequant(config: Mapping[str, Any]) -> bool:

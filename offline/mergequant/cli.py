@@ -31,7 +31,9 @@ def _every_command() -> None:
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],
-    output: Annotated[Path, typer.Argument(help="Folder to make; must not hold anything.")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder to make, or one whose run was interrupted.")
+    ],
     calibration: Annotated[
         list[str],
         typer.Option(help="Text: .txt, .jsonl with 'text', or a data set's name. Repeatable."),
@@ -39,7 +41,22 @@ def quantize(
     activations: Annotated[
         str, typer.Option(help="static (steps folded into the norms) or dynamic (baseline).")
     ] = "static",
+    rotation: Annotated[str, typer.Option(help="none, offline or online.")] = "none",
+    hadamard_block: Annotated[
+        int, typer.Option(help="Largest block of the online rotation.")
+    ] = 128,
+    static_bits: Annotated[int, typer.Option(help="Bits of norm-fed activations: 4 or 8.")] = 4,
+    dynamic_bits: Annotated[int, typer.Option(help="Bits of o's and down's: 4 or 8.")] = 4,
+    reconstruction: Annotated[str, typer.Option(help="none, prune or pad.")] = "none",
+    alpha: Annotated[float, typer.Option(help="Threshold of a strong channel (Eq. 6).")] = 5.0,
+    split_by: Annotated[str, typer.Option(help="step or folded.")] = "step",
+    staggered: Annotated[bool, typer.Option(help="Copies round at different offsets.")] = False,
+    max_extra_channels: Annotated[float, typer.Option(help="Growth allowed to pad.")] = 0.125,
     weights: Annotated[str, typer.Option(help="gptq or rtn (round to nearest).")] = "gptq",
+    weight_bits: Annotated[int, typer.Option(help="3, 4 or 8.")] = 4,
+    group_size: Annotated[int | None, typer.Option(help="Channels that share a step.")] = None,
+    asymmetric: Annotated[bool, typer.Option(help="Weights with zero points.")] = False,
+    weight_search: Annotated[str, typer.Option(help="Weight steps: minmax or mse.")] = "minmax",
     clipping: Annotated[str, typer.Option(help="none, channel or adaptive.")] = "adaptive",
     statistics_samples: Annotated[int, typer.Option(help="Windows for steps and clips.")] = 32,
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ.")] = 256,
@@ -60,7 +77,20 @@ def quantize(
         options = Options.model_validate(
             {
                 "activations": activations,
+                "rotation": rotation,
+                "hadamard_block": hadamard_block,
+                "static_bits": static_bits,
+                "dynamic_bits": dynamic_bits,
+                "reconstruction": reconstruction,
+                "alpha": alpha,
+                "split_by": split_by,
+                "staggered": staggered,
+                "max_extra_channels": max_extra_channels,
                 "weights": weights,
+                "weight_bits": weight_bits,
+                "group_size": group_size,
+                "asymmetric": asymmetric,
+                "weight_search": weight_search,
                 "clipping": clipping,
                 "statistics_samples": statistics_samples,
                 "gptq_samples": gptq_samples,
@@ -150,7 +180,7 @@ def main() -> None:
     # Before torch loads OpenMP: threads that spin at every barrier make calibration ten times
     # slower as soon as another process wants a core; sleeping ones cost nothing measurable.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # As Ctrl-C does: leave through the context managers, which remove what is half-written.
+    # As Ctrl-C does: leave through the context managers, which keep whole blocks and nothing else.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()

@@ -73,7 +73,7 @@ class Decoder:
             statistics: windows, from the first, that serve for steps and clip ratios.
             gptq: windows, from the first, that serve for Hessians.
         """
-        table = self.reader.read(f"{self.architecture.embedding.name}.weight")
+        table = self.reader.read_in_source_dtype(f"{self.architecture.embedding.name}.weight")
         size = max(1, _TOKENS_A_BATCH // windows.shape[1])
         borders = sorted({0, *(min(n, len(windows)) for n in (statistics, gptq, len(windows)))})
         batches, counts = [], {0: 0}
@@ -149,6 +149,10 @@ class Block:
     def weight(self, linear: str) -> Tensor:
         """float32 [out, in] of a linear not yet quantized."""
         return self.module.get_parameter(f"{linear}.weight").detach()
+
+    def hadamard(self, linear: str) -> int | None:
+        """Block of the online rotation that the linear's weight expects of its input, or None."""
+        return self._decoder.reader.hadamard.get(linear)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of a submodule."""

@@ -11,7 +11,23 @@ class Options(BaseModel):
     Attributes:
         activations: `static`: per-channel steps migrated into the norms, o and down per token (the
             paper's scheme); `dynamic`: a step per token for every linear (the baseline).
+        rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
+            weights (R1, R2); `online`: also down's input, by the server (R4).
+        hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
+        static_bits: width of the norm-fed linears' activation codes.
+        dynamic_bits: width of o's and down's (with `activations` dynamic: of all).
+        reconstruction: `none`; `prune`: strong channels split, as many others dropped (paper 4.2);
+            `pad`: split and nothing dropped, K grows up to `max_extra_channels`.
+        alpha: how many standard deviations above the mean make a channel strong (paper Eq. 6).
+        split_by: what Eq. 6 measures: the activation `step` (the paper), or the size of the
+            `folded` weight column, step times the column's norm.
+        staggered: copies of a channel round at different offsets, so that their sum resolves finer.
+        max_extra_channels: bound on the growth of K under `pad`, as a fraction of the channels.
         weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest.
+        weight_bits: width of a weight code.
+        group_size: input channels that share a weight step; None: one step per output channel.
+        asymmetric: weights have zero points.
+        weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
         statistics_samples: windows of text for steps and clip ratios (paper B: 32).
@@ -28,7 +44,20 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     activations: Literal["static", "dynamic"] = "static"
+    rotation: Literal["none", "offline", "online"] = "none"
+    hadamard_block: int = Field(default=128, ge=2)
+    static_bits: Literal[4, 8] = 4
+    dynamic_bits: Literal[4, 8] = 4
+    reconstruction: Literal["none", "prune", "pad"] = "none"
+    alpha: float = Field(default=5.0, ge=0)
+    split_by: Literal["step", "folded"] = "step"
+    staggered: bool = False
+    max_extra_channels: float = Field(default=0.125, gt=0)
     weights: Literal["gptq", "rtn"] = "gptq"
+    weight_bits: Literal[3, 4, 8] = 4
+    group_size: int | None = Field(default=None, ge=32, multiple_of=32)
+    asymmetric: bool = False
+    weight_search: Literal["minmax", "mse"] = "minmax"
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
     statistics_samples: int = Field(default=32, ge=1)
     gptq_samples: int = Field(default=256, ge=1)

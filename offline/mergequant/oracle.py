@@ -9,9 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.architectures import find
 from mergequant.checkpoint import Reader, is_mergequant
-from mergequant.quantized_linear import QuantizedLinear
+from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
-from mergequant_vllm.packing import unpack
 
 
 def load_model(
@@ -62,16 +61,5 @@ def _quantized_linear(
     def read(suffix: str) -> Tensor:
         return reader.read(f"{name}.{suffix}")
 
-    codes = unpack(read("weight_packed"), linear.weight_bits, linear.in_features)
     row_parallel = find(reader.config["model_type"]).is_row_parallel(name)
-    return QuantizedLinear(
-        linear,
-        codes,
-        read("weight_scale"),
-        zero_points=read("weight_zero_point") if linear.zero_points else None,
-        bias=read("bias").to(dtype) if linear.bias else None,
-        clip=read("input_clip") if linear.activations == "dynamic" else None,
-        index=read("input_index") if linear.columns is not None else None,
-        offset=read("input_offset") if linear.offsets else None,
-        ranks=ranks if row_parallel else 1,
-    )
+    return from_stored(linear, read, dtype, ranks if row_parallel else 1)

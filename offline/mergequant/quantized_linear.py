@@ -3,7 +3,7 @@
 Made of the reference operations; the integer sums go through float GEMMs in which they are exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.int4_linear.reference import scale_group_products, scale_products
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
+from mergequant_vllm.packing import unpack
 
 _FLOAT32_EXACT_BELOW = 2**24
 
@@ -100,6 +101,29 @@ class QuantizedLinear(nn.Module):
             each = groups // self.ranks
             steps = self.weight_step[:, rank * each : (rank + 1) * each]
             yield scale_group_products(products, steps, token_step, bias, x.dtype)
+
+
+def from_stored(
+    form: LinearFormat, read: Callable[[str], Tensor], dtype: torch.dtype, ranks: int = 1
+) -> QuantizedLinear:
+    """The module of a linear as a checkpoint stores it.
+
+    Args:
+        read: the stored tensor of a suffix, such as `weight_packed`.
+        dtype: of the bias.
+        ranks: see `QuantizedLinear`.
+    """
+    return QuantizedLinear(
+        form,
+        unpack(read("weight_packed"), form.weight_bits, form.in_features),
+        read("weight_scale"),
+        zero_points=read("weight_zero_point") if form.zero_points else None,
+        bias=read("bias").to(dtype) if form.bias else None,
+        clip=read("input_clip") if form.activations == "dynamic" else None,
+        index=read("input_index") if form.columns is not None else None,
+        offset=read("input_offset") if form.offsets else None,
+        ranks=ranks,
+    )
 
 
 def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:

@@ -4,22 +4,32 @@ import torch
 from torch import Tensor
 
 
-class LargestMagnitude:
-    """max_t |X_tk| of each channel: float32 [n]."""
+class ChannelMagnitudes:
+    """How large each channel gets: its maximum, and its energy."""
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self._largest: Tensor | None = None
+        self._energy: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count tokens [t, n]."""
         largest = x.abs().amax(dim=0)
-        self.value = largest if self.value is None else torch.maximum(self.value, largest)
+        energy = x.square().sum(dim=0, dtype=torch.float64)
+        if self._largest is not None:
+            largest = torch.maximum(self._largest, largest)
+        if self._energy is not None:
+            energy = self._energy + energy
+        self._largest, self._energy = largest, energy
 
-    def get(self) -> Tensor:
-        """[n]; at least one batch must have been added."""
-        if self.value is None:
-            raise RuntimeError("no calibration batch was added")
-        return self.value
+    @property
+    def largest(self) -> Tensor:
+        """max_t |X_tk|: float32 [n]; at least one batch must have been added."""
+        return _added(self._largest)
+
+    @property
+    def energy(self) -> Tensor:
+        """sum_t X_tk^2, the diagonal of X^T X: float64 [n]."""
+        return _added(self._energy)
 
 
 class Hessian:
@@ -37,6 +47,10 @@ class Hessian:
 
     def get(self) -> Tensor:
         """float64 [n, n]."""
-        if self._sum is None:
-            raise RuntimeError("no calibration batch was added")
-        return self._sum * (2.0 / self._tokens)
+        return _added(self._sum) * (2.0 / self._tokens)
+
+
+def _added(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise RuntimeError("no calibration batch was added")
+    return value

@@ -22,13 +22,16 @@ _BYTES = {"I32": 4, "F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 
 @dataclass(frozen=True)
 class LinearSummary:
-    """One stored linear. `compression`: 16-bit bytes over stored bytes."""
+    """One stored linear. `columns`: K if reconstructed; `compression`: 16-bit over stored bytes."""
 
     name: str
     shape: tuple[int, int]
     weight_bits: int
+    group_size: int | None
+    zero_points: bool
     activation_bits: int
     activations: str
+    columns: int | None
     norm: str | None
     clip: float | None
     bytes: int
@@ -82,8 +85,11 @@ def _linear(reader: Reader, name: str, linear: LinearFormat) -> LinearSummary:
         name=name,
         shape=linear.shape,
         weight_bits=linear.weight_bits,
+        group_size=linear.group_size,
+        zero_points=linear.zero_points,
         activation_bits=linear.activation_bits,
         activations=linear.activations,
+        columns=linear.columns,
         norm=linear.norm,
         clip=round(float(reader.read(f"{name}.input_clip")), 4) if dynamic else None,
         bytes=stored,

@@ -142,7 +142,7 @@ def test_gptq_may_use_fewer_windows_than_the_statistics(
     assert not torch.equal(*codes)
 
 
-def test_the_output_may_be_a_mount_a_link_or_left_over_from_a_killed_run(
+def test_the_output_may_be_a_mount_a_link_or_left_over_from_a_run_that_finished_nothing(
     tmp_path: Path, llama: Path, text: Path
 ) -> None:
     (tmp_path / "real" / ".partial").mkdir(parents=True)
@@ -154,13 +154,13 @@ def test_the_output_may_be_a_mount_a_link_or_left_over_from_a_killed_run(
     check_tensors(parse(Reader(output).config["quantization_config"]), Reader(output).stored)
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_a_run_interrupted_before_its_first_block_is_finished_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path, text: Path
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "finish", interrupt)
+    monkeypatch.setattr(Writer, "write_block", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quantize(llama, tmp_path / "a" / "b", [text], SMALL, progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,12 @@ class ChannelClipStatistics:
 
 
 def choose_channel_clips(
-    statistics: ChannelClipStatistics, weight: Tensor, largest: Tensor, grid: Tensor, bits: int
+    statistics: ChannelClipStatistics,
+    weight: Tensor,
+    largest: Tensor,
+    grid: Tensor,
+    bits: int,
+    weight_bits: int = 4,
 ) -> Tensor:
     """The ratio of each channel that minimises Eq. 7 at the layer's output.
 
@@ -60,6 +65,8 @@ def choose_channel_clips(
         weight: [out, n], the space's readers stacked, not migrated.
         largest: [n], max |X|.
         grid: [G], ratios tried.
+        bits: width of an activation code.
+        weight_bits: width of a weight code.
 
     Returns:
         float64 [n].
@@ -70,12 +77,12 @@ def choose_channel_clips(
     activation_error = statistics.error * weight.square().sum(dim=0)
     clip = torch.ones_like(largest, dtype=torch.float64)
     for _ in range(_ROUNDS):
-        row_step = (full * clip).abs().amax(dim=1, keepdim=True) / largest_code(bits)
+        row_step = (full * clip).abs().amax(dim=1, keepdim=True) / largest_code(weight_bits)
         row_step = torch.where(row_step > 0, row_step, 1.0)
         loss = activation_error.clone()
         for index, ratio in enumerate(grid.tolist()):
             column = full * ratio
-            rounded = round_to_codes(column / row_step, bits) * row_step
+            rounded = round_to_codes(column / row_step, weight_bits) * row_step
             loss[index] += (column - rounded).square().sum(dim=0) * statistics.energy[index]
         clip = grid[loss.argmin(dim=0)]
     return clip

@@ -1,10 +1,12 @@
 """GPTQ (paper 5 and B; Frantar et al., 2022): codes column by column, errors carried onward.
 
-Per output channel, symmetric. The order is static act-order: columns by falling Hessian diagonal,
-a permutation that is undone at the end and leaves nothing behind in the checkpoint.
+The order is static act-order: columns by falling Hessian diagonal, a permutation that is undone at
+the end and leaves nothing behind in the checkpoint. Steps and zero points are fixed beforehand; a
+column keeps those of its own group, whenever its turn comes.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +14,28 @@ from torch import Tensor
 from mergequant_vllm.rounding import round_to_codes
 
 _LARGEST_DAMPING = 1e3
+_FIRST_DAMPING = 1e-6  # tried second where none was asked for
 
 
 class NotPositiveDefiniteError(ValueError):
-    """A Hessian that no damping makes invertible: it holds NaN or infinity."""
+    """A Hessian that no damping makes invertible, or that holds NaN or infinity."""
+
+
+class Grid(Protocol):
+    """The values a weight can be rounded to, step * (code - zero point); see `weights`."""
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+
+    def columns(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point of the columns `numbers`, int64 [m]: each [out, m]."""
+
+    def round_weight(self, weight: Tensor) -> Tensor:
+        """Nearest codes of [out, n]: int8 [out, n]."""
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weight [out, n] that codes stand for."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,8 @@ class InverseHessian:
 
     Attributes:
         order: int64 [n], column handled at each turn.
-        factor: [n, n], upper Cholesky factor of the inverse of the damped, permuted Hessian.
+        factor: [n, n], upper Cholesky factor of the inverse of the damped, permuted Hessian, in
+            units of its mean diagonal. GPTQ is indifferent to the unit.
         damping: the fraction of the mean diagonal that was added.
     """
 
@@ -38,26 +59,39 @@ def invert_hessian(hessian: Tensor, damping: float) -> InverseHessian:
 
     Args:
         hessian: [n, n], 2/t X^T X of the activations that the kernel will see. A channel that
-            never fired has a zero row; it is given a diagonal of 1 and receives no error.
-        damping: fraction of the mean diagonal.
+            never fired has a diagonal of 0; it neither causes nor receives error. Repeated
+            channels (paper 4.2) make it singular until it is damped.
+        damping: fraction of the mean diagonal of the channels that fired.
 
     Raises:
         NotPositiveDefiniteError: no damping helps.
     """
-    diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    permuted = hessian[order][:, order].clone()
-    dead = permuted.diagonal() == 0
-    permuted.diagonal()[dead] = 1.0
-    mean = permuted.diagonal().mean()
+    if not bool(torch.isfinite(hessian).all()):
+        raise NotPositiveDefiniteError("the Hessian holds NaN or infinity")
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    scaled = _in_units_of_the_mean(hessian[order][:, order])
     while damping < _LARGEST_DAMPING:
-        damped = permuted.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = scaled.clone()
+        damped.diagonal().add_(damping)
         factor = _upper_factor_of_inverse(damped)
         if factor is not None:
             return InverseHessian(order=order, factor=factor, damping=damping)
-        damping *= 2
+        damping = max(2 * damping, _FIRST_DAMPING)
     raise NotPositiveDefiniteError("no damping makes the Hessian positive definite")
+
+
+def _in_units_of_the_mean(hessian: Tensor) -> Tensor:
+    """Divided by the mean diagonal of live channels; dead ones have rows of the unit matrix."""
+    dead = hessian.diagonal() == 0
+    live = hessian.diagonal()[~dead]
+    mean = live.mean() if len(live) else hessian.new_tensor(1.0)
+    if float(mean) <= 0:
+        raise NotPositiveDefiniteError("the Hessian's diagonal is negative")
+    scaled = hessian / mean
+    scaled[dead] = 0.0
+    scaled[:, dead] = 0.0
+    scaled.diagonal()[dead] = 1.0
+    return scaled
 
 
 def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
@@ -69,58 +103,61 @@ def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
     return upper if int(failed) == 0 and finite else None
 
 
-def gptq(weight: Tensor, step: Tensor, inverse: InverseHessian, bits: int, block: int) -> Tensor:
+def gptq(weight: Tensor, grid: Grid, inverse: InverseHessian, block: int) -> Tensor:
     """Codes of a weight, in blocks of columns.
 
     Args:
-        weight: [out, n], migrated.
-        step: [out], weight steps.
+        weight: [out, n], migrated; the dtype of the Hessian.
+        grid: steps and zero points, of the whole weight.
         block: columns whose errors reach the rest at once.
 
     Returns:
         int8 [out, n].
     """
-    w = weight[:, inverse.order].clone()
+    # Transposed: what is read and written at each turn, a column of W, is contiguous.
+    w = weight.T.index_select(0, inverse.order)
     u = inverse.factor
-    codes = torch.zeros_like(w)
-    columns = w.shape[1]
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.zeros_like(w[:, start:stop])
+    codes = torch.empty_like(w, dtype=torch.int8)
+    for start in range(0, len(w), block):
+        stop = min(start + block, len(w))
+        step, zero = (x.T.contiguous() for x in grid.columns(inverse.order[start:stop]))
+        errors = torch.empty_like(w[start:stop])
         for k in range(start, stop):
-            codes[:, k] = round_to_codes(w[:, k] / step, bits)
-            error = (w[:, k] - codes[:, k] * step) / u[k, k]
-            w[:, k:stop] -= error[:, None] * u[k, k:stop]
-            errors[:, k - start] = error
-        w[:, stop:] -= errors @ u[start:stop, stop:]
-    return _restore(codes, inverse.order)
+            i = k - start
+            code = round_to_codes(w[k] / step[i] + zero[i], grid.bits)
+            errors[i] = (w[k] - (code - zero[i]) * step[i]) / u[k, k]
+            w[k + 1 : stop] -= torch.outer(u[k, k + 1 : stop], errors[i])
+            codes[k] = code.to(torch.int8)
+        w[stop:] -= u[start:stop, stop:].T @ errors
+    return _restore(codes.T, inverse.order)
 
 
-def gptq_by_column(weight: Tensor, step: Tensor, inverse: InverseHessian, bits: int) -> Tensor:
+def gptq_by_column(weight: Tensor, grid: Grid, inverse: InverseHessian) -> Tensor:
     """The definition: each column's error goes to all later ones at once. Same codes, slower."""
     w = weight[:, inverse.order].clone()
     u = inverse.factor
+    step, zero = grid.columns(inverse.order)
     codes = torch.zeros_like(w)
     for k in range(w.shape[1]):
-        codes[:, k] = round_to_codes(w[:, k] / step, bits)
-        error = (w[:, k] - codes[:, k] * step) / u[k, k]
+        codes[:, k] = round_to_codes(w[:, k] / step[:, k] + zero[:, k], grid.bits)
+        error = (w[:, k] - (codes[:, k] - zero[:, k]) * step[:, k]) / u[k, k]
         w[:, k + 1 :] -= torch.outer(error, u[k, k + 1 :])
     return _restore(codes, inverse.order)
 
 
 def _restore(codes: Tensor, order: Tensor) -> Tensor:
-    restored = torch.empty_like(codes, dtype=torch.int8)
+    restored = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
     restored[:, order] = codes.to(torch.int8)
     return restored
 
 
-def round_to_nearest(weight: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Codes without error feedback: [out, n] and [out] to int8 [out, n]."""
-    return round_to_codes(weight / step[:, None], bits).to(torch.int8)
+def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """Codes without error feedback: [out, n] to int8 [out, n]."""
+    return grid.round_weight(weight)
 
 
-def output_loss(weight: Tensor, codes: Tensor, step: Tensor, hessian: Tensor) -> float:
+def output_loss(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> float:
     """Relative squared error at the layer's output, tr(E H E^T) / tr(W H W^T)."""
-    error = weight - codes.to(weight.dtype) * step[:, None]
+    error = weight - grid.dequantize(codes)
     energy = ((weight @ hessian) * weight).sum()
     return float(((error @ hessian) * error).sum() / energy) if float(energy) > 0 else 0.0

@@ -107,7 +107,7 @@ def test_on_a_cpu_the_cpus_kernel_is_chosen() -> None:
 
 
 def test_a_requested_kernel_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="vllm.mergequant"):
         for _ in range(2):
             assert select.select_linear(SPEC, "reference").name == "reference"
     lines = [r.getMessage() for r in caplog.records if "kernel 'reference'" in r.getMessage()]
@@ -120,7 +120,7 @@ def test_a_fallback_is_logged_with_every_reason(
 ) -> None:
     monkeypatch.setattr(marlin, "_missing_operations", lambda: "marlin_gemm is not there")
     monkeypatch.setattr(humming._HummingLinear, "_refuse_library", lambda *_: "no humming")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="vllm.mergequant"):
         assert select.select_linear(gpu(90), None).name == "triton"
     assert caplog.records[-1].levelno == logging.WARNING
     assert caplog.records[-1].getMessage() == (

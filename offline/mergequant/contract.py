@@ -1,0 +1,118 @@
+"""The contract of what `quantize` is going to write, known before the first block is read."""
+
+import importlib.metadata
+from collections.abc import Mapping
+
+import mergequant_vllm
+from mergequant.architecture import (
+    Architecture,
+    block_tensors,
+    has_bias,
+    linear_shape,
+    outer_tensors,
+)
+from mergequant.errors import InputError
+from mergequant.options import Options
+from mergequant.rotated import online_hadamards
+from mergequant_vllm.format import (
+    BLOCK,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    CheckpointFormat,
+    LinearFormat,
+    Provenance,
+)
+
+# K is padded to what the GPU kernels work on; a narrow model runs anywhere, and pays by the column.
+_TILE, _NARROW_TILE, _NARROW = 128, 16, 1024
+
+
+def checkpoint_format(
+    config: Mapping[str, object],
+    architecture: Architecture,
+    options: Options,
+    calibration_sha256: str,
+) -> CheckpointFormat:
+    """The contract of the checkpoint that `quantize` writes."""
+    linears = {}
+    hadamards = online_hadamards(architecture, config, options.rotation, options.hadamard_block)
+    for stage in architecture.stages():
+        static = stage.norm is not None and options.activations == "static"
+        for linear in stage.linears:
+            linears[linear.name] = linear_format(
+                options,
+                linear_shape(architecture, linear, config),
+                norm=stage.norm.name if static and stage.norm else None,
+                bias=has_bias(linear, config),
+                hadamard=hadamards.get(linear.name),
+            )
+    quantized = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
+    tensors = {name: list(shape) for name, shape in outer_tensors(architecture, config).items()}
+    for name, shape in block_tensors(architecture, config).items():
+        if name not in quantized:
+            tensors[f"{architecture.block}.{name}"] = list(shape)
+    assert BLOCK in architecture.block
+    return CheckpointFormat(
+        quant_method=QUANT_METHOD,
+        format_version=FORMAT_VERSION,
+        block=architecture.block,
+        blocks=int(str(config["num_hidden_layers"])),
+        linears=linears,
+        tensors=tensors,
+        provenance=Provenance(
+            options=options.model_dump(mode="json"),
+            versions=_versions(),
+            calibration_sha256=calibration_sha256,
+        ),
+    )
+
+
+def linear_format(
+    options: Options,
+    shape: tuple[int, int],
+    *,
+    norm: str | None,
+    bias: bool,
+    hadamard: int | None = None,
+) -> LinearFormat:
+    """How a linear of this shape is stored; static if it reads the migrated `norm`."""
+    reconstructed = norm is not None and options.reconstruction != "none"
+    return LinearFormat(
+        shape=shape,
+        weight_bits=options.weight_bits,
+        group_size=options.group_size,
+        zero_points=options.asymmetric,
+        activation_bits=options.dynamic_bits if norm is None else options.static_bits,
+        activations="dynamic" if norm is None else "static",
+        norm=norm,
+        columns=reconstructed_columns(options, shape[1]) if reconstructed else None,
+        offsets=reconstructed and options.staggered,
+        hadamard=hadamard,
+        bias=bias,
+    )
+
+
+def reconstructed_columns(options: Options, channels: int) -> int:
+    """K of the linears behind a reconstructed norm, one for all blocks.
+
+    Raises:
+        InputError: `pad` has no room to grow.
+    """
+    if options.reconstruction == "prune":
+        return channels
+    tile = _TILE if channels >= _NARROW else _NARROW_TILE
+    columns = int(channels * (1 + options.max_extra_channels)) // tile * tile
+    if columns <= channels:
+        least = (channels // tile + 1) * tile / channels - 1
+        raise InputError(
+            f"--reconstruction pad has no room: {channels} channels and "
+            f"{options.max_extra_channels:.1%} more make no further tile of {tile}: "
+            f"give --max-extra-channels {least:.3f} or more, or --reconstruction prune."
+        )
+    return columns
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("torch", "transformers", "compressed-tensors")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    return {"mergequant-vllm": mergequant_vllm.__version__, **versions}

@@ -1,0 +1,143 @@
+"""Rotation (the paper's rows with Hadamard, Table 1; QuaRot, SpinQuant): outliers spread out.
+
+A space's channels x become x R with R orthogonal; its writers absorb R and its readers R^T, so the
+function stays. Through an RMSNorm this holds where the norm multiplies by 1 (its multiplier is
+folded into the readers first) because R keeps the mean square; it would not hold for embeddings
+whose mean was removed. Everything here is float64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergequant_vllm.kernels.hadamard.reference import hadamard_matrix
+
+LARGEST_BLOCK = 128  # divides every Llama's intermediate size
+_LARGEST_FACTOR = 64  # two of them rotate 4096 channels in a sixth of a full matrix's time
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """R = diag(signs) (F_1 kron F_2 kron ...) of n channels, kept as its factors.
+
+    The signs act before the mixing: afterwards they would not keep channels with a common mean from
+    adding up in one.
+
+    Attributes:
+        signs: float64 [n], +1 or -1.
+        factors: float64 orthogonal matrices; their sizes multiply to n.
+    """
+
+    signs: Tensor
+    factors: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return len(self.signs)
+
+    def matrix(self) -> Tensor:
+        """The slow, obvious form: float64 [n, n]."""
+        mixing = torch.ones(1, 1, dtype=torch.float64)
+        for factor in self.factors:
+            mixing = torch.kron(mixing, factor)
+        return self.signs[:, None] * mixing
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Each run of n channels of x [..., m * n] times R: float64, same shape."""
+        y = x.to(torch.float64).reshape(-1, self.size) * self.signs
+        inner = self.size
+        for factor in self.factors:
+            inner //= len(factor)
+            y = y.reshape(-1, len(factor), inner)
+            # One channel inward is a plain product; a batched one with columns of 1 is slow.
+            y = y[..., 0] @ factor if inner == 1 else factor.T @ y
+        return y.reshape(x.shape)
+
+
+def orthogonal(size: int, seed: int) -> Orthogonal:
+    """A rotation of `size` channels that mixes all of them evenly, with seeded signs.
+
+    With size = odd * 2^k the mixing is Hartley(odd) kron Sylvester(2^k): every entry is nonzero and
+    at most sqrt(2 / size), so that one channel's outlier reaches each channel divided by at least
+    sqrt(size / 2). A random orthogonal matrix in the place of Hartley's has no such bound; a small
+    one can be near the identity.
+    """
+    odd = size // _power_of_two(size)
+    factors = [hartley_matrix(odd)] if odd > 1 else []
+    left = size // odd
+    while left > 1:
+        factors.append(hadamard_matrix(min(left, _LARGEST_FACTOR)))
+        left //= min(left, _LARGEST_FACTOR)
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1.0
+    return Orthogonal(signs=signs, factors=tuple(factors))
+
+
+def hadamard(block: int) -> Orthogonal:
+    """What the server's online rotation multiplies each `block` channels by: no signs."""
+    return Orthogonal(
+        signs=torch.ones(block, dtype=torch.float64), factors=(hadamard_matrix(block),)
+    )
+
+
+def hadamard_block(width: int, most: int = LARGEST_BLOCK) -> int:
+    """Largest power of two up to `most` that divides `width`; 1: no rotation is possible.
+
+    Under tensor parallelism `width` is a shard's: a block must not cross its border.
+    """
+    block = _power_of_two(width)
+    while block > most:
+        block //= 2
+    return block
+
+
+def hartley_matrix(size: int) -> Tensor:
+    """Discrete Hartley transform, orthonormal: (cos a + sin a) / sqrt(n), a = 2 pi i j / n.
+
+    float64 [size, size]; symmetric, its own inverse. No entry is 0 for an odd size.
+    """
+    index = torch.arange(size)
+    # The product is reduced while it is an integer: large angles lose digits.
+    angle = (2 * math.pi / size) * (torch.outer(index, index) % size).to(torch.float64)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)
+
+
+def rotate_writer(tensor: Tensor, rotation: Orthogonal) -> Tensor:
+    """R^T W of a linear that writes the rotated space, or b R of its bias.
+
+    Args:
+        tensor: weight [m * n, in] or bias [m * n], each run of n outputs being rotated by itself:
+            m is 1 for the residual and the number of heads for `value`.
+
+    Returns:
+        float64, same shape.
+    """
+    return rotation.rotate(tensor.movedim(0, -1)).movedim(-1, 0).contiguous()
+
+
+def rotate_reader(weight: Tensor, rotation: Orthogonal) -> Tensor:
+    """W R of a linear that reads the rotated space: [out, m * n] to float64, same shape.
+
+    An embedding [tokens, n] is rotated alike: its rows are values of the residual.
+    """
+    return rotation.rotate(weight)
+
+
+def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """W * gamma along the inputs, after which the norm multiplies by 1: float64 [out, n].
+
+    Args:
+        weight: [out, n], a reader of the norm's output.
+        gain: [n], what the norm multiplies by (1 + w for a norm that stores w of 1 + w).
+    """
+    return weight.to(torch.float64) * gain.to(torch.float64)
+
+
+def _power_of_two(size: int) -> int:
+    """Largest power of two that divides `size`."""
+    if size < 1:
+        raise ValueError(f"a rotation has at least one channel, not {size}")
+    return size & -size

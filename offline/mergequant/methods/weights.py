@@ -1,0 +1,165 @@
+"""The values a weight can be rounded to: 3, 4 or 8 bits (paper 5, Table 5), from the weight alone.
+
+A group is the input channels g that share a step and a zero point: all of an output channel, or
+`group_size` consecutive ones. With codes q of b bits in -2^(b-1) .. 2^(b-1) - 1,
+
+    W_jk = step_jg * (q_jk - zero_jg)       symmetric: zero = 0
+
+A code is always round(W / step + zero), half to even. Steps are rounded to what the checkpoint
+stores before a zero point or a code is computed from them, so that both fit the step that the
+server multiplies by.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mergequant_vllm.rounding import (
+    largest_code,
+    round_to_16_bit,
+    round_to_codes,
+    smallest_code,
+)
+
+_SMALLEST_STEP = 2.0**-24  # smallest positive float16
+_LOWEST_RATIO, _RATIOS = 0.2, 81  # a ratio each hundredth
+_EXPONENT = 2.4  # of GPTQ's authors' search: above 2, so that large weights are clipped less
+_ELEMENTS_AT_ONCE = 2**18  # of the weight, in a search: its temporaries stay within a cache
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """How weights are stored.
+
+    Attributes:
+        bits: width of a code: 3, 4 or 8.
+        group_size: input channels that share a step, the last group may be short; None: all.
+        asymmetric: groups have zero points.
+        search: `minmax`: the codes span a group's weights (the paper's choice, appendix B); `mse`:
+            the range is shrunk by the ratio that leaves the least sum of |error|^2.4.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    asymmetric: bool = False
+    search: Literal["minmax", "mse"] = "minmax"
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Steps and zero points of one weight [out, n].
+
+    Attributes:
+        step: [out, groups], in the weight's dtype, positive; bfloat16 and float16 hold it exactly.
+        zero_points: int8 [out, groups], the code of a weight of 0; None if all are 0.
+        bits: width of a code.
+        group_size: input channels of a group; None: all.
+    """
+
+    step: Tensor
+    zero_points: Tensor | None
+    bits: int
+    group_size: int | None
+
+    def columns(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point of the columns `numbers`, int64 [m]: each [out, m], step's dtype."""
+        size = (self.step.shape[0], len(numbers))
+        if self.step.shape[1] == 1:
+            step, zero = self.step, self.zero_points
+        else:
+            assert self.group_size is not None
+            groups = numbers // self.group_size
+            step = self.step[:, groups]
+            zero = None if self.zero_points is None else self.zero_points[:, groups]
+        zero = self.step.new_zeros(1, 1) if zero is None else zero.to(self.step.dtype)
+        return step.expand(size), zero.expand(size)
+
+    def round_weight(self, weight: Tensor) -> Tensor:
+        """Nearest codes of a weight [out, n]: int8 [out, n]."""
+        step, zero = self.columns(torch.arange(weight.shape[1], device=weight.device))
+        return round_to_codes(weight / step + zero, self.bits).to(torch.int8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weight that codes [out, n] stand for: [out, n], in the step's dtype."""
+        step, zero = self.columns(torch.arange(codes.shape[1], device=codes.device))
+        return (codes.to(step.dtype) - zero) * step
+
+
+def weight_grid(weight: Tensor, form: WeightForm) -> WeightGrid:
+    """Choose the steps and zero points of a weight.
+
+    Args:
+        weight: float32 or float64 [out, n], migrated. Columns of zeros (padding) change nothing.
+
+    Returns:
+        WeightGrid. Symmetric: step = max|W| / (2^(b-1) - 1). Asymmetric: the range of the weights
+        and 0, over 2^b - 1 steps. A group of zeros has step 1, and its codes equal its zero point.
+    """
+    grouped = _grouped(weight, form.group_size)
+    low = grouped.amin(dim=2).clamp(max=0.0)
+    high = grouped.amax(dim=2).clamp(min=0.0)
+    if form.search == "mse":
+        ratio = _search(grouped, low, high, form)
+        low, high = low * ratio, high * ratio
+    step, zero = _fit(low, high, form)
+    zero_points = None if zero is None else zero.to(torch.int8)
+    return WeightGrid(step, zero_points, form.bits, form.group_size)
+
+
+def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """[out, n] to [out, groups, size]; zeros, which no range or error notices, fill the last."""
+    columns = weight.shape[1]
+    size = min(group_size or columns, columns)
+    padded: Tensor = functional.pad(weight, (0, -columns % size))
+    return padded.reshape(weight.shape[0], -1, size)
+
+
+def _fit(low: Tensor, high: Tensor, form: WeightForm) -> tuple[Tensor, Tensor | None]:
+    """Step and, if asymmetric, zero point of ranges [out, groups] that contain 0."""
+    if not form.asymmetric:
+        return _stored_step(torch.maximum(high, -low), largest_code(form.bits)), None
+    step = _stored_step(high - low, 2**form.bits - 1)
+    return step, round_to_codes(smallest_code(form.bits) - low / step, form.bits)
+
+
+def _stored_step(extent: Tensor, steps: int) -> Tensor:
+    step = round_to_16_bit(extent / steps).clamp(min=_SMALLEST_STEP)
+    return torch.where(extent == 0, 1.0, step)
+
+
+def _search(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
+    """Of each group [out, groups], the ratio of least error, in `low`'s dtype.
+
+    Ratios are compared in float32, 4 times faster than float64 on a CPU, and the winner once more
+    with 1 in the weight's own dtype: no group is worse off than with `minmax`.
+    """
+    ratios = []
+    rows = max(1, _ELEMENTS_AT_ONCE // grouped[0].numel())
+    for start in range(0, len(grouped), rows):
+        w, a, b = (x[start : start + rows] for x in (grouped, low, high))
+        ratio = _best_ratio(w.float(), a.float(), b.float(), form).to(w.dtype)
+        better = _error(w, a * ratio, b * ratio, form) < _error(w, a, b, form)
+        ratios.append(torch.where(better, ratio, 1.0))
+    return torch.cat(ratios)
+
+
+def _best_ratio(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
+    ratios = torch.linspace(1.0, _LOWEST_RATIO, _RATIOS, dtype=low.dtype, device=low.device)
+    best, least = torch.ones_like(low), _error(grouped, low, high, form)
+    for ratio in ratios[1:]:
+        error = _error(grouped, low * ratio, high * ratio, form)
+        better = error < least
+        best, least = torch.where(better, ratio, best), torch.where(better, error, least)
+    return best
+
+
+def _error(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
+    """Sum of |error|^2.4 over each group: [out, groups, size] and [out, groups] to the latter."""
+    step, zero = _fit(low, high, form)
+    offset = torch.zeros_like(step) if zero is None else zero
+    scaled = grouped / step[:, :, None] + offset[:, :, None]
+    error = (round_to_codes(scaled, form.bits) - scaled) * step[:, :, None]
+    return error.abs_().pow_(_EXPONENT).sum(dim=2)

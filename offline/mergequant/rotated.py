@@ -1,0 +1,230 @@
+"""A model seen rotated: a `Reader` that folds norms and rotates each tensor as it is read.
+
+A space owns a rotation, not a layer: `residual` and what norms make of it have R1, `value` and
+`attn_mix` have R2 (one for all heads, so a group's value head and its query heads agree), and
+`mlp_mid` has the Hadamard blocks R4 of which the server does the other half. A linear's weight is
+rotated by the space that it writes and by the space that it reads.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergequant.architecture import Architecture, Norm, widths
+from mergequant.checkpoint import Reader
+from mergequant.errors import InputError
+from mergequant.methods.rotate import (
+    LARGEST_BLOCK,
+    Orthogonal,
+    fold_gain,
+    hadamard,
+    hadamard_block,
+    orthogonal,
+    rotate_reader,
+    rotate_writer,
+)
+from mergequant_vllm.format import StoredTensor
+
+Rotation = Literal["offline", "online"]
+VALUE, MIX, MIDDLE = "value", "attn_mix", "mlp_mid"
+_ROWS_AT_ONCE = 8192  # a vocabulary of float64 rows would be the largest thing in memory
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What becomes of one tensor.
+
+    Attributes:
+        source: the tensor in the source model.
+        writes: rotation of its first dimension's space.
+        reads: rotation of its last dimension's space.
+        gain: the norm tensor folded into its inputs, and what a norm adds to that.
+        constant: what every element becomes (a folded norm's); nothing else is done.
+    """
+
+    source: str
+    writes: Orthogonal | None = None
+    reads: Orthogonal | None = None
+    gain: tuple[str, float] | None = None
+    constant: float | None = None
+
+
+class RotatedReader(Reader):
+    """A view of `reader`'s model with R1 and R2 (`offline`), and R4 (`online`), in its weights.
+
+    Norms over the residual multiply by 1, and the head is no longer tied to the embedding. Rotated
+    tensors are float32 whatever the source's dtype: rounded to 16 bits they would no longer be the
+    same model.
+
+    Args:
+        reader: the plain model.
+        seed: of the signs of R1; R2 has the next.
+        most: largest Hadamard block; a smaller one lets the server cut finer shards.
+        dtype: of what is rotated; float64 for proofs.
+
+    Attributes:
+        hadamard: block of the online rotation of each linear that has one, by name in its block.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        architecture: Architecture,
+        rotation: Rotation,
+        seed: int,
+        *,
+        most: int = LARGEST_BLOCK,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        # Not the parent's: `reader` has opened the files, and only it reads them.
+        self._source = reader
+        self._dtype = dtype
+        self.folder = reader.folder
+        self.config = {**reader.config, "tie_word_embeddings": False}
+        self.hadamard = online_hadamards(architecture, reader.config, rotation, most)
+        rotations = _space_rotations(architecture, reader.config, self.hadamard, seed)
+        self._turns = dict(_turns(architecture, reader.config, rotations))
+        self.stored = dict(reader.stored)
+        for name, turn in self._turns.items():
+            source = reader.stored.get(turn.source)  # what is missing is for `validate` to name
+            if source is not None and turn.constant is None:
+                self.stored[name] = StoredTensor(
+                    source.shape, "F32" if dtype == torch.float32 else None
+                )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor: rotated in float64 and given as float32; or as stored where nothing turns."""
+        return self._read(name, self._dtype)
+
+    def read_in_source_dtype(self, name: str) -> Tensor:
+        """As `read`, rounded to the dtype of the source: what a 16-bit checkpoint holds."""
+        return self._read(name, None)
+
+    def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        turn = self._turns.get(name)
+        if turn is None:
+            return self._source.read(name)
+        tensor = self._source.read(turn.source)
+        if turn.constant is not None:
+            return torch.full_like(tensor, turn.constant)
+        whole = turn.writes is not None  # else each row is rotated by itself
+        parts = (tensor,) if whole else torch.split(tensor, _ROWS_AT_ONCE)
+        gain = None
+        if turn.gain is not None:
+            norm, offset = turn.gain
+            gain = self._source.read(norm).to(torch.float64) + offset
+        return torch.cat([_turned(part, turn, gain).to(dtype or tensor.dtype) for part in parts])
+
+    def check_finite(self) -> None:
+        """As the plain model's: a rotation makes no NaN of its own."""
+        self._source.check_finite()
+
+
+def _turned(tensor: Tensor, turn: _Turn, gain: Tensor | None) -> Tensor:
+    tensor = tensor.to(torch.float64)
+    if gain is not None:
+        tensor = fold_gain(tensor, gain)
+    if turn.reads is not None:
+        tensor = rotate_reader(tensor, turn.reads)
+    if turn.writes is not None:
+        tensor = rotate_writer(tensor, turn.writes)
+    return tensor
+
+
+def online_hadamards(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    rotation: Literal["none", "offline", "online"],
+    most: int = LARGEST_BLOCK,
+) -> dict[str, int]:
+    """Block of the Hadamard that the server applies to a linear's input, by name in its block.
+
+    Raises:
+        InputError: `online` is wanted, but no power of two divides the width.
+    """
+    if rotation != "online":
+        return {}
+    block = hadamard_block(_width(architecture, config, MIDDLE), most)
+    if block < 2:
+        raise InputError(
+            "Rotation 'online' needs an even intermediate_size and blocks of at least 2 channels: "
+            "choose rotation 'offline'."
+        )
+    return {linear.name: block for linear in architecture.linears if linear.reads == MIDDLE}
+
+
+def _space_rotations(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    hadamards: Mapping[str, int],
+    seed: int,
+) -> dict[str, Orthogonal]:
+    """The rotation of each space that has one."""
+    residual = architecture.embedding.writes
+    norms = (*architecture.norms, architecture.final_norm)
+    for norm in norms:
+        if norm.reads != residual or norm.writes == residual:
+            raise InputError(
+                f"Norm {norm.name!r} of architecture {architecture.model_type!r} does not stand "
+                "between the residual and its readers, so nothing rotates through it: choose "
+                "rotation 'none'."
+            )
+    head = orthogonal(widths(config)["head"], seed + 1)
+    stream = orthogonal(_width(architecture, config, residual), seed)
+    rotations = {residual: stream, **{norm.writes: stream for norm in norms}}
+    for space in (VALUE, MIX):
+        _width(architecture, config, space)
+        rotations[space] = head
+    for block in hadamards.values():
+        rotations[MIDDLE] = hadamard(block)
+    return rotations
+
+
+def _width(architecture: Architecture, config: Mapping[str, Any], space: str) -> int:
+    width = {entry.name: entry.width for entry in architecture.spaces}.get(space)
+    if width is None:
+        raise InputError(
+            f"Architecture {architecture.model_type!r} has no space {space!r} to rotate: "
+            "choose rotation 'none'."
+        )
+    return widths(config)[width]
+
+
+def _turns(
+    architecture: Architecture, config: Mapping[str, Any], rotations: Mapping[str, Orthogonal]
+) -> Iterator[tuple[str, _Turn]]:
+    """Every tensor that a rotation changes, by full name; biases even if the model has none."""
+    embedding = f"{architecture.embedding.name}.weight"
+    head = f"{architecture.head.name}.weight"
+    yield from _norm_turns("", (architecture.final_norm,))
+    # A lookup table lies the other way round: what it writes is its last dimension.
+    yield embedding, _Turn(embedding, reads=rotations[architecture.embedding.writes])
+    source = embedding if config.get("tie_word_embeddings", False) else head
+    final = _gain("", architecture.final_norm)
+    yield head, _Turn(source, reads=rotations[architecture.head.reads], gain=final)
+    norms = {norm.writes: norm for norm in architecture.norms}
+    for number in range(int(config["num_hidden_layers"])):
+        prefix = f"{architecture.block.format(block=number)}."
+        yield from _norm_turns(prefix, architecture.norms)
+        for linear in architecture.linears:
+            writes, reads = rotations.get(linear.writes), rotations.get(linear.reads)
+            gain = _gain(prefix, norms[linear.reads]) if linear.reads in norms else None
+            weight, bias = (f"{prefix}{linear.name}.{part}" for part in ("weight", "bias"))
+            if not (writes is None and reads is None):
+                yield weight, _Turn(weight, writes, reads, gain)
+            if writes is not None:
+                yield bias, _Turn(bias, writes)
+
+
+def _norm_turns(prefix: str, norms: Iterable[Norm]) -> Iterator[tuple[str, _Turn]]:
+    for norm in norms:
+        name, offset = _gain(prefix, norm)
+        yield name, _Turn(name, constant=1.0 - offset)
+
+
+def _gain(prefix: str, norm: Norm) -> tuple[str, float]:
+    """A norm's tensor and what the norm adds to it."""
+    return f"{prefix}{norm.name}.weight", 1.0 if norm.multiplier == "one_plus" else 0.0

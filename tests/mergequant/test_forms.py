@@ -1,0 +1,117 @@
+"""Every option of storage and method: what is written is the model, as close as its bits allow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergequant import quantize
+from mergequant.checkpoint import Reader
+from mergequant.corpus import load_tokenizer
+from mergequant.oracle import load_model
+from mergequant_vllm.format import CheckpointFormat, parse
+from tests.conftest import SMALL
+from tests.tiny import TEXT, make_model
+
+EIGHT: dict[str, Any] = {"weight_bits": 8, "static_bits": 8, "dynamic_bits": 8}
+PAD: dict[str, Any] = {"reconstruction": "pad", "alpha": 1.0, "max_extra_channels": 0.5}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "asymmetric": {"asymmetric": True},
+    "groups": {"group_size": 32},
+    "asymmetric groups, searched": {
+        "group_size": 64,
+        "asymmetric": True,
+        "weight_search": "mse",
+    },
+    "pad": PAD,
+    "pad, staggered, by folded size": {**PAD, "staggered": True, "split_by": "folded"},
+    "pad, asymmetric": {**PAD, "asymmetric": True},
+    "pad, nothing strong": {**PAD, "alpha": 50.0, "staggered": True},
+    "rotation offline": {"rotation": "offline"},
+    "rotation online": {"rotation": "online"},
+    "rotation online, small blocks": {"rotation": "online", "hadamard_block": 2},
+    "all of it": {**PAD, "staggered": True, "rotation": "online", "group_size": 32},
+}
+
+
+def contract(folder: Path) -> CheckpointFormat:
+    return parse(Reader(folder).config["quantization_config"])
+
+
+def distance(folder: Path, source: Path) -> float:
+    """Relative difference of the logits of two models on a text like the calibration's."""
+    tokenizer = load_tokenizer(source)
+    ids = torch.tensor([tokenizer.encode(f"{i} {TEXT}")[:64] for i in range(40, 44)])
+    with torch.no_grad():
+        ours, theirs = (load_model(path)(ids).logits for path in (folder, source))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {name: make_model(folder / name, name) for name in ("llama", "qwen2")}
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, text: Path, sources: dict[str, Path]
+) -> dict[str, float]:
+    """How far 8 bits alone are away; about 0.02, from what the calibration did not see."""
+    options, found = SMALL.model_copy(update=EIGHT), {}
+    for name, source in sources.items():
+        output = tmp_path_factory.mktemp("plain") / name
+        found[name] = distance(quantize(source, output, [text], options, progress=False), source)
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_with_8_bits_it_is_still_the_same_model(
+    tmp_path: Path,
+    text: Path,
+    sources: dict[str, Path],
+    plain: dict[str, float],
+    model_type: str,
+    name: str,
+) -> None:
+    source = sources[model_type]
+    options = SMALL.model_copy(update={**EIGHT, **OPTIONS[name]})
+    folder = quantize(source, tmp_path / "out", [text], options, progress=False)
+    assert distance(folder, source) < 1.25 * plain[model_type]
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_three_bits_are_further_away_than_four(
+    tmp_path: Path, llama: Path, text: Path, group_size: int | None, asymmetric: bool
+) -> None:
+    found = {}
+    for bits in (3, 4, 8):
+        update = {**EIGHT, "weight_bits": bits}
+        update |= {"group_size": group_size, "asymmetric": asymmetric}
+        options = SMALL.model_copy(update=update)
+        folder = quantize(llama, tmp_path / str(bits), [text], options, progress=False)
+        linear = contract(folder).linears["mlp.up_proj"]
+        assert (linear.weight_bits, linear.group_size) == (bits, group_size)
+        found[bits] = distance(folder, llama)
+    assert found[8] < found[4] < found[3]
+
+
+def test_pruned_channels_are_gathered(tmp_path: Path, llama: Path, text: Path) -> None:
+    options = SMALL.model_copy(update={"reconstruction": "prune", "alpha": 1.0})
+    folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    linears, reader = contract(folder).linears, Reader(folder)
+    assert linears["self_attn.q_proj"].columns == 64 and linears["mlp.down_proj"].columns is None
+    index = reader.read("model.layers.0.self_attn.q_proj.input_index")
+    assert torch.equal(index, reader.read("model.layers.0.self_attn.v_proj.input_index"))
+    assert len(index.unique()) < 64
+
+
+def test_padding_without_room_is_refused(tmp_path: Path, llama: Path, text: Path) -> None:
+    options = SMALL.model_copy(update={"reconstruction": "pad"})
+    with pytest.raises(ValueError, match=r"64 channels and 12\.5% more .* --max-extra-channels"):
+        quantize(llama, tmp_path / "out", [text], options, progress=False)
+    assert not (tmp_path / "out").exists()
