@@ -86,9 +86,10 @@ def _parts(module: Any) -> list[Any]:
     return list(module.children())
 
 
-def make_oracle(folder: Path, text: Path, ranks: int) -> Oracle:
+def make_oracle(folder: Path, text: Path, ranks: int, most: int | None = None) -> Oracle:
+    """The oracle of a checkpoint on the first `most` windows of a text."""
     model = load_model(folder, torch.float32, ranks)
-    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), WINDOW)
+    windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), WINDOW)[:most]
     logprobs = reference_logprobs(model, windows)
     changes = []
     for seed in range(CONTROL_RUNS):
