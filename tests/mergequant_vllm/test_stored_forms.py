@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from mergequant_vllm.linear import MergeQuantLinearMethod
+from mergequant_vllm.parameters import SharedInputParameter
 
 NAME = "model.layers.0.mlp.gate_up_proj"
 
@@ -311,8 +312,8 @@ def test_weights_are_not_loaded_twice() -> None:
 
 
 def test_vllm_may_count_what_it_is_going_to_load() -> None:
-    form = LinearFormat(shape=(8, 64), activations="static", norm="n", columns=64)
-    layer = merged_layer(form, form)
-    index = layer.input_index
-    index.data = index.data.to("meta")
-    index.weight_loader(index, make_tensors(form, 0)["input_index"], 0)
+    """On the meta device nothing can be compared: a reload must reach its refusal."""
+    empty = torch.empty(64, dtype=torch.int32, device="meta")
+    parameter = SharedInputParameter(data=empty, weight_loader=lambda *_: None)
+    for _ in range(2):
+        parameter.load_merged_column_weight(torch.arange(64, dtype=torch.int32))
