@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from mergequant_vllm.format import FormatError, LinearFormat
+from mergequant_vllm.kernels.capability import current_capability
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.quantizers import (
     CodeForm,
@@ -74,7 +75,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             dtype=params_dtype,
             group_size=form.group_size,
             zero_points=form.zero_points,
-            capability=compute_capability(device),
+            capability=current_capability(device),
         )
         self.kernel = select_linear(self.spec, self.requested)
         record_in_compile_cache_key(self.kernel.name)
@@ -152,14 +153,6 @@ class MergeQuantLinearMethod(LinearMethodBase):
         codes, token_step = layer.quantizer(x)
         y: Tensor = layer.product(codes, token_step, bias is not None)
         return y
-
-
-def compute_capability(device: str) -> int | None:
-    """10 * major + minor of the current NVIDIA GPU; None on other devices."""
-    if device != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def record_in_compile_cache_key(kernel: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import environment
+from mergequant_vllm.kernels.capability import read_capability
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "mergequant_vllm" / "kernels"
@@ -24,7 +25,7 @@ class Device:
     Attributes:
         kind: torch device type, `cuda` or `cpu`.
         name: as its maker calls it.
-        capability: 10 * major + minor; None on CPUs.
+        capability: compute capability, see `kernels.capability`; None on CPUs.
         l2_bytes: size of the cache that weights must not be read from.
         driver: version of the GPU's driver, or None.
     """
@@ -52,9 +53,8 @@ def find_device() -> Device:
     if not torch.cuda.is_available():
         return Device("cpu", f"CPU {torch.backends.cpu.get_cpu_capability()}", None, 0, None)
     properties = torch.cuda.get_device_properties(0)
-    major, minor = torch.cuda.get_device_capability(0)
     cache = int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
-    return Device("cuda", torch.cuda.get_device_name(0), 10 * major + minor, cache, _driver())
+    return Device("cuda", torch.cuda.get_device_name(0), read_capability(0), cache, _driver())
 
 
 def _driver() -> str | None:

@@ -26,7 +26,7 @@ def kind_of(spec: LinearSpec) -> Kind:
 
 
 class Row(NamedTuple):
-    """Kernels for capabilities `oldest` to `newest`, each 10 * major + minor, both included."""
+    """Kernels for capabilities `oldest` to `newest`, both included, see `kernels.capability`."""
 
     oldest: int
     newest: int

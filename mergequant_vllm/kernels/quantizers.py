@@ -75,9 +75,11 @@ class StaticQuantizer(nn.Module):
         self.form = form
         self.register_buffer("index", index)
         self.register_buffer("offset", offset)
-        slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
+        slabs: list[norm_round_fused.Slab] = []
+        if form.on_gpu:
+            slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
         self.slabs = len(slabs)
-        for number, slab in enumerate(slabs if form.on_gpu else ()):
+        for number, slab in enumerate(slabs):
             for name, tensor in vars(slab).items():
                 there = None if tensor is None else tensor.to(device)
                 self.register_buffer(f"slab_{number}_{name}", there)

@@ -65,13 +65,10 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
 
 
 def _log_choice(name: str, spec: LinearSpec, refusals: list[str]) -> None:
-    where = spec.device
-    if spec.capability is not None:
-        where += f" {spec.capability // 10}.{spec.capability % 10}"
     because = "".join(f"; {refusal}" for refusal in refusals)
     level = logging.WARNING if refusals else logging.INFO
     what = kind_of(spec).value
-    _log_once(f"Linears with {what} run on kernel {name!r} ({where}){because}", level)
+    _log_once(f"Linears with {what} run on kernel {name!r} ({spec.where}){because}", level)
 
 
 @functools.cache

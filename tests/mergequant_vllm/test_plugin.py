@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from tests.tiny import make_model
 pytest.importorskip("vllm")
 
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -35,16 +29,6 @@ from mergequant_vllm.config import MergeQuantConfig
 from mergequant_vllm.linear import MergeQuantLinearMethod, record_in_compile_cache_key
 
 BLOCK = "model.layers.0"
-
-
-@pytest.fixture(scope="module")
-def _ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
 
 
 def plugin_config(folder: Path) -> MergeQuantConfig:

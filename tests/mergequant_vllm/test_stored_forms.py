@@ -15,12 +15,6 @@ from tests.mergequant_vllm.kernels.made import random_codes
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -28,6 +22,8 @@ from mergequant_vllm.linear import MergeQuantLinearMethod
 from mergequant_vllm.parameters import SharedInputParameter
 
 NAME = "model.layers.0.mlp.gate_up_proj"
+
+pytestmark = pytest.mark.usefixtures("_ranks")
 
 
 class Given(QuantizationConfig):
@@ -57,16 +53,6 @@ class Given(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Given":
         raise NotImplementedError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
 
 
 def make_tensors(form: LinearFormat, seed: int) -> dict[str, Tensor]:

@@ -16,8 +16,7 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.int4_linear.reference import (
     centred_codes,
     group_slices,
-    scale_group_products,
-    scale_products,
+    int4_linear,
 )
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 
@@ -62,19 +61,22 @@ class _Prepared(PreparedLinear):
 
     def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
         """As `reference`, bit for bit."""
-        bias = self.bias if add_bias else None
-        sums = [self._exact_sums(codes, part) for part in group_slices(self.spec)]
-        if self.spec.group_size is None:
-            step = self.weight_step[:, 0]
-            return scale_products(sums[0], step, token_step, bias, self.spec.dtype)
-        return scale_group_products(sums, self.weight_step, token_step, bias, self.spec.dtype)
+        return int4_linear(
+            codes,
+            self.weight,
+            self.weight_step,
+            self.spec.group_size,
+            token_step,
+            self.bias if add_bias else None,
+            self.spec.dtype,
+            multiply=self._exact_sums,
+        )
 
-    def _exact_sums(self, codes: Tensor, part: slice) -> Tensor:
-        run = exact_channels(self.spec)
-        if part.stop - part.start <= run:
-            return F.linear(codes[..., part], self.weight[:, part])
+    def _exact_sums(self, codes: Tensor, weight: Tensor) -> Tensor:
+        run, columns = exact_channels(self.spec), weight.shape[1]
+        if columns <= run:
+            return F.linear(codes, weight)
         total = torch.zeros((), dtype=torch.float64, device=codes.device)
-        for start in range(part.start, part.stop, run):
-            piece = slice(start, min(start + run, part.stop))
-            total = total + F.linear(codes[..., piece], self.weight[:, piece]).to(torch.float64)
+        for part in group_slices(columns, run):
+            total = total + F.linear(codes[..., part], weight[:, part]).to(torch.float64)
         return total

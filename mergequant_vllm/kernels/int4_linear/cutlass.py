@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergequant_vllm.kernels.capability import spell
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
 
@@ -37,44 +39,32 @@ class CutlassLinear:
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernels cannot hold, GPUs they are not for and a vLLM without them."""
-        if spec.device != "cuda":
-            return f"it runs on NVIDIA GPUs and the layer is on {spec.device}"
-        if (refusal := _capability_refusal(spec.capability)) is not None:
-            return refusal
-        if spec.group_size is not None:
-            return f"it takes a step per output channel, the layer has groups of {spec.group_size}"
-        if spec.zero_points:
-            return "it takes no zero points and the layer has them"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            name = str(spec.dtype).removeprefix("torch.")
-            return f"it writes bfloat16 or float16 and the model is in {name}; use --dtype bfloat16"
-        return _missing_operation()
+        return (
+            refusals.device(spec)
+            or refusals.capability(spec.capability, OLDEST_CAPABILITY)
+            or _refuse_blackwell(spec.capability)
+            or refusals.groups(spec)
+            or refusals.zero_points(spec)
+            or refusals.dtype(spec)
+            or _missing_operation()
+        )
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """int8 [N, K], padded."""
         return _Prepared(stored, spec)
 
 
-def _capability_refusal(capability: int | None) -> str | None:
-    if capability is None or OLDEST_CAPABILITY <= capability < FIRST_WITHOUT_INT8:
+def _refuse_blackwell(capability: int | None) -> str | None:
+    if capability is None or capability < FIRST_WITHOUT_INT8:
         return None
-    found = f"{capability // 10}.{capability % 10}"
-    if capability < OLDEST_CAPABILITY:
-        return f"it needs compute capability 7.5 and the GPU has {found}"
     return (
-        f"INT8 is not in vLLM's CUTLASS kernels for Blackwell (compute capability {found}); "
-        "choose marlin-int8"
+        "INT8 is not in vLLM's CUTLASS kernels for Blackwell "
+        f"(compute capability {spell(capability)}); choose marlin-int8"
     )
 
 
 def _missing_operation() -> str | None:
-    try:
-        from vllm import _custom_ops  # noqa: F401
-    except ImportError as error:
-        return f"vLLM cannot be imported ({error})"
-    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        return "this build of vLLM has no operation cutlass_scaled_mm; install vLLM for CUDA"
-    return None
+    return refusals.operations("cutlass_scaled_mm")
 
 
 class _Prepared(PreparedLinear):

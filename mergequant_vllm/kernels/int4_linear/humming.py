@@ -18,13 +18,16 @@ import importlib
 import json
 import logging
 import time
+from typing import Any
 
 import torch
 from filelock import FileLock
 from packaging.version import Version
 from torch import Tensor
 
+from mergequant_vllm.kernels.capability import spell
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
+from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.humming_library import (
     code_bits,
     library,
@@ -35,7 +38,9 @@ from mergequant_vllm.kernels.int4_linear.humming_library import (
 )
 from mergequant_vllm.kernels.int4_linear.humming_reference import power_of_two
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
+from mergequant_vllm.kernels.operators import define_operator
 
+OLDEST_CAPABILITY = 75
 SMALLEST_GROUP = 32
 
 logger = logging.getLogger("vllm.mergequant")
@@ -45,9 +50,7 @@ _OTHER = "use humming-int8"
 _warm: set[tuple[str, str, torch.device]] = set()
 
 
-# Opaque to torch.compile. `locks` are 0 before and after each call: nothing visible is mutated.
-@torch.library.custom_op("mergequant::humming", mutates_args=())
-def humming_linear(
+def _launch(
     codes: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -59,7 +62,7 @@ def humming_linear(
     compute_config: str,
     out_features: int,
 ) -> Tensor:
-    """Launch the library's kernel.
+    """Launch the library's kernel; opaque to torch.compile.
 
     Args:
         codes: uint8 [..., columns / 2] or int8 [..., columns].
@@ -68,7 +71,7 @@ def humming_linear(
         zero_point: or None.
         bias: or None.
         input_scale: float32 [1] if the layer is static to the library, else [..., 1] or [1, 1].
-        locks: int32 zeros for stream-K, or None.
+        locks: int32 zeros for stream-K, 0 again after the call, or None.
         layer_config: the library's, JSON.
         compute_config: the library's, JSON.
         out_features: N.
@@ -97,20 +100,12 @@ def humming_linear(
     return y[:, :out_features].contiguous().reshape(shape)
 
 
-@humming_linear.register_fake
-def _(
-    codes: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor,
-    locks: Tensor | None,
-    layer_config: str,
-    compute_config: str,
-    out_features: int,
-) -> Tensor:
+def _fake(codes: Tensor, weight: Tensor, weight_scale: Tensor, *others: Any) -> Tensor:
+    out_features: int = others[-1]
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=weight_scale.dtype)
+
+
+humming_linear = define_operator("humming", _launch, _fake)
 
 
 class HummingPrepared(PreparedLinear):
@@ -229,7 +224,14 @@ class _HummingLinear:
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other devices, dtypes, widths, groups and GPUs, and a missing library."""
-        return self._refuse_model(spec) or self._refuse_gpu(spec) or self._refuse_library(spec)
+        return (
+            refusals.device(spec)
+            or refusals.dtype(spec)
+            or self._refuse_widths(spec)
+            or (self._refuse_groups(spec) if spec.groups > 1 else None)
+            or self._refuse_gpu(spec)
+            or self._refuse_library(spec)
+        )
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """See the module's docstring; on a GPU also compiles."""
@@ -238,12 +240,7 @@ class _HummingLinear:
             prepared.warm_up()
         return prepared
 
-    def _refuse_model(self, spec: LinearSpec) -> str | None:
-        if spec.device != "cuda":
-            return f"it runs on NVIDIA GPUs and the layer is on {spec.device}"
-        if spec.dtype not in (torch.float16, torch.bfloat16):
-            name = str(spec.dtype).removeprefix("torch.")
-            return f"it writes bfloat16 or float16 and the model is in {name}; use --dtype bfloat16"
+    def _refuse_widths(self, spec: LinearSpec) -> str | None:
         if spec.weight_bits not in self.weight_widths:
             widths = " or ".join(str(width) for width in self.weight_widths)
             return f"it takes weights of {widths} bits and the layer has {spec.weight_bits} bits"
@@ -252,22 +249,23 @@ class _HummingLinear:
             return f"it takes activations of {widths} bits and the layer has {spec.activation_bits}"
         if spec.zero_points and spec.weight_bits == code_bits(self.layout):
             return f"it takes no zero points with weights of {spec.weight_bits} bits"
-        return self._refuse_groups(spec.group_size) if spec.groups > 1 else None
+        return None
 
-    def _refuse_groups(self, size: int | None) -> str | None:
+    def _refuse_groups(self, spec: LinearSpec) -> str | None:
         raise NotImplementedError
 
     def _refuse_gpu(self, spec: LinearSpec) -> str | None:
         if spec.capability is None:
             return None
-        found = f"{spec.capability // 10}.{spec.capability % 10}"
-        if spec.capability < 75:
-            return f"it needs compute capability 7.5 and the GPU has {found}"
+        reason = refusals.capability(spec.capability, OLDEST_CAPABILITY)
+        if reason is not None:
+            return reason
+        found = spell(spec.capability)
         if spec.capability < 80 and spec.dtype is torch.bfloat16:
             return f"bfloat16 needs compute capability 8.0 (this is {found}); use --dtype float16"
-        return self._refuse_capability(spec.capability, found)
+        return self._refuse_capability(spec.capability)
 
-    def _refuse_capability(self, capability: int, found: str) -> str | None:
+    def _refuse_capability(self, capability: int) -> str | None:
         raise NotImplementedError
 
     def _refuse_library(self, spec: LinearSpec) -> str | None:
@@ -296,13 +294,14 @@ class HummingInt4Linear(_HummingLinear):
     weight_widths = (3, 4)
     activation_widths = (4,)
 
-    def _refuse_groups(self, size: int | None) -> str | None:
-        return f"it takes a step per output channel, the layer has groups of {size}; {_OTHER}"
+    def _refuse_groups(self, spec: LinearSpec) -> str | None:
+        return f"{refusals.groups(spec)}; {_OTHER}"
 
-    def _refuse_capability(self, capability: int, found: str) -> str | None:
-        if capability >= 90:
-            return f"INT4 tensor cores end at compute capability 8.9, this is {found}; {_OTHER}"
-        return None
+    def _refuse_capability(self, capability: int) -> str | None:
+        if capability < 90:
+            return None
+        found = spell(capability)
+        return f"INT4 tensor cores end at compute capability 8.9, this is {found}; {_OTHER}"
 
 
 class HummingInt8Linear(_HummingLinear):
@@ -313,13 +312,14 @@ class HummingInt8Linear(_HummingLinear):
     weight_widths = (3, 4, 8)
     activation_widths = (4, 8)
 
-    def _refuse_groups(self, size: int | None) -> str | None:
+    def _refuse_groups(self, spec: LinearSpec) -> str | None:
+        size = spec.group_size
         if size is None or (size >= SMALLEST_GROUP and size & (size - 1) == 0):
             return None
         least = SMALLEST_GROUP
         return f"it takes groups of {least} or a higher power of two and the layer has {size}"
 
-    def _refuse_capability(self, capability: int, found: str) -> str | None:
-        if 103 <= capability < 110:
-            return f"INT8 tensor cores are slow in compute capability {found}; use triton"
-        return None
+    def _refuse_capability(self, capability: int) -> str | None:
+        if capability not in range(103, 110):
+            return None
+        return f"INT8 tensor cores are slow in compute capability {spell(capability)}; use triton"

@@ -184,10 +184,10 @@ def emulate(
     if spec.groups == 1:
         products = integer_products(codes[..., : spec.in_features], weight)
         return emulate_epilogue(products, scale[:, 0], input_scale, bias, scale_first=scale_first)
-    length = 128 if spec.capability is not None and spec.capability // 10 == 9 else 64
+    length = 128 if spec.capability in range(90, 100) else 64
     runs = [
         (slice(start, min(start + length, part.stop)), group)
-        for group, part in enumerate(group_slices(spec))
+        for group, part in enumerate(group_slices(spec.in_features, spec.group_size))
         for start in range(part.start, part.stop, length)
     ]
     sums = [integer_products(codes[..., run], weight[:, run]) for run, _ in runs]

@@ -35,7 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, as_rows
+from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
+from mergequant_vllm.kernels.operators import define_operator
 
 WEIGHT_BITS = 4
 OLDEST_CAPABILITY = 80
@@ -88,10 +90,7 @@ def _call(function: Callable[..., Tensor], device: torch.device, **arguments: An
     return function(**arguments)
 
 
-# Opaque to torch.compile, so that it may look at the number of rows. `workspace` holds locks that
-# are 0 before and after each call; nothing that a caller could see is mutated.
-@torch.library.custom_op("mergequant::marlin_int8", mutates_args=())
-def marlin_int8(
+def _launch(
     codes: Tensor,
     weight: Tensor,
     weight_step: Tensor,
@@ -101,7 +100,7 @@ def marlin_int8(
     workspace: Tensor,
     out_features: int,
 ) -> Tensor:
-    """Launch vLLM's kernel.
+    """Launch vLLM's kernel; opaque to torch.compile, so that it may look at the number of rows.
 
     Args:
         codes: int8 [..., padded K].
@@ -110,7 +109,7 @@ def marlin_int8(
         token_step: float32 [..., 1] or None.
         ones: float32 [any], stands for the token steps if there are none.
         bias: [padded N] in the dtype of `weight_step`, permuted, or None.
-        workspace: int32 zeros, one a multiprocessor at least.
+        workspace: int32 zeros, one a multiprocessor at least: locks, 0 again after the call.
         out_features: N.
 
     Returns:
@@ -146,18 +145,12 @@ def marlin_int8(
     return y[:, :out_features].contiguous().reshape(*codes.shape[:-1], out_features)
 
 
-@marlin_int8.register_fake
-def _(
-    codes: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    token_step: Tensor | None,
-    ones: Tensor,
-    bias: Tensor | None,
-    workspace: Tensor,
-    out_features: int,
-) -> Tensor:
+def _fake(codes: Tensor, weight: Tensor, weight_step: Tensor, *others: Any) -> Tensor:
+    out_features: int = others[-1]
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=weight_step.dtype)
+
+
+marlin_int8 = define_operator("marlin_int8", _launch, _fake)
 
 
 class MarlinLinear:
@@ -168,36 +161,29 @@ class MarlinLinear:
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernel cannot hold, old GPUs and a vLLM without it."""
-        if spec.device != "cuda":
-            return f"it runs on NVIDIA GPUs and the layer is on {spec.device}"
-        if spec.capability is not None and spec.capability < OLDEST_CAPABILITY:
-            found = f"{spec.capability // 10}.{spec.capability % 10}"
-            return f"it needs compute capability 8.0 and the GPU has {found}"
-        if spec.weight_bits != WEIGHT_BITS:
-            return f"it reads {WEIGHT_BITS}-bit weights and the layer has {spec.weight_bits} bits"
-        if spec.group_size is not None:
-            return f"it takes a step per output channel, the layer has groups of {spec.group_size}"
-        if spec.zero_points:
-            return "it takes no zero points and the layer has them"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            name = str(spec.dtype).removeprefix("torch.")
-            return f"it writes bfloat16 or float16 and the model is in {name}; use --dtype bfloat16"
-        return _missing_operations()
+        return (
+            refusals.device(spec)
+            or refusals.capability(spec.capability, OLDEST_CAPABILITY)
+            or _refuse_width(spec.weight_bits)
+            or refusals.groups(spec)
+            or refusals.zero_points(spec)
+            or refusals.dtype(spec)
+            or _missing_operations()
+        )
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """See the module's docstring."""
         return _Prepared(stored, spec)
 
 
+def _refuse_width(bits: int) -> str | None:
+    if bits == WEIGHT_BITS:
+        return None
+    return f"it reads {WEIGHT_BITS}-bit weights and the layer has {bits} bits"
+
+
 def _missing_operations() -> str | None:
-    try:
-        from vllm import _custom_ops  # noqa: F401
-    except ImportError as error:
-        return f"vLLM cannot be imported ({error})"
-    for name in ("gptq_marlin_repack", "marlin_gemm"):
-        if not hasattr(torch.ops._C, name):
-            return f"this build of vLLM has no operation {name}; install vLLM for CUDA"
-    return None
+    return refusals.operations("gptq_marlin_repack", "marlin_gemm")
 
 
 class _Prepared(PreparedLinear):

@@ -16,7 +16,7 @@ token's step); the result is rounded once to the output's dtype, after the bias.
 equal this bit for bit; kernels of others say where they round differently.
 """
 
-from itertools import pairwise
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,37 @@ def integer_products(codes: Tensor, weight_codes: Tensor) -> Tensor:
         return codes.to(torch.int64) @ weight_codes.to(torch.int64).T
     # No 64-bit integer GEMM on GPUs; float64 sums are exact below 2^53.
     return (codes.to(torch.float64) @ weight_codes.to(torch.float64).T).to(torch.int64)
+
+
+def int4_linear(
+    codes: Tensor,
+    weight: Tensor,
+    weight_step: Tensor,
+    group_size: int | None,
+    token_step: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    multiply: Callable[[Tensor, Tensor], Tensor] = integer_products,
+) -> Tensor:
+    """The linear, group by group; see the module's docstring.
+
+    Args:
+        codes: activation codes [..., K], integer-valued, of a dtype that `multiply` takes.
+        weight: weight codes minus zero points [N, K], likewise.
+        weight_step: float32 [N, groups].
+        group_size: input channels that share a step; None: all.
+        token_step: float32 [..., 1], or None for static activations.
+        bias: [N] or None.
+        multiply: exact sums of products of codes [..., k] and weights [N, k]: [..., N].
+
+    Returns:
+        `out_dtype` [..., N].
+    """
+    parts = group_slices(weight.shape[1], group_size)
+    sums = [multiply(codes[..., part], weight[:, part]) for part in parts]
+    if group_size is None:
+        return scale_products(sums[0], weight_step[:, 0], token_step, bias, out_dtype)
+    return scale_group_products(sums, weight_step, token_step, bias, out_dtype)
 
 
 def scale_products(
@@ -92,19 +123,24 @@ def _finish(
 
 def centred_codes(stored: StoredLinear, spec: LinearSpec) -> Tensor:
     """Weight codes minus their zero points: int16 [N, K]."""
-    codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features).to(torch.int16)
-    if stored.zero_points is None:
-        return codes
-    size = spec.group_size or spec.in_features
-    zeros = stored.zero_points.to(torch.int16).repeat_interleave(size, dim=1)
-    return codes - zeros[:, : spec.in_features]
+    codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
+    return centre(codes, stored.zero_points, spec.group_size)
 
 
-def group_slices(spec: LinearSpec) -> list[slice]:
-    """Input channels of each group."""
-    size = spec.group_size or spec.in_features
-    borders = [*range(0, spec.in_features, size), spec.in_features]
-    return [slice(start, stop) for start, stop in pairwise(borders)]
+def centre(codes: Tensor, zero_points: Tensor | None, group_size: int | None) -> Tensor:
+    """Weight codes int8 [N, K] minus zero points int8 [N, groups]: int16 [N, K]."""
+    wide = codes.to(torch.int16)
+    if zero_points is None:
+        return wide
+    columns = codes.shape[1]
+    zeros = zero_points.to(torch.int16).repeat_interleave(group_size or columns, dim=1)
+    return wide - zeros[:, :columns]
+
+
+def group_slices(columns: int, group_size: int | None) -> list[slice]:
+    """The input channels of each group; the last group may be short."""
+    size = group_size or columns
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 class ReferenceLinear:
@@ -137,13 +173,12 @@ class _Prepared(PreparedLinear):
 
     def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
         """See the module's docstring."""
-        bias = self.bias if add_bias else None
-        if self.spec.group_size is None:
-            sums = integer_products(codes, self.weight)
-            step = self.weight_step[:, 0]
-            return scale_products(sums, step, token_step, bias, self.spec.dtype)
-        products = [
-            integer_products(codes[..., part], self.weight[:, part])
-            for part in group_slices(self.spec)
-        ]
-        return scale_group_products(products, self.weight_step, token_step, bias, self.spec.dtype)
+        return int4_linear(
+            codes,
+            self.weight,
+            self.weight_step,
+            self.spec.group_size,
+            token_step,
+            self.bias if add_bias else None,
+            self.spec.dtype,
+        )

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mergequant_vllm.kernels.capability import spell
 from mergequant_vllm.kernels.codes import CodeLayout
 
 
@@ -23,7 +24,7 @@ class LinearSpec:
         dtype: the model's, which the output has.
         group_size: input channels that share a weight step; None: one step per output channel.
         zero_points: weight codes have zero points.
-        capability: compute capability of the GPU as 10 * major + minor; None on CPUs.
+        capability: compute capability of the GPU, see `kernels.capability`; None on CPUs.
     """
 
     in_features: int
@@ -45,14 +46,22 @@ class LinearSpec:
         if self.zero_points:
             weights += " asymmetric"
         kind = "per token" if self.dynamic else "static"
-        where = self.device
-        if self.capability is not None:
-            where += f" {self.capability // 10}.{self.capability % 10}"
-        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"a linear of {self.out_features} x {self.in_features}, {weights}, "
-            f"A{self.activation_bits} {kind}, {dtype}, {where}"
+            f"A{self.activation_bits} {kind}, {self.dtype_name}, {self.where}"
         )
+
+    @property
+    def where(self) -> str:
+        """The device as users read it: "cuda 9.0"."""
+        if self.capability is None:
+            return self.device
+        return f"{self.device} {spell(self.capability)}"
+
+    @property
+    def dtype_name(self) -> str:
+        """`dtype` as users read it: "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def groups(self) -> int:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mergequant_vllm.kernels.capability import read_capability
 from mergequant_vllm.kernels.int4_linear.tiles import (
     LinearShape,
     Tile,
@@ -146,8 +147,7 @@ def tile_for(shape: LinearShape, tokens: int, device: torch.device) -> Tile:
 def _tile_for(shape: LinearShape, tokens: int, device: int) -> Tile:
     ladder = table_of(torch.cuda.get_device_name(device)).get(shape)
     if ladder is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return default_tile(shape, tokens, shared_limit(10 * major + minor))
+        return default_tile(shape, tokens, shared_limit(read_capability(device)))
     tile = next((tile for most, tile in ladder if tokens <= most), ladder[-1][1])
     return fit_to_layout(tile, shape.layout)
 

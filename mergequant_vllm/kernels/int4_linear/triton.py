@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergequant_vllm.kernels.capability import current_capability
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.int4_linear.tile_tables import tile_for
 from mergequant_vllm.kernels.int4_linear.tiles import LinearShape
@@ -125,10 +127,5 @@ def _device_refusal(spec: LinearSpec) -> str | None:
         return f"it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on {spec.device}"
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs and this PyTorch is built for ROCm"
-    capability = spec.capability
-    if capability is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-    if capability is not None and capability < OLDEST_CAPABILITY:
-        return f"it needs compute capability 8.0 and the GPU has {capability / 10}"
-    return None
+    found = current_capability(spec.device) if spec.capability is None else spec.capability
+    return refusals.capability(found, OLDEST_CAPABILITY)

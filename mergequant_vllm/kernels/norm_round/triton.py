@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.operators import define_operator
 from mergequant_vllm.rounding import largest_code, smallest_code
 
 if TYPE_CHECKING:
@@ -212,15 +213,7 @@ def _result_shape(
     return empty_codes(normed, _columns_before_padding(normed, index), layout, columns)
 
 
-# Not `torch.library.custom_op`: its wrapper costs 15 to 60 us more a call on a slow CPU.
-OPERATOR = "mergequant::static_codes_triton"
-torch.library.define(
-    OPERATOR,
-    "(Tensor normed, int bits, str layout, Tensor? index, Tensor? offset, SymInt columns) "
-    "-> Tensor",
-)
-torch.library.impl(OPERATOR, "CompositeExplicitAutograd", _launch)
-torch.library.register_fake(OPERATOR, _result_shape)
+static_codes_triton = define_operator("static_codes_triton", _launch, _result_shape)
 
 
 def static_codes(
@@ -234,6 +227,5 @@ def static_codes(
 ) -> Tensor:
     """As `reference.static_codes`, bit for bit; opaque to torch.compile."""
     columns = columns or _columns_before_padding(normed, index)
-    operator = torch.ops.mergequant.static_codes_triton.default
-    codes: Tensor = operator(normed, bits, layout.value, index, offset, columns)
+    codes: Tensor = static_codes_triton(normed, bits, layout.value, index, offset, columns)
     return codes

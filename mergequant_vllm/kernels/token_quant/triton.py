@@ -30,6 +30,7 @@ from mergequant_vllm.kernels.norm_round.triton import (
     static_codes,
     write_tile,
 )
+from mergequant_vllm.kernels.operators import define_operator
 from mergequant_vllm.rounding import SMALLEST_STEP, largest_code, smallest_code
 
 if TYPE_CHECKING:
@@ -200,14 +201,7 @@ def _result_shapes(
     return empty_codes(x, K, layout, columns), step
 
 
-OPERATOR = "mergequant::token_codes_triton"
-torch.library.define(
-    OPERATOR,
-    "(Tensor x, Tensor clip, int bits, str layout, int? hadamard, SymInt columns) "
-    "-> (Tensor, Tensor)",
-)
-torch.library.impl(OPERATOR, "CompositeExplicitAutograd", _launch)
-torch.library.register_fake(OPERATOR, _result_shapes)
+token_codes_triton = define_operator("token_codes_triton", _launch, _result_shapes)
 
 
 def token_codes(
@@ -220,6 +214,6 @@ def token_codes(
     columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.token_codes`, bit for bit; opaque to torch.compile."""
-    operator = torch.ops.mergequant.token_codes_triton.default
-    codes, step = operator(x, clip, bits, layout.value, hadamard, columns or x.shape[-1])
+    columns = columns or x.shape[-1]
+    codes, step = token_codes_triton(x, clip, bits, layout.value, hadamard, columns)
     return codes, step

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.codes import lay_out
+from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec, StoredLinear
 from mergequant_vllm.packing import pack
 
 BASE = LinearSpec(
@@ -17,6 +19,8 @@ BASE = LinearSpec(
     device="cpu",
     dtype=torch.float32,
 )
+# Fields of a linear that kernels of GPUs serve.
+GPU: dict[str, object] = {"device": "cuda", "dtype": torch.bfloat16, "capability": 90}
 
 
 def make_spec(**changes: object) -> LinearSpec:
@@ -62,6 +66,34 @@ def make_linear(
     return MadeLinear(spec, codes, stored)
 
 
+def make_on_gpu(n: int, k: int, *, bias: bool = False, **changes: object) -> MadeLinear:
+    """A linear [n, k] as `GPU` has it, with other fields."""
+    spec = make_spec(in_features=k, out_features=n, **{**GPU, **changes})
+    return make_linear(spec, bias=bias, seed=n + k)
+
+
 def make_token_step(tokens: int, seed: int = 0) -> Tensor:
     """float32 [tokens, 1]."""
     return torch.rand(tokens, 1, generator=torch.Generator().manual_seed(seed)) + 0.01
+
+
+def expected(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
+    """The reference's output for codes `x` [..., K]."""
+    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, bias)
+    return y
+
+
+def run(
+    kernel: LinearKernel, made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False
+) -> Tensor:
+    """The kernel's output for codes `x` [..., K], which it gets in its own layout."""
+    prepared = kernel.prepare(made.stored, made.spec)
+    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, bias)
+    assert y.dtype == made.spec.dtype and y.is_contiguous()
+    return y
+
+
+def half_ulp(dtype: torch.dtype, values: Tensor) -> Tensor:
+    """The most that rounding `values` to `dtype` changes them."""
+    information = torch.finfo(dtype)
+    return information.eps / 2 * values.abs() + information.tiny * information.eps / 2

@@ -10,21 +10,20 @@ from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
 from mergequant_vllm.kernels.int4_linear.cutlass import CutlassLinear
-from mergequant_vllm.kernels.int4_linear.reference import (
-    ReferenceLinear,
-    integer_products,
-    scale_products,
-)
+from mergequant_vllm.kernels.int4_linear.reference import integer_products, scale_products
 from tests.mergequant_vllm.kernels.made import (
-    MadeLinear,
+    GPU,
+    expected,
+    half_ulp,
     make_linear,
+    make_on_gpu,
     make_spec,
     make_token_step,
     random_codes,
+    run,
 )
 
 KERNEL = CutlassLinear()
-GPU = {"device": "cuda", "dtype": torch.bfloat16, "capability": 90}
 
 # (N, K): aligned to 16, off it by N, by K, by both.
 SIZES = [(64, 128), (43, 128), (128, 127), (129, 351), (1, 1), (16, 7)]
@@ -76,29 +75,6 @@ def install(patch: pytest.MonkeyPatch, *, fused: bool = True) -> None:
     patch.setitem(sys.modules, "vllm._custom_ops", operations)
 
 
-def make(n: int, k: int, *, bias: bool = False, **changes: object) -> MadeLinear:
-    spec = make_spec(in_features=k, out_features=n, **{**GPU, **changes})
-    return make_linear(spec, bias=bias, seed=n + k)
-
-
-def expected(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
-    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, bias)
-    return y
-
-
-def run(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
-    prepared = KERNEL.prepare(made.stored, made.spec)
-    y: Tensor = prepared(lay_out(x, KERNEL.layout, prepared.columns), step, bias)
-    assert y.dtype == made.spec.dtype and y.is_contiguous()
-    return y
-
-
-def half_ulp(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """The most that rounding `values` to `dtype` changes them."""
-    information = torch.finfo(dtype)
-    return information.eps / 2 * values.abs() + information.tiny * information.eps / 2
-
-
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129])
@@ -106,9 +82,9 @@ def test_static_linears_equal_the_reference(
     tokens: int, size: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch)
-    made = make(*size, weight_bits=bits)
+    made = make_on_gpu(*size, weight_bits=bits)
     x = random_codes(4, tokens, size[1], seed=tokens)
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["two roundings", "fused"])
@@ -118,10 +94,10 @@ def test_so_they_do_with_a_bias(
     bits: int, dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, fused=fused)
-    made = make(43, 127, bias=True, dtype=dtype, activation_bits=bits)
+    made = make_on_gpu(43, 127, bias=True, dtype=dtype, activation_bits=bits)
     x = random_codes(bits, 129, 127, seed=1)
-    assert torch.equal(run(made, x, None, bias=True), expected(made, x, None, bias=True))
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None, bias=True), expected(made, x, None, bias=True))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["two roundings", "fused"])
@@ -133,9 +109,9 @@ def test_token_steps_keep_the_bound(
 ) -> None:
     """The module's bound before the cast; then each side is rounded to the output's dtype."""
     install(monkeypatch, fused=fused)
-    made = make(129, 351, bias=bias, dtype=dtype, dynamic=True)
+    made = make_on_gpu(129, 351, bias=bias, dtype=dtype, dynamic=True)
     x, step = random_codes(4, tokens, 351, seed=1), make_token_step(tokens)
-    result, want = run(made, x, step, bias).double(), expected(made, x, step, bias).double()
+    result, want = run(KERNEL, made, x, step, bias).double(), expected(made, x, step, bias).double()
 
     sums, weight_step = integer_products(x, made.codes), made.stored.weight_step[:, 0]
     before = scale_products(sums, weight_step, step, None, torch.float64)
@@ -152,13 +128,13 @@ def test_extreme_codes(pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
     spec = make_spec(in_features=351, out_features=43, weight_bits=8, activation_bits=8, **GPU)
     made = make_linear(spec, codes=torch.full((43, 351), pair[1], dtype=torch.int8))
     x = torch.full((3, 351), pair[0], dtype=torch.int8)
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes [2, 3, K] and steps [2, 3, 1], both cut out of wider tensors; steps powers of two."""
     install(monkeypatch)
-    made = make(43, 127, dynamic=True)
+    made = make_on_gpu(43, 127, dynamic=True)
     prepared = KERNEL.prepare(made.stored, made.spec)
     x = random_codes(4, 2, 3, 127)
     codes = lay_out(x, CodeLayout.INT8, prepared.columns + 7)[..., : prepared.columns]
@@ -168,7 +144,7 @@ def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_all_padding_is_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    made = make(43, 127)
+    made = make_on_gpu(43, 127)
     prepared = KERNEL.prepare(made.stored, made.spec)
     padded = torch.zeros(48, 128, dtype=torch.int8)
     padded[:43, :127] = made.codes
@@ -182,7 +158,7 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = sys.modules["vllm._custom_ops"].cutlass_scaled_mm
     wrapped = torch.compiler.allow_in_graph(operation)  # type: ignore[no-untyped-call]
     monkeypatch.setattr(sys.modules["vllm._custom_ops"], "cutlass_scaled_mm", wrapped)
-    made = make(48, 128)
+    made = make_on_gpu(48, 128)
     prepared = KERNEL.prepare(made.stored, made.spec)
     graphs: list[torch.fx.GraphModule] = []
 

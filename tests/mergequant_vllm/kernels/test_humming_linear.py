@@ -54,6 +54,7 @@ from tests.mergequant_vllm.kernels.made import (
     make_spec,
     make_token_step,
     random_codes,
+    run,
 )
 
 Kernel = HummingInt4Linear | HummingInt8Linear
@@ -80,12 +81,6 @@ def cold() -> Iterator[None]:
     yield
     humming._warm.clear()
     humming._warm.update(before)
-
-
-def run(kernel: Kernel, made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool) -> Tensor:
-    prepared = kernel.prepare(made.stored, made.spec)
-    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, bias)
-    return y
 
 
 FORMS: list[tuple[Kernel, dict[str, object]]] = [

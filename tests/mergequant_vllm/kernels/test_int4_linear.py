@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import lay_out
 from mergequant_vllm.kernels.int4_linear.cpu import CpuLinear, exact_channels
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
 from mergequant_vllm.kernels.int4_linear.spec import LinearKernel
@@ -16,18 +15,11 @@ from tests.mergequant_vllm.kernels.made import (
     make_spec,
     make_token_step,
     random_codes,
+    run,
 )
 
 KERNELS: list[LinearKernel] = [CpuLinear(), ReferenceLinear()]
 SIZES = [(1, 1, 1), (2, 7, 43), (7, 129, 127), (64, 128, 128), (128, 43, 352), (129, 64, 4099)]
-
-
-def run(
-    kernel: LinearKernel, made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool
-) -> Tensor:
-    prepared = kernel.prepare(made.stored, made.spec)
-    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, bias)
-    return y
 
 
 def spelled_out(made: MadeLinear, x: Tensor, token_step: Tensor | None, bias: bool) -> Tensor:

@@ -11,57 +11,33 @@ from torch import Tensor
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
 from mergequant_vllm.kernels.int4_linear import marlin
 from mergequant_vllm.kernels.int4_linear.marlin import MarlinLinear, marlin_int8, marlin_words
-from mergequant_vllm.kernels.int4_linear.reference import (
-    ReferenceLinear,
-    integer_products,
-    scale_products,
-)
+from mergequant_vllm.kernels.int4_linear.reference import integer_products, scale_products
 from mergequant_vllm.packing import pack
 from tests.mergequant_vllm.kernels import emulated_marlin
 from tests.mergequant_vllm.kernels.made import (
-    MadeLinear,
+    GPU,
+    expected,
+    half_ulp,
     make_linear,
+    make_on_gpu,
     make_spec,
     make_token_step,
     random_codes,
+    run,
 )
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 KERNEL = MarlinLinear()
 VERSIONS = ["0.26", "0.32"]
-GPU = {"device": "cuda", "dtype": torch.bfloat16, "capability": 90}
 
 # (N, K): on both families of tiles, off them by N, by K, by both; K ends inside a word in some.
 SIZES = [(64, 128), (128, 64), (43, 127), (129, 352), (192, 7), (1, 1), (320, 8)]
 
 
-def make(n: int, k: int, *, bias: bool = False, **changes: object) -> MadeLinear:
-    spec = make_spec(in_features=k, out_features=n, **{**GPU, **changes})
-    return make_linear(spec, bias=bias, seed=n + k)
-
-
-def expected(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
-    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, bias)
-    return y
-
-
-def run(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
-    prepared = KERNEL.prepare(made.stored, made.spec)
-    y: Tensor = prepared(lay_out(x, KERNEL.layout, prepared.columns), step, bias)
-    assert y.dtype == made.spec.dtype and y.is_contiguous()
-    return y
-
-
 def gamma(roundings: int) -> float:
     """Relative error of that many roundings to float32 in a row."""
     return roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
-
-
-def half_ulp(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """The most that rounding `values` to `dtype` changes them."""
-    information = torch.finfo(dtype)
-    return information.eps / 2 * values.abs() + information.tiny * information.eps / 2
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -71,10 +47,10 @@ def test_sizes(
     tokens: int, size: tuple[int, int], dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulated_marlin.install(monkeypatch)
-    made = make(*size, dynamic=dynamic)
+    made = make_on_gpu(*size, dynamic=dynamic)
     x = random_codes(4, tokens, size[1], seed=tokens)
     step = make_token_step(tokens) if dynamic else None
-    assert torch.equal(run(made, x, step), expected(made, x, step))
+    assert torch.equal(run(KERNEL, made, x, step), expected(made, x, step))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -85,12 +61,12 @@ def test_bias_rounds_twice(
 ) -> None:
     """Exactly as documented, and as near to the reference as two roundings can be to one."""
     emulated_marlin.install(monkeypatch, version)
-    made = make(43, 127, bias=True, dtype=dtype, dynamic=dynamic)
+    made = make_on_gpu(43, 127, bias=True, dtype=dtype, dynamic=dynamic)
     x = random_codes(4, 129, 127, seed=1)
     step = make_token_step(129) if dynamic else None
-    assert torch.equal(run(made, x, step), expected(made, x, step))
+    assert torch.equal(run(KERNEL, made, x, step), expected(made, x, step))
 
-    y, bias = run(made, x, step, bias=True), made.stored.bias
+    y, bias = run(KERNEL, made, x, step, bias=True), made.stored.bias
     assert bias is not None and torch.equal(y, expected(made, x, step) + bias)
     sums = integer_products(x, made.codes)
     before = scale_products(sums, made.stored.weight_step[:, 0], step, None, torch.float64)
@@ -107,12 +83,12 @@ def test_shared_channels_of_static_linears(bits: int, monkeypatch: pytest.Monkey
     """Bit for bit up to sums of 2^16 in magnitude, however warps and thread blocks share K."""
     emulated_marlin.install(monkeypatch, shares=emulated_marlin.shared)
     k = 2 ** (18 - bits - 4)  # 2^16 / (2^(bits - 1) * 2^3)
-    made = make(43, k, activation_bits=bits)
+    made = make_on_gpu(43, k, activation_bits=bits)
     x = random_codes(bits, 129, k, seed=1)
     x[0], made.codes[0] = -(2 ** (bits - 1)), -8
     made = make_linear(made.spec, codes=made.codes)
     assert integer_products(x, made.codes)[0, 0] == 2**16
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -121,7 +97,7 @@ def test_shared_channels_keep_the_bound(
     dtype: torch.dtype, dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulated_marlin.install(monkeypatch, shares=emulated_marlin.shared)
-    made = make(64, 2048, activation_bits=8, dynamic=dynamic, dtype=dtype)
+    made = make_on_gpu(64, 2048, activation_bits=8, dynamic=dynamic, dtype=dtype)
     x = random_codes(8, 129, 2048, seed=1)
     step = make_token_step(129) if dynamic else None
     magnitudes = integer_products(x.to(torch.int16).abs(), made.codes.abs()).double()
@@ -132,7 +108,7 @@ def test_shared_channels_keep_the_bound(
     # Both are rounded to the output's dtype, the reference from a value within half an ulp of it.
     near = want.abs() * (1 + 2 * torch.finfo(dtype).eps) + before
     allowed = before + 2 * half_ulp(dtype, near)
-    assert ((run(made, x, step).double() - want).abs() <= allowed).all()
+    assert ((run(KERNEL, made, x, step).double() - want).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("pair", [(-8, -8), (7, 7), (-8, 7), (127, -8), (-128, -8)], ids=str)
@@ -141,13 +117,13 @@ def test_extreme_codes(pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
     spec = make_spec(in_features=351, out_features=43, activation_bits=8, **GPU)
     made = make_linear(spec, codes=torch.full((43, 351), pair[1], dtype=torch.int8))
     x = torch.full((3, 351), pair[0], dtype=torch.int8)
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes [2, 3, K] and steps [2, 3, 1], both cut out of wider tensors."""
     emulated_marlin.install(monkeypatch)
-    made = make(43, 127, dynamic=True)
+    made = make_on_gpu(43, 127, dynamic=True)
     prepared = KERNEL.prepare(made.stored, made.spec)
     x = random_codes(4, 2, 3, 127)
     codes = lay_out(x, CodeLayout.INT8, prepared.columns + 7)[..., : prepared.columns]
@@ -160,9 +136,9 @@ def test_more_tokens_than_ones(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
     """The emulation asserts one activation scale a token; the kernel would read beyond them."""
     emulated_marlin.install(monkeypatch)
     monkeypatch.setattr(marlin, "ROWS_OF_ONES", 4)
-    made = make(64, 128)
+    made = make_on_gpu(64, 128)
     x = random_codes(4, tokens, 128)
-    assert torch.equal(run(made, x, None), expected(made, x, None))
+    assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -208,7 +184,7 @@ def test_installed_vllm_has_known_arguments() -> None:
 
 
 def operator_arguments(tokens: int, *, optional: bool = True) -> tuple[object, ...]:
-    made = make(43, 127, bias=True)
+    made = make_on_gpu(43, 127, bias=True)
     prepared = KERNEL.prepare(made.stored, made.spec)
     codes = lay_out(random_codes(4, tokens, 127), CodeLayout.INT8, prepared.columns)
     step, bias = (make_token_step(tokens), prepared.bias) if optional else (None, None)
@@ -227,7 +203,7 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full-graph compile sees one opaque operator, whatever the number of tokens."""
     emulated_marlin.install(monkeypatch)
     monkeypatch.setattr(marlin, "ROWS_OF_ONES", 8)
-    made = make(43, 127)
+    made = make_on_gpu(43, 127)
     prepared = KERNEL.prepare(made.stored, made.spec)
     graphs: list[torch.fx.GraphModule] = []
 

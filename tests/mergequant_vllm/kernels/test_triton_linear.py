@@ -326,7 +326,7 @@ def test_asks_the_gpu_where_the_spec_does_not_say(
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     refused = "it needs compute capability 8.0 and the GPU has 7.5"
     reason = KERNEL.refusal(make_spec(device="cuda"))
     assert reason == (refused if capability == (7, 5) else None)
