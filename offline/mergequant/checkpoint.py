@@ -72,13 +72,10 @@ class Reader:
         folder: where the files are.
         config: `config.json`.
         stored: shape and dtype of each tensor, by name.
-        hadamard: block of the online rotation that a linear's weight expects of its input, by name
-            within its block; a model as it is stored has none.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.hadamard: dict[str, int] = {}
         self.config = self._read_config()
         self._file_of: dict[str, Path] = {}
         self.stored: dict[str, StoredTensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from mergequant.architecture import Architecture
+from mergequant.architecture import Architecture, outer_tensors
 from mergequant.checkpoint import Reader
 
 _TOKENS_A_BATCH = 4096
@@ -43,11 +43,20 @@ class Activations:
         batches: [windows, length, n] each.
         statistics: how many batches, from the first, serve for steps and clip ratios.
         gptq: how many, from the first, serve for Hessians.
+        exact: what the full-precision model has in place of the first batches, as many as the
+            compensation trains on.
     """
 
     batches: list[Tensor]
     statistics: int
     gptq: int
+    exact: list[Tensor]
+
+    def advance(self, forward: Callable[[Tensor], Tensor], exact: list[Tensor]) -> None:
+        """Go behind a block: `forward` is the quantized one, `exact` what the plain one emits."""
+        for index, hidden in enumerate(self.batches):
+            self.batches[index] = forward(hidden)  # the old one is freed
+        self.exact = exact
 
 
 class Decoder:
@@ -59,24 +68,29 @@ class Decoder:
         self.device = device
         self.config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
+            self._model: Any = AutoModelForCausalLM.from_config(
                 self.config, attn_implementation="sdpa", dtype=torch.float32
-            )
-        self._body: Any = model.model.eval()
+            ).eval()
+        self._body: Any = self._model.model
         self._rotary: Any = type(self._body.rotary_emb)(config=self.config).to(device)
 
-    def embed(self, windows: Tensor, statistics: int, gptq: int) -> Activations:
+    def embed(
+        self, windows: Tensor, statistics: int, gptq: int, compensation: int = 0
+    ) -> Activations:
         """The first block's input.
 
         Args:
             windows: token ids int64 [samples, length].
             statistics: windows, from the first, that serve for steps and clip ratios.
             gptq: windows, from the first, that serve for Hessians.
+            compensation: windows, from the first, that the compensation trains on.
         """
         table = self.reader.read_in_source_dtype(f"{self.architecture.embedding.name}.weight")
         size = max(1, _TOKENS_A_BATCH // windows.shape[1])
-        borders = sorted({0, *(min(n, len(windows)) for n in (statistics, gptq, len(windows)))})
-        batches, counts = [], {0: 0}
+        wanted = (statistics, gptq, compensation, len(windows))
+        borders = sorted({0, *(min(count, len(windows)) for count in wanted)})
+        batches: list[Tensor] = []
+        counts = {0: 0}
         for start, stop in pairwise(borders):
             for ids in torch.split(windows[start:stop], size):
                 batches.append(table[ids].to(self.device, torch.float32))
@@ -85,11 +99,27 @@ class Decoder:
             batches=batches,
             statistics=counts[min(statistics, len(windows))],
             gptq=counts[min(gptq, len(windows))],
+            exact=batches[: counts[min(compensation, len(windows))]],
         )
 
+    def whole_model(self) -> Any:
+        """The `transformers` model around the blocks, which must all have been kept."""
+        names = outer_tensors(self.architecture, dict(self.reader.config))
+        outer = {name: self.reader.read(name).to(self.device, torch.float32) for name in names}
+        self._body.rotary_emb = self._rotary
+        self._model.load_state_dict(outer, strict=False, assign=True)
+        self._model.config.tie_word_embeddings = self.reader.config.get(
+            "tie_word_embeddings", False
+        )
+        self._model.tie_weights()
+        return self._model.requires_grad_(False)
+
     @contextmanager
-    def block(self, number: int) -> Iterator["Block"]:
-        """Decoder block `number` in float32 on the device, unloaded when the context ends."""
+    def block(self, number: int, *, keep: bool = False) -> Iterator["Block"]:
+        """Decoder block `number` in float32 on the device.
+
+        It is unloaded when the context ends, unless it is to be kept for `whole_model`.
+        """
         module: nn.Module = self._body.layers[number]
         prefix = self.architecture.block.format(block=number)
         stored = self.reader.read_block(prefix)
@@ -104,7 +134,8 @@ class Decoder:
         try:
             yield Block(module, stored, self, number)
         finally:
-            module.to("meta")
+            if not keep:
+                module.to("meta")
             _return_freed_memory()
 
     def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
@@ -150,19 +181,24 @@ class Block:
         """float32 [out, in] of a linear not yet quantized."""
         return self.module.get_parameter(f"{linear}.weight").detach()
 
-    def hadamard(self, linear: str) -> int | None:
-        """Block of the online rotation that the linear's weight expects of its input, or None."""
-        return self._decoder.reader.hadamard.get(linear)
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._decoder.device
+
+    def name_of(self, linear: str) -> str:
+        """A linear's name in the whole model."""
+        return f"{self._decoder.architecture.block.format(block=self._number)}.{linear}"
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of a submodule."""
         parent, _, child = name.rpartition(".")
         setattr(self.module.get_submodule(parent), child, module)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[windows, length, n] to the same."""
+    def forward(self, hidden: Tensor, *, gradient: bool = False) -> Tensor:
+        """[windows, length, n] to the same; `gradient` records it for a backward pass."""
         arguments = self._decoder.forward_arguments(hidden, self._number)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradient):
             output: Tensor = self.module(hidden, **arguments)
         return output
 

@@ -11,6 +11,11 @@ class Options(BaseModel):
     Attributes:
         activations: `static`: per-channel steps migrated into the norms, o and down per token (the
             paper's scheme); `dynamic`: a step per token for every linear (the baseline).
+        activation_step: of the norm-fed linears: one a `channel` (the paper); one for the whole
+            `tensor`; one for the tensor after its channels were evened out as SmoothQuant does,
+            `smooth`. The last two are the static baselines of the paper's tables.
+        mix_activations: o's and down's step: one a `token`, or one static step for the `tensor`,
+            a baseline that no checkpoint holds.
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
             weights (R1, R2); `online`: also down's input, by the server (R4).
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
@@ -23,13 +28,19 @@ class Options(BaseModel):
             `folded` weight column, step times the column's norm.
         staggered: copies of a channel round at different offsets, so that their sum resolves finer.
         max_extra_channels: bound on the growth of K under `pad`, as a fraction of the channels.
-        weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest.
+        weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest; `none` leaves
+            them as they are (the paper's Table 7), which no checkpoint holds.
         weight_bits: width of a weight code.
         group_size: input channels that share a weight step; None: one step per output channel.
         asymmetric: weights have zero points.
         weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
+        compensation_rank: r of the low-rank matrices that are trained and merged (paper 4.3); 0:
+            none.
+        compensation_epochs: most passes over the compensation's windows (paper B: 15).
+        compensation_samples: windows of text to train on, some of them held out (paper B: 256).
+        compensation_learning_rate: of AdamW, in weight steps; decays linearly to 0.
         statistics_samples: windows of text for steps and clip ratios (paper B: 32).
         gptq_samples: windows of text for Hessians (paper B: 256).
         sequence_length: tokens in a window (paper B: 2048).
@@ -44,6 +55,8 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     activations: Literal["static", "dynamic"] = "static"
+    activation_step: Literal["channel", "tensor", "smooth"] = "channel"
+    mix_activations: Literal["token", "tensor"] = "token"
     rotation: Literal["none", "offline", "online"] = "none"
     hadamard_block: int = Field(default=128, ge=2)
     static_bits: Literal[4, 8] = 4
@@ -53,12 +66,16 @@ class Options(BaseModel):
     split_by: Literal["step", "folded"] = "step"
     staggered: bool = False
     max_extra_channels: float = Field(default=0.125, gt=0)
-    weights: Literal["gptq", "rtn"] = "gptq"
+    weights: Literal["gptq", "rtn", "none"] = "gptq"
     weight_bits: Literal[3, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
     asymmetric: bool = False
     weight_search: Literal["minmax", "mse"] = "minmax"
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
+    compensation_rank: int = Field(default=0, ge=0)
+    compensation_epochs: int = Field(default=15, ge=1)
+    compensation_samples: int = Field(default=256, ge=2)
+    compensation_learning_rate: float = Field(default=0.01, gt=0)
     statistics_samples: int = Field(default=32, ge=1)
     gptq_samples: int = Field(default=256, ge=1)
     sequence_length: int = Field(default=2048, ge=16)
@@ -68,3 +85,8 @@ class Options(BaseModel):
     clip_points: int = Field(default=13, ge=2)
     seed: int = 0
     device: str = "auto"
+
+    @property
+    def exported(self) -> bool:
+        """Whether a checkpoint can hold the result; else it runs in the reference engine alone."""
+        return self.weights != "none" and self.mix_activations == "token"

@@ -1,9 +1,9 @@
 """The method on one page: a 16-bit model in, a mergequant checkpoint out, block by block."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from mergequant.corpus import (
     sha256_of,
     window_length,
 )
-from mergequant.decoder import Activations, Block, Decoder
+from mergequant.decoder import Activations, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.options import Options
+from mergequant.quantize_block import quantize_block
 from mergequant.rotated import RotatedReader
-from mergequant.stage import quantize_stage
 from mergequant.stored_block import load_stored
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 
@@ -60,18 +60,15 @@ def quantize(
         InputError: the input is at fault. `output` is left as it was.
     """
     options = options or Options()
-    reader = Reader(locate(model))
-    reader.refuse_quantized()
-    architecture = find(reader.config.get("model_type"))
-    validate(architecture, reader.config, reader.shapes())
-    files = reader.weight_files()
-    if options.rotation != "none":
-        reader = RotatedReader(
-            reader, architecture, options.rotation, options.seed, most=options.hadamard_block
+    if not options.exported:
+        raise InputError(
+            "No checkpoint holds --weights none or --mix-activations tensor: they are for "
+            "`mergequant ablate`, which runs them in the reference engine."
         )
+    reader, architecture, files = open_model(model, options)
     blocks = int(reader.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
-        windows = _calibration(reader, calibration, options)
+        windows = calibration_of(reader, calibration, options)
         contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
         writer.begin(fingerprint(reader.config, files, contract))
         if not writer.finished:  # else these very weights were checked before the first block
@@ -85,7 +82,21 @@ def quantize(
     return Path(output)
 
 
-def _calibration(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
+def open_model(model: str | Path, options: Options) -> tuple[Reader, Architecture, list[Path]]:
+    """A 16-bit model as it will be quantized, rotated or not; its table; its weight files."""
+    reader = Reader(locate(model))
+    reader.refuse_quantized()
+    architecture = find(reader.config.get("model_type"))
+    validate(architecture, reader.config, reader.shapes())
+    files = reader.weight_files()
+    if options.rotation != "none":
+        reader = RotatedReader(
+            reader, architecture, options.rotation, options.seed, most=options.hadamard_block
+        )
+    return reader, architecture, files
+
+
+def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
     if not calibration:
         raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
     sources = [read_source(str(name)) for name in calibration]
@@ -93,6 +104,8 @@ def _calibration(reader: Reader, calibration: Sequence[str | Path], options: Opt
     samples = options.statistics_samples
     if options.weights == "gptq":
         samples = max(samples, options.gptq_samples)
+    if options.compensation_rank:
+        samples = max(samples, options.compensation_samples)
     return calibration_windows(
         sources,
         load_tokenizer(reader.folder),
@@ -114,53 +127,45 @@ def _quantize_blocks(
     """Each block: calibrate on what the quantized blocks before it emit, quantize, write it."""
     if writer.finished == contract.blocks:
         return
-    device = _device(options.device)
-    decoder = Decoder(reader, architecture, device)
-    activations = decoder.embed(windows, options.statistics_samples, options.gptq_samples)
-    linears = len(architecture.linears)
-    total, done = contract.blocks * linears, writer.finished * linears
-    with tqdm(total=total, initial=done, unit="linear", disable=not progress) as bar:
+    decoder = Decoder(reader, architecture, find_device(options.device))
+    activations = embed(decoder, windows, options)
+    with progress_bar(contract, options, writer.finished, progress) as bar:
         for number in range(contract.blocks):
             bar.set_description(f"Block {number + 1}/{contract.blocks}")
-            prefix = f"{architecture.block.format(block=number)}."
             with decoder.block(number) as block:
+                targets = [block.forward(hidden) for hidden in activations.exact]
+                prefix = f"{architecture.block.format(block=number)}."
                 if number < writer.finished:
                     stored = writer.read_block(number)
                 else:
-                    found, report = _quantize_block(block, architecture, activations, options, bar)
+                    found, report = quantize_block(
+                        block, architecture, activations, targets, options, contract.linears, bar
+                    )
                     stored = {f"{prefix}{name}": tensor for name, tensor in found.items()}
-                    lines = [{**line, "linear": f"{prefix}{line['linear']}"} for line in report]
-                    writer.write_block(number, stored, lines)
+                    writer.write_block(number, stored, report)
                 within = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-                load_stored(block, within, contract.linears, device)
-                for index, hidden in enumerate(activations.batches):
-                    activations.batches[index] = block.forward(hidden)  # the old one is freed
+                load_stored(block, within, contract.linears, decoder.device)
+                activations.advance(block.forward, targets)
 
 
-def _quantize_block(
-    block: Block, architecture: Architecture, activations: Activations, options: Options, bar: Any
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """What to store of a block, by name within it, and its lines of the report."""
-    tensors, report = dict(block.stored), []
-    for stage in architecture.stages():
-        for result in quantize_stage(block, stage, activations, options):
-            report.append({"linear": result.linear, **result.report})
-            bar.set_postfix(loss=f"{result.loss:.2e}")
-            bar.update()
-            tensors.pop(f"{result.linear}.weight")
-            tensors.update(result.tensors)
-    return dict(_without_ignored(tensors, architecture)), report
+def embed(decoder: Decoder, windows: Tensor, options: Options) -> Activations:
+    """The first block's input, for each of its uses."""
+    compensation = options.compensation_samples if options.compensation_rank else 0
+    return decoder.embed(windows, options.statistics_samples, options.gptq_samples, compensation)
 
 
-def _without_ignored(
-    tensors: Mapping[str, Tensor], architecture: Architecture
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors.items():
-        if not name.endswith(architecture.ignored_suffixes):
-            yield name, tensor
+def progress_bar(
+    contract: CheckpointFormat, options: Options, finished: int, shown: bool
+) -> "tqdm[NoReturn]":
+    """A bar over linears, and epochs of the compensation."""
+    each = len(contract.linears)
+    if options.compensation_rank:
+        each += options.compensation_epochs
+    total, done = contract.blocks * each, finished * each
+    return tqdm(total=total, initial=done, unit="step", disable=not shown)
 
 
-def _device(wanted: str) -> torch.device:
+def find_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:

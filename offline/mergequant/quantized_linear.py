@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.int4_linear.reference import scale_group_products, scale_products
+from mergequant_vllm.kernels.int4_linear.reference import centre, int4_linear
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import unpack
@@ -57,10 +57,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.form = form
         self.ranks = ranks
-        weight = codes.to(torch.float64)
-        if zero_points is not None:
-            size = form.group_size or codes.shape[1]
-            weight -= zero_points.repeat_interleave(size, dim=1)[:, : codes.shape[1]]
+        weight = centre(codes, zero_points, form.group_size).to(torch.float64)
         self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
@@ -84,23 +81,18 @@ class QuantizedLinear(nn.Module):
         return total
 
     def _shard_outputs(self, x: Tensor) -> Iterator[Tensor]:
-        groups = self.weight_step.shape[1]
+        size = self.form.group_size
+        groups = self.weight_step.shape[1] // self.ranks
         for rank, shard in enumerate(x.chunk(self.ranks, -1)):
             codes, token_step = self.input_codes(shard)
             codes = codes.to(self.weight.dtype)
             columns = codes.shape[-1]
             weight = self.weight[:, rank * columns : (rank + 1) * columns]
+            step = self.weight_step
+            if size is not None:
+                step = step[:, rank * groups : (rank + 1) * groups]
             bias = self.bias if rank == 0 else None
-            if self.form.group_size is None:
-                step = self.weight_step[:, 0]
-                yield scale_products(F.linear(codes, weight), step, token_step, bias, x.dtype)
-                continue
-            starts = range(0, columns, self.form.group_size)
-            parts = [slice(start, start + self.form.group_size) for start in starts]
-            products = [F.linear(codes[..., part], weight[:, part]) for part in parts]
-            each = groups // self.ranks
-            steps = self.weight_step[:, rank * each : (rank + 1) * each]
-            yield scale_group_products(products, steps, token_step, bias, x.dtype)
+            yield int4_linear(codes, weight, step, size, token_step, bias, x.dtype, F.linear)
 
 
 def from_stored(

@@ -2,67 +2,132 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergequant.architecture import Stage
-from mergequant.contract import linear_format
 from mergequant.decoder import Activations, Block
+from mergequant.dynamic_input import dynamic_input
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
-    gptq,
+    gptq_working_weight,
     invert_hessian,
     output_loss,
     round_to_nearest,
 )
-from mergequant.methods.migrate import migrate_weight
-from mergequant.methods.reconstruct import fold_columns
+from mergequant.methods.low_rank import trainable_elements
 from mergequant.methods.weights import WeightForm, WeightGrid, weight_grid
 from mergequant.options import Options
-from mergequant.quantized_linear import QuantizedLinear
-from mergequant.stage_input import StageInput, read_stage_input
+from mergequant.quantized_linear import from_stored
+from mergequant.simulated_linear import FixedWeight, SimulatedLinear
+from mergequant.stage_input import StageInput, refuse_infinite
+from mergequant.static_input import static_input
 from mergequant.statistics import Hessian
+from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.packing import pack
 
 logger = logging.getLogger("mergequant")
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How a linear's codes came about.
+
+    Attributes:
+        grid: steps and zero points.
+        codes: int8 [out, K].
+        working: float32 [out, K], whose nearest codes are `codes`; only for the compensation.
+        trainable: bool [out, K], see `low_rank`; only for the compensation.
+    """
+
+    grid: WeightGrid
+    codes: Tensor
+    working: Tensor | None = None
+    trainable: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LinearResult:
-    """One quantized linear: what to store, by name within the block, and a line of the report."""
+    """One quantized linear.
+
+    Attributes:
+        linear: its name within the block.
+        tensors: what to store, by name within the block; empty if nothing of it can be stored.
+        report: a line of the report.
+        loss: relative squared error at its output.
+        source: how it reads its input.
+        rounding: the codes and what they came from; None if the weight stays as it is.
+    """
 
     linear: str
     tensors: dict[str, Tensor]
     report: dict[str, Any]
     loss: float
+    source: StageInput
+    rounding: Rounding | None
 
 
 def quantize_stage(
-    block: Block, stage: Stage, activations: Activations, options: Options
+    block: Block,
+    stage: Stage,
+    activations: Activations,
+    options: Options,
+    linears: Mapping[str, LinearFormat],
 ) -> Iterator[LinearResult]:
-    """Quantize a stage's linears and put them into the block, so that later stages see them."""
+    """Quantize a stage's linears and put them into the block, so that later stages see them.
+
+    Args:
+        linears: how each linear of the block is to be stored, by name.
+    """
     began = time.monotonic()
-    source = read_stage_input(block, stage, activations, options)
-    seen = Hessian()
-    rounding = options.weights == "rtn"
-    used = activations.statistics if rounding else activations.gptq
-    batches = activations.batches[:used]
     first = stage.linears[0].name
-    block.observe(first, batches, lambda x: seen.add(source.dequantized(x)))
-    hessian = seen.get()
-    inverse = None if rounding else _inverse(hessian, options, first)
+    source = _read_input(block, stage, activations, options, linears[first])
+    calibration = time.monotonic() - began
+    began = time.monotonic()
+    hessian = _hessian(block, first, source, activations, options)
+    inverse = None
+    if options.weights == "gptq":
+        inverse = _inverse(hessian, options, first)
     for number, linear in enumerate(stage.linears):
-        result = _quantize_linear(block, linear.name, source, hessian, inverse, options)
-        result.report["seconds"] = round(time.monotonic() - began, 3)
+        result = _quantize_linear(
+            block, linear.name, source, hessian, inverse, options, linears[linear.name]
+        )
+        result.report["seconds"] = {
+            "calibration": round(calibration, 3) if number == 0 else 0.0,
+            "compensation": 0.0,
+            "codes": round(time.monotonic() - began, 3),
+        }
         began = time.monotonic()
         if number == 0:
             result.tensors.update(source.tensors)
         yield result
+
+
+def _read_input(
+    block: Block, stage: Stage, activations: Activations, options: Options, form: LinearFormat
+) -> StageInput:
+    batches = activations.batches[: activations.statistics]
+    if stage.norm is not None and form.activations == "static":
+        return static_input(block, stage, stage.norm, batches, options, form)
+    return dynamic_input(block, stage, batches, options, form)
+
+
+def _hessian(
+    block: Block, first: str, source: StageInput, activations: Activations, options: Options
+) -> Tensor:
+    """Of what the linears' products will really see: float64 [K, K]."""
+    seen = Hessian()
+    used = activations.gptq if options.weights == "gptq" else activations.statistics
+    batches = activations.batches[:used]
+    block.observe(first, batches, lambda x: seen.add(source.dequantized(x)))
+    hessian = seen.get()
+    refuse_infinite(hessian.diagonal(), block.name_of(first))
+    return hessian
 
 
 def _inverse(hessian: Tensor, options: Options, name: str) -> InverseHessian | None:
@@ -80,74 +145,77 @@ def _quantize_linear(
     hessian: Tensor,
     inverse: InverseHessian | None,
     options: Options,
+    form: LinearFormat,
 ) -> LinearResult:
     """Codes of one linear; puts the quantized linear into the block."""
-    original = block.weight(name)
-    weight = folded_weight(original.to(torch.float64), source)
-    form = WeightForm(
+    weight = source.folded_weight(block.weight(name).to(torch.float64))
+    report: dict[str, Any] = {"activations": form.activations, **source.report}
+    if options.weights == "none":
+        replace_by_simulated(block, name, source, FixedWeight(weight.to(torch.float32)))
+        report |= {"loss_rtn": None, "loss_gptq": None, "damping": None}
+        return LinearResult(name, {}, report, 0.0, source, None)
+    searched = WeightForm(
         options.weight_bits, options.group_size, options.asymmetric, options.weight_search
     )
-    grid = weight_grid(weight, form)
+    grid = weight_grid(weight, searched)
+    working, loss_gptq = weight, None
     codes = round_to_nearest(weight, grid)
-    rtn_loss = output_loss(weight, codes, grid, hessian)
-    gptq_loss = None
+    loss = loss_rtn = output_loss(weight, codes, grid, hessian)
     if inverse is not None:
-        codes = gptq(weight, grid, inverse, options.gptq_block)
-        gptq_loss = output_loss(weight, codes, grid, hessian)
-    _replace(block, name, source, original.shape, codes, grid, options)
+        working = gptq_working_weight(weight, grid, inverse, options.gptq_block)
+        codes = round_to_nearest(working, grid)
+        loss = loss_gptq = output_loss(weight, codes, grid, hessian)
+    report |= {
+        "loss_rtn": loss_rtn,
+        "loss_gptq": loss_gptq,
+        "damping": None if inverse is None else inverse.damping,
+    }
+    rounding = Rounding(grid, codes)
+    if options.compensation_rank:
+        trainable = trainable_elements(weight, grid)
+        rounding = Rounding(grid, codes, working.to(torch.float32), trainable)
+    tensors = stored_tensors(name, source, rounding)
+    result = LinearResult(name, tensors, report, loss, source, rounding)
+    replace_by_stored(block, result, form)
+    return result
+
+
+def stored_tensors(name: str, source: StageInput, rounding: Rounding) -> dict[str, Tensor]:
+    """What a checkpoint stores of a linear, by name within the block."""
+    grid = rounding.grid
     tensors = {
-        "weight_packed": pack(codes.cpu(), options.weight_bits),
+        "weight_packed": pack(rounding.codes.cpu(), grid.bits),
         "weight_scale": grid.step.to(torch.bfloat16).cpu(),
         **source.stored(),
     }
     if grid.zero_points is not None:
         tensors["weight_zero_point"] = grid.zero_points.cpu()
-    report = {
-        "activations": "dynamic" if source.norm is None else "static",
-        "loss_rtn": rtn_loss,
-        "loss_gptq": gptq_loss,
-        **source.report,
-        "damping": None if inverse is None else inverse.damping,
-    }
-    stored = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    return LinearResult(name, stored, report, rtn_loss if gptq_loss is None else gptq_loss)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
-def folded_weight(weight: Tensor, source: StageInput) -> Tensor:
-    """W as its codes will be chosen: steps migrated into it, columns reconstructed; [out, K]."""
-    if source.step is None:
-        return weight
-    if source.reconstruction is None:
-        return migrate_weight(weight, source.step)
-    return fold_columns(weight, source.step, source.reconstruction)
-
-
-def _replace(
-    block: Block,
-    name: str,
-    source: StageInput,
-    shape: torch.Size,
-    codes: Tensor,
-    grid: WeightGrid,
-    options: Options,
-) -> None:
+def replace_by_stored(block: Block, result: LinearResult, form: LinearFormat) -> None:
+    """Put the linear into the block as the server will compute it; simulated where none will."""
+    name = result.linear
+    if form.activations == "dynamic" and result.source.clip is None:
+        assert result.rounding is not None
+        weight = result.rounding.grid.dequantize(result.rounding.codes)
+        replace_by_simulated(block, name, result.source, FixedWeight(weight.to(torch.float32)))
+        return
+    device = block.device
     bias = block.stored.get(f"{name}.bias")
-    form = linear_format(
-        options,
-        (shape[0], shape[1]),
-        norm=source.norm,
-        bias=bias is not None,
-        hadamard=source.hadamard,
-    )
-    shaped = source.reconstruction
-    module = QuantizedLinear(
-        form,
-        codes,
-        grid.step,
-        zero_points=grid.zero_points,
-        bias=None if bias is None else bias.to(codes.device, torch.float32),
-        clip=source.clip,
-        index=None if shaped is None else shaped.index.to(torch.int32),
-        offset=None if shaped is None else shaped.offset,
-    )
-    block.replace(name, module)
+
+    def read(suffix: str) -> Tensor:
+        if suffix == "bias":
+            assert bias is not None
+            return bias.to(device)
+        return result.tensors[f"{name}.{suffix}"].to(device)
+
+    block.replace(name, from_stored(form, read, torch.float32))
+
+
+def replace_by_simulated(block: Block, name: str, source: StageInput, weight: nn.Module) -> None:
+    """Put a linear of floating-point products into the block."""
+    bias = block.stored.get(f"{name}.bias")
+    if bias is not None:
+        bias = bias.to(block.device, torch.float32)
+    block.replace(name, SimulatedLinear(source.dequantized, weight, bias))

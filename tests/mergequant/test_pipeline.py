@@ -71,7 +71,7 @@ def test_the_report_has_a_line_for_each_linear(checkpoint: Path) -> None:
     assert len(entries) == len(lines) == 14
     for name, entry in entries.items():
         assert 0 < entry["loss_gptq"] < entry["loss_rtn"] < 0.1, name
-        assert entry["damping"] == 0.01 and entry["seconds"] >= 0
+        assert entry["damping"] == 0.01 and min(entry["seconds"].values()) >= 0
     assert entries["model.layers.0.mlp.down_proj"]["activations"] == "dynamic"
     assert 0.4 <= entries["model.layers.0.mlp.down_proj"]["clip"] <= 1
     assert entries["model.layers.0.mlp.up_proj"]["activations"] == "static"

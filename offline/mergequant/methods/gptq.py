@@ -104,7 +104,12 @@ def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
 
 
 def gptq(weight: Tensor, grid: Grid, inverse: InverseHessian, block: int) -> Tensor:
-    """Codes of a weight, in blocks of columns.
+    """Codes of a weight: [out, n] to int8 [out, n]; see `gptq_working_weight`."""
+    return grid.round_weight(gptq_working_weight(weight, grid, inverse, block))
+
+
+def gptq_working_weight(weight: Tensor, grid: Grid, inverse: InverseHessian, block: int) -> Tensor:
+    """Each column as it was when its turn came: its nearest codes are GPTQ's codes.
 
     Args:
         weight: [out, n], migrated; the dtype of the Hessian.
@@ -112,12 +117,11 @@ def gptq(weight: Tensor, grid: Grid, inverse: InverseHessian, block: int) -> Ten
         block: columns whose errors reach the rest at once.
 
     Returns:
-        int8 [out, n].
+        [out, n]: the weight plus what earlier columns' errors added to it.
     """
     # Transposed: what is read and written at each turn, a column of W, is contiguous.
     w = weight.T.index_select(0, inverse.order)
     u = inverse.factor
-    codes = torch.empty_like(w, dtype=torch.int8)
     for start in range(0, len(w), block):
         stop = min(start + block, len(w))
         step, zero = (x.T.contiguous() for x in grid.columns(inverse.order[start:stop]))
@@ -127,9 +131,8 @@ def gptq(weight: Tensor, grid: Grid, inverse: InverseHessian, block: int) -> Ten
             code = round_to_codes(w[k] / step[i] + zero[i], grid.bits)
             errors[i] = (w[k] - (code - zero[i]) * step[i]) / u[k, k]
             w[k + 1 : stop] -= torch.outer(u[k, k + 1 : stop], errors[i])
-            codes[k] = code.to(torch.int8)
         w[stop:] -= u[start:stop, stop:].T @ errors
-    return _restore(codes.T, inverse.order)
+    return _restore(w.T, inverse.order)
 
 
 def gptq_by_column(weight: Tensor, grid: Grid, inverse: InverseHessian) -> Tensor:
@@ -142,12 +145,12 @@ def gptq_by_column(weight: Tensor, grid: Grid, inverse: InverseHessian) -> Tenso
         codes[:, k] = round_to_codes(w[:, k] / step[:, k] + zero[:, k], grid.bits)
         error = (w[:, k] - (codes[:, k] - zero[:, k]) * step[:, k]) / u[k, k]
         w[:, k + 1 :] -= torch.outer(error, u[k, k + 1 :])
-    return _restore(codes, inverse.order)
+    return _restore(codes, inverse.order).to(torch.int8)
 
 
-def _restore(codes: Tensor, order: Tensor) -> Tensor:
-    restored = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
-    restored[:, order] = codes.to(torch.int8)
+def _restore(columns: Tensor, order: Tensor) -> Tensor:
+    restored = torch.empty_like(columns, memory_format=torch.contiguous_format)
+    restored[:, order] = columns
     return restored
 
 

@@ -52,6 +52,32 @@ def activation_steps(largest: Tensor, clip: Tensor, bits: int) -> Tensor:
     return torch.where(fired, step, usual)
 
 
+def tensor_steps(largest: Tensor, bits: int) -> Tensor:
+    """One static step for all channels, the baseline of Table 4: [n] to float64 [n], equal."""
+    return smooth_steps(largest, torch.ones_like(largest), bits, strength=0.0)
+
+
+def smooth_steps(largest: Tensor, column: Tensor, bits: int, strength: float = 0.5) -> Tensor:
+    """One static step for all channels after SmoothQuant evened them out (Xiao et al., Eq. 4).
+
+    Channel k is divided by d_k = max|X_k|^a / max|W_k|^(1-a) and its column multiplied by it; the
+    step is max_k(max|X_k| / d_k) / Q_b. Both fold into the norm as a step of d_k times that.
+
+    Args:
+        largest: [n], max |X| of each channel.
+        column: [n], max |W| of each input channel, over the space's readers.
+        strength: a; 0 evens out nothing where `column` is 1.
+
+    Returns:
+        float64 [n], positive.
+    """
+    largest, column = largest.to(torch.float64), column.to(torch.float64)
+    alive = (largest > SMALLEST_STEP) & (column > 0)
+    divisor = torch.where(alive, largest**strength / column ** (1 - strength), 1.0)
+    step = (largest / divisor).amax() / largest_code(bits)
+    return divisor * torch.where(step > SMALLEST_STEP, step, 1.0)
+
+
 def fold_norm(
     weight: Tensor,
     bias: Tensor | None,

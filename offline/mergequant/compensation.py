@@ -1,0 +1,155 @@
+"""Training of a block's low-rank compensation through its quantizers (paper 4.3)."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergequant.decoder import Block
+from mergequant.methods.low_rank import LowRankWeight, straight_through
+from mergequant.options import Options
+from mergequant.simulated_linear import SimulatedLinear
+from mergequant.stage import LinearResult
+from mergequant.stage_input import StageInput
+
+logger = logging.getLogger("mergequant")
+
+TOKENS_A_STEP = 2048
+_HELD_OUT = 8  # one window in so many, at least one
+_PATIENCE = 3  # epochs without a better held-out loss, after which training stops
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What became of a block's training.
+
+    Attributes:
+        codes: int8 [out, K] of each linear, by name within the block; empty if training did not
+            lower the held-out loss.
+        before: loss on held-out windows of the block as it was: squared error of its output over
+            the square of what the full-precision block adds to its input.
+        after: the same with `codes`.
+        epochs: passes over the windows that were made.
+    """
+
+    before: float
+    after: float
+    epochs: int
+    codes: dict[str, Tensor] = field(default_factory=dict)
+
+
+def compensate(
+    block: Block,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    results: Sequence[LinearResult],
+    options: Options,
+    epoch_done: Callable[[float], None] = lambda _: None,
+) -> Compensation:
+    """Train A and B of all linears of a block to bring its output to the full-precision block's.
+
+    The block's linears are left as trainable ones: put in stored ones afterwards.
+
+    Args:
+        inputs: [windows, length, n] each, what the quantized blocks before this one emit.
+        targets: the same of what the full-precision model emits behind this block.
+        epoch_done: called with the lowest held-out loss after each epoch.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    weights = dict(_trainable(block, results, options, generator))
+    training, held_out = _split(inputs, targets)
+    scale = _scale(inputs, targets)
+    parameters = [x for weight in weights.values() for x in (weight.a, weight.b)]
+    before = best = _loss(block, held_out, scale)
+    if not training:
+        logger.warning("One calibration window cannot be held out: no compensation is trained")
+        return Compensation(before, before, 0)
+    kept, epochs, better_at = _copies(parameters), 0, 0
+    optimizer = torch.optim.AdamW(
+        parameters, lr=options.compensation_learning_rate, weight_decay=0.0
+    )
+    steps = options.compensation_epochs * len(training)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    while epochs < options.compensation_epochs and epochs - better_at < _PATIENCE:
+        for number in torch.randperm(len(training), generator=generator).tolist():
+            optimizer.zero_grad()
+            loss = _squared_error(block, *training[number]).mean() / scale
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            decay.step()
+        epochs += 1
+        found = _loss(block, held_out, scale)
+        if found < best:
+            best, better_at, kept = found, epochs, _copies(parameters)
+        epoch_done(best)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    codes = {name: weight.codes() for name, weight in weights.items()} if better_at else {}
+    return Compensation(before, best, epochs, codes)
+
+
+def _trainable(
+    block: Block, results: Sequence[LinearResult], options: Options, generator: torch.Generator
+) -> Iterator[tuple[str, LowRankWeight]]:
+    """Put trainable linears into the block; yields their weights by name."""
+    for result in results:
+        found = result.rounding
+        assert found is not None and found.working is not None and found.trainable is not None
+        rank = min(options.compensation_rank, *found.codes.shape)
+        weight = LowRankWeight(found.working, found.trainable, found.grid, rank, generator)
+        bias = block.stored.get(f"{result.linear}.bias")
+        if bias is not None:
+            bias = bias.to(block.device, torch.float32)
+        block.replace(result.linear, SimulatedLinear(_reader(result.source), weight, bias))
+        yield result.linear, weight
+
+
+def _reader(source: StageInput) -> Callable[[Tensor], Tensor]:
+    def read(x: Tensor) -> Tensor:
+        return straight_through(source.dequantized(x.detach()), source.relaxed(x))
+
+    return read
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _split(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Pairs, Pairs]:
+    """Steps of about `TOKENS_A_STEP` tokens to train on, and to hold out: the last windows."""
+    windows = sum(len(x) for x in inputs)
+    left = windows - max(1, windows // _HELD_OUT)
+    training: Pairs = []
+    held_out: Pairs = []
+    for x, y in zip(inputs, targets, strict=True):
+        here = min(max(left, 0), len(x))
+        left -= len(x)
+        size = max(1, TOKENS_A_STEP // x.shape[1])
+        if here:
+            training += zip(torch.split(x[:here], size), torch.split(y[:here], size), strict=True)
+        if here < len(x):
+            held_out += zip(torch.split(x[here:], size), torch.split(y[here:], size), strict=True)
+    return training, held_out
+
+
+def _scale(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Mean square of what the block adds: the unit of the loss."""
+    pairs = zip(inputs, targets, strict=True)
+    total = sum(float((y - x).square().sum(dtype=torch.float64)) for x, y in pairs)
+    return max(total / sum(x.numel() for x in inputs), 1e-30)
+
+
+def _squared_error(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    return (block.forward(x, gradient=torch.is_grad_enabled()) - y).square()
+
+
+def _loss(block: Block, pairs: Pairs, scale: float) -> float:
+    with torch.no_grad():
+        total = sum(float(_squared_error(block, x, y).sum(dtype=torch.float64)) for x, y in pairs)
+    return total / sum(x.numel() for x, _ in pairs) / scale
+
+
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]

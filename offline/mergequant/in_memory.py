@@ -1,0 +1,47 @@
+"""A quantized model that is never written: for comparisons that no checkpoint can hold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergequant.contract import checkpoint_format
+from mergequant.corpus import sha256_of
+from mergequant.decoder import Decoder
+from mergequant.options import Options
+from mergequant.pipeline import calibration_of, embed, find_device, open_model, progress_bar
+from mergequant.quantize_block import quantize_block
+
+
+def quantize_in_memory(
+    model: str | Path,
+    calibration: Sequence[str | Path],
+    options: Options,
+    *,
+    progress: bool = True,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """As `quantize`, for any options; the whole model is held in float32 on the device.
+
+    Returns:
+        a `PreTrainedModel` in the reference arithmetic, and the lines of the report.
+
+    Raises:
+        InputError: the input is at fault.
+    """
+    reader, architecture, _ = open_model(model, options)
+    reader.check_finite()
+    windows = calibration_of(reader, calibration, options)
+    contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
+    decoder = Decoder(reader, architecture, find_device(options.device))
+    activations = embed(decoder, windows, options)
+    report = []
+    with progress_bar(contract, options, 0, progress) as bar:
+        for number in range(contract.blocks):
+            bar.set_description(f"Block {number + 1}/{contract.blocks}")
+            with decoder.block(number, keep=True) as block:
+                targets = [block.forward(hidden) for hidden in activations.exact]
+                _, lines = quantize_block(
+                    block, architecture, activations, targets, options, contract.linears, bar
+                )
+                report += lines
+                activations.advance(block.forward, targets)
+    return decoder.whole_model(), report

@@ -1,0 +1,96 @@
+"""Low-rank compensation (paper 4.3): the stored codes are q(W + A B), trained through q.
+
+W is GPTQ's working weight, so that training begins at GPTQ's own codes; steps and zero points stay
+those that GPTQ rounded with. GPTQ after the training, the other reading of the paper, undoes it:
+it brings the product back to that of W + A B, which was never what the training made good.
+
+A B is counted in weight steps: dW = step * (A B), so that one learning rate serves any layer.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mergequant.methods.weights import WeightGrid
+from mergequant_vllm.rounding import largest_code, round_to_codes, smallest_code
+
+
+def straight_through(exact: Tensor, relaxed: Tensor) -> Tensor:
+    """`exact` going forward, the gradient of `relaxed` going back (Bengio et al., 2013)."""
+    return relaxed + (exact - relaxed).detach()
+
+
+class LowRankWeight(nn.Module):
+    """A weight as the server will multiply by it, with A and B to train.
+
+    B begins at 0 and A random: a column whose channel never fires has no gradient and stays as it
+    is.
+
+    Args:
+        working: [out, K], whose nearest codes are the ones to begin with.
+        trainable: bool [out, K], see `trainable_elements`.
+        grid: steps and zero points.
+        rank: r.
+        generator: draws A; on the CPU, so that every device draws the same.
+
+    Attributes:
+        a: [out, r].
+        b: [r, K].
+    """
+
+    working: Tensor
+    step: Tensor
+    zero: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        working: Tensor,
+        trainable: Tensor,
+        grid: WeightGrid,
+        rank: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.bits = grid.bits
+        columns = torch.arange(working.shape[1], device=working.device)
+        step, zero = grid.columns(columns)
+        self.register_buffer("working", working.to(torch.float32))
+        self.register_buffer("step", step.to(torch.float32))
+        self.register_buffer("zero", zero.to(torch.float32))
+        self.register_buffer("unit", self.step * trainable)
+        out_features, in_features = working.shape
+        a = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
+        self.a = nn.Parameter(a.to(working.device))
+        self.b = nn.Parameter(torch.zeros(rank, in_features, device=working.device))
+
+    def merged(self) -> Tensor:
+        """W + A B: float32 [out, K]."""
+        return self.working + self.unit * (self.a @ self.b)
+
+    def forward(self) -> Tensor:
+        """What the codes of `merged` stand for: float32 [out, K], differentiable."""
+        scaled = self.merged() / self.step + self.zero
+        relaxed = scaled.clamp(smallest_code(self.bits), largest_code(self.bits))
+        codes = straight_through(round_to_codes(scaled.detach(), self.bits), relaxed)
+        return (codes - self.zero) * self.step
+
+    def codes(self) -> Tensor:
+        """int8 [out, K]: what `forward` multiplies by, to be stored."""
+        scaled = self.merged().detach() / self.step + self.zero
+        return round_to_codes(scaled, self.bits).to(torch.int8)
+
+
+def trainable_elements(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """What the compensation may change of a weight [out, K], not yet rounded: bool [out, K].
+
+    Not what holds nothing but zeros: a row or group of them, whose step is arbitrary, and a column
+    of them, which is padding or of a dead channel.
+    """
+    nonzero = weight != 0
+    size = grid.group_size or weight.shape[1]
+    groups = [
+        part.any(dim=1, keepdim=True).expand_as(part) for part in torch.split(nonzero, size, dim=1)
+    ]
+    return torch.cat(groups, dim=1) & nonzero.any(dim=0)

@@ -1,0 +1,117 @@
+"""Training of a block: it lowers the held-out loss, or leaves the codes as they were."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergequant import Options, quantize
+from mergequant import compensation as room
+from mergequant.compensation import _split
+from tests.conftest import SMALL
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_steps() -> Iterator[None]:
+    """A window a step: there are few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "TOKENS_A_STEP", 64)
+        yield
+
+
+TRAINED = SMALL.model_copy(
+    update={
+        "compensation_rank": 8,
+        "compensation_epochs": 3,
+        "compensation_samples": 24,
+    }
+)
+
+
+def _report(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "quantization_report.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    return quantize(
+        llama, tmp_path_factory.mktemp("trained") / "out", [text], TRAINED, progress=False
+    )
+
+
+def test_held_out_loss_falls_and_other_codes_are_stored(trained: Path, checkpoint: Path) -> None:
+    found = [line["compensation"] for line in _report(trained) if "compensation" in line]
+    assert len(found) == 2
+    for block in found:
+        assert block["kept"] and block["loss_after"] < block["loss_before"]
+        assert 1 <= block["epochs"] <= 3
+    ours, plain = (
+        load_file(trained / "model-00001-of-00003.safetensors"),
+        load_file(checkpoint / "model-00001-of-00003.safetensors"),
+    )
+    for name, tensor in plain.items():
+        differs = not torch.equal(ours[name], tensor)
+        assert differs == name.endswith("weight_packed"), name  # steps stay GPTQ's
+
+
+def test_training_that_helps_nothing_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path, text: Path, checkpoint: Path
+) -> None:
+    monkeypatch.setattr(room, "_loss", lambda *_: 1.0)
+    output = quantize(llama, tmp_path / "out", [text], TRAINED, progress=False)
+    for name, tensor in load_file(checkpoint / "model-00002-of-00003.safetensors").items():
+        assert torch.equal(load_file(output / "model-00002-of-00003.safetensors")[name], tensor)
+    found = [line["compensation"] for line in _report(output) if "compensation" in line]
+    assert all(not block["kept"] for block in found)
+
+
+@pytest.mark.parametrize("rotation", ["offline", "online"])
+def test_it_trains_through_rotation_reconstruction_and_groups(
+    tmp_path: Path, llama: Path, text: Path, rotation: str
+) -> None:
+    options = Options.model_validate(
+        {
+            **TRAINED.model_dump(),
+            "rotation": rotation,
+            "reconstruction": "pad",
+            "alpha": 0.0,
+            "staggered": True,
+            "max_extra_channels": 0.25,
+            "weight_bits": 3,
+            "group_size": 32,
+            "asymmetric": True,
+        }
+    )
+    output = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    found = [line["compensation"] for line in _report(output) if "compensation" in line]
+    assert any(block["loss_after"] < block["loss_before"] for block in found)
+    assert all(block["kept"] == (block["loss_after"] < block["loss_before"]) for block in found)
+
+
+def test_held_out_windows_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = [torch.full((size, 600, 1), float(number)) for number, size in enumerate((16, 4))]
+    y = [part + 10 for part in x]
+    monkeypatch.setattr(room, "TOKENS_A_STEP", 1300)
+    training, held_out = _split(x, y)
+    assert sum(len(a) for a, _ in training) == 18 and sum(len(a) for a, _ in held_out) == 2
+    assert {float(a.max()) for a, _ in held_out} == {1.0}
+    for a, b in training + held_out:
+        assert a.shape == b.shape and a.shape[0] * 600 <= room.TOKENS_A_STEP
+        assert torch.equal(a + 10, b)
+    one, two = _split(x[:1], y[:1])
+    assert sum(len(a) for a, _ in one) == 14 and sum(len(a) for a, _ in two) == 2
+
+
+def test_one_window_cannot_be_held_out(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(ValueError, match="compensation_samples"):
+        Options(compensation_samples=1)
+    short = tmp_path / "short.txt"
+    short.write_text("The quick brown fox jumps over the lazy dog, again and again and again.")
+    output = quantize(llama, tmp_path / "out", [short], TRAINED, progress=False)
+    found = [line["compensation"] for line in _report(output) if "compensation" in line]
+    assert len(found) == 2 and all(not x["kept"] and x["epochs"] == 0 for x in found)
