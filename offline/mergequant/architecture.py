@@ -89,6 +89,7 @@ class Architecture:
         )
 
 
+_LLAMA_2_VOCABULARY = 65_536  # 32,000 and what was added to it; Llama-3's is 128,256
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -113,6 +114,14 @@ def widths(config: Mapping[str, Any]) -> dict[str, int]:
         "queries": heads * head,
         "keys": int(config.get("num_key_value_heads") or heads) * head,
     }
+
+
+def paper_alpha(config: Mapping[str, Any]) -> float:
+    """The threshold of Eq. 6 that the paper chose for models like this one (appendix B).
+
+    5 for Llama-2, 2 for Llama-3, which a `config.json` tells apart by the vocabulary alone.
+    """
+    return 2.0 if widths(config)["vocabulary"] > _LLAMA_2_VOCABULARY else 5.0
 
 
 def has_bias(linear: Linear, config: Mapping[str, Any]) -> bool:

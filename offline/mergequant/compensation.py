@@ -95,6 +95,7 @@ def _trainable(
     block: Block, results: Sequence[LinearResult], options: Options, generator: torch.Generator
 ) -> Iterator[tuple[str, LowRankWeight]]:
     """Put trainable linears into the block; yields their weights by name."""
+    readers = {id(x.source): _SharedReader(x.source) for x in results}
     for result in results:
         found = result.rounding
         assert found is not None and found.working is not None and found.trainable is not None
@@ -103,15 +104,22 @@ def _trainable(
         bias = block.stored.get(f"{result.linear}.bias")
         if bias is not None:
             bias = bias.to(block.device, torch.float32)
-        block.replace(result.linear, SimulatedLinear(_reader(result.source), weight, bias))
+        block.replace(result.linear, SimulatedLinear(readers[id(result.source)], weight, bias))
         yield result.linear, weight
 
 
-def _reader(source: StageInput) -> Callable[[Tensor], Tensor]:
-    def read(x: Tensor) -> Tensor:
-        return straight_through(source.dequantized(x.detach()), source.relaxed(x))
+class _SharedReader:
+    """Reads a stage's input once for all of its linears, which are handed the same tensor."""
 
-    return read
+    def __init__(self, source: StageInput) -> None:
+        self._source = source
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            exact = self._source.dequantized(x.detach())
+            self._last = x, straight_through(exact, self._source.relaxed(x))
+        return self._last[1]
 
 
 Pairs = list[tuple[Tensor, Tensor]]

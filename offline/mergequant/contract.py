@@ -23,8 +23,8 @@ from mergequant_vllm.format import (
     Provenance,
 )
 
-# K is padded to what the GPU kernels work on; a narrow model runs anywhere, and pays by the column.
 _TILE, _NARROW_TILE, _NARROW = 128, 16, 1024
+_ROUNDING = 1e-6  # channels; K / n - 1 is given as a float
 
 
 def checkpoint_format(
@@ -100,9 +100,9 @@ def reconstructed_columns(options: Options, channels: int) -> int:
     """
     if options.reconstruction == "prune":
         return channels
-    tile = _TILE if channels >= _NARROW else _NARROW_TILE
-    columns = int(channels * (1 + options.max_extra_channels)) // tile * tile
+    columns = padded_columns(options, channels)
     if columns <= channels:
+        tile = tile_of(channels)
         least = (channels // tile + 1) * tile / channels - 1
         raise InputError(
             f"--reconstruction pad has no room: {channels} channels and "
@@ -110,6 +110,17 @@ def reconstructed_columns(options: Options, channels: int) -> int:
             f"give --max-extra-channels {least:.3f} or more, or --reconstruction prune."
         )
     return columns
+
+
+def padded_columns(options: Options, channels: int) -> int:
+    """The longest K that `max_extra_channels` allows, in whole tiles; may be below `channels`."""
+    tile = tile_of(channels)
+    return int(channels * (1 + options.max_extra_channels) + _ROUNDING) // tile * tile
+
+
+def tile_of(channels: int) -> int:
+    """K is padded to what the GPU kernels work on; a narrow model runs anywhere, in small steps."""
+    return _TILE if channels >= _NARROW else _NARROW_TILE
 
 
 def _versions() -> dict[str, str]:

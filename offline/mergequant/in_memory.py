@@ -8,6 +8,7 @@ from mergequant.contract import checkpoint_format
 from mergequant.corpus import sha256_of
 from mergequant.decoder import Decoder
 from mergequant.options import Options
+from mergequant.pilot import resolve_reconstruction
 from mergequant.pipeline import calibration_of, embed, find_device, open_model, progress_bar
 from mergequant.quantize_block import quantize_block
 
@@ -30,8 +31,9 @@ def quantize_in_memory(
     reader, architecture, _ = open_model(model, options)
     reader.check_finite()
     windows = calibration_of(reader, calibration, options)
-    contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
     decoder = Decoder(reader, architecture, find_device(options.device))
+    options = resolve_reconstruction(decoder, architecture, windows, options, progress)
+    contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
     activations = embed(decoder, windows, options)
     report = []
     with progress_bar(contract, options, 0, progress) as bar:

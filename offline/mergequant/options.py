@@ -1,6 +1,6 @@
 """Every choice of the quantizer, frozen, with unit, default and the paper's symbol."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,8 +22,10 @@ class Options(BaseModel):
         static_bits: width of the norm-fed linears' activation codes.
         dynamic_bits: width of o's and down's (with `activations` dynamic: of all).
         reconstruction: `none`; `prune`: strong channels split, as many others dropped (paper 4.2);
-            `pad`: split and nothing dropped, K grows up to `max_extra_channels`.
-        alpha: how many standard deviations above the mean make a channel strong (paper Eq. 6).
+            `pad`: split and nothing dropped, K grows up to `max_extra_channels`; `auto`: what
+            measures best on calibration text, see `pilot`.
+        alpha: how many standard deviations above the mean make a channel strong (paper Eq. 6); the
+            paper's for the `architecture`; or `auto`, what measures best.
         split_by: what Eq. 6 measures: the activation `step` (the paper), or the size of the
             `folded` weight column, step times the column's norm.
         staggered: copies of a channel round at different offsets, so that their sum resolves finer.
@@ -61,8 +63,8 @@ class Options(BaseModel):
     hadamard_block: int = Field(default=128, ge=2)
     static_bits: Literal[4, 8] = 4
     dynamic_bits: Literal[4, 8] = 4
-    reconstruction: Literal["none", "prune", "pad"] = "none"
-    alpha: float = Field(default=5.0, ge=0)
+    reconstruction: Literal["none", "prune", "pad", "auto"] = "none"
+    alpha: Annotated[float, Field(ge=0)] | Literal["architecture", "auto"] = "auto"
     split_by: Literal["step", "folded"] = "step"
     staggered: bool = False
     max_extra_channels: float = Field(default=0.125, gt=0)

@@ -24,6 +24,7 @@ from mergequant.decoder import Activations, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.options import Options
+from mergequant.pilot import resolve_reconstruction
 from mergequant.quantize_block import quantize_block
 from mergequant.rotated import RotatedReader
 from mergequant.stored_block import load_stored
@@ -69,11 +70,13 @@ def quantize(
     blocks = int(reader.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
         windows = calibration_of(reader, calibration, options)
+        decoder = Decoder(reader, architecture, find_device(options.device))
+        options = resolve_reconstruction(decoder, architecture, windows, options, progress)
         contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
         writer.begin(fingerprint(reader.config, files, contract))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
-        _quantize_blocks(reader, architecture, windows, options, contract, writer, progress)
+        _quantize_blocks(decoder, windows, options, contract, writer, progress)
         names = outer_tensors(architecture, reader.config)
         outer = {name: reader.read_in_source_dtype(name) for name in names}
         writer.write_shard(blocks, outer)
@@ -116,8 +119,7 @@ def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: O
 
 
 def _quantize_blocks(
-    reader: Reader,
-    architecture: Architecture,
+    decoder: Decoder,
     windows: Tensor,
     options: Options,
     contract: CheckpointFormat,
@@ -127,7 +129,7 @@ def _quantize_blocks(
     """Each block: calibrate on what the quantized blocks before it emit, quantize, write it."""
     if writer.finished == contract.blocks:
         return
-    decoder = Decoder(reader, architecture, find_device(options.device))
+    architecture = decoder.architecture
     activations = embed(decoder, windows, options)
     with progress_bar(contract, options, writer.finished, progress) as bar:
         for number in range(contract.blocks):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mergequant.architecture import Norm, Stage
 from mergequant.decoder import Block
+from mergequant.errors import InputError
 from mergequant.methods.clip import ChannelClipStatistics, choose_channel_clips, clip_grid
 from mergequant.methods.migrate import (
     FoldedNorm,
@@ -155,21 +156,25 @@ def columns_of(
         weights: [out, n], the space's readers stacked, not migrated.
         columns: K.
     """
+    assert not isinstance(options.alpha, str) and options.reconstruction != "auto"  # see `pilot`
     mode: Literal["prune", "pad"] = "pad" if options.reconstruction == "pad" else "prune"
     step = found.folded.step
     size = step
     if options.split_by == "folded":
         size = step * weights.to(torch.float64).norm(dim=0)
-    shape = reconstruct(
-        step,
-        size,
-        found.energy,
-        options.alpha,
-        mode=mode,
-        tile=columns,
-        most_columns=columns if mode == "pad" else None,
-        staggered=options.staggered,
-    )
+    try:
+        shape = reconstruct(
+            step,
+            size,
+            found.energy,
+            options.alpha,
+            mode=mode,
+            tile=columns,
+            most_columns=columns if mode == "pad" else None,
+            staggered=options.staggered,
+        )
+    except ValueError as error:
+        raise InputError(f"--reconstruction {mode} --alpha {options.alpha:g}: {error}.") from error
     missing = columns - len(shape.index)
     offset = shape.offset
     if options.staggered and offset is None:
