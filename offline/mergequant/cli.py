@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from mergequant.errors import InputError
+from mergequant.option_flags import BASE_FLAGS, read_options, with_option_flags
 
 app = typer.Typer(
     help="INT4 weights and static per-channel INT4 activations for vLLM.",
@@ -29,6 +29,7 @@ def _every_command() -> None:
 
 
 @app.command()
+@with_option_flags()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],
     output: Annotated[
@@ -38,75 +39,14 @@ def quantize(
         list[str],
         typer.Option(help="Text: .txt, .jsonl with 'text', or a data set's name. Repeatable."),
     ],
-    activations: Annotated[
-        str, typer.Option(help="static (steps folded into the norms) or dynamic (baseline).")
-    ] = "static",
-    rotation: Annotated[str, typer.Option(help="none, offline or online.")] = "none",
-    hadamard_block: Annotated[
-        int, typer.Option(help="Largest block of the online rotation.")
-    ] = 128,
-    static_bits: Annotated[int, typer.Option(help="Bits of norm-fed activations: 4 or 8.")] = 4,
-    dynamic_bits: Annotated[int, typer.Option(help="Bits of o's and down's: 4 or 8.")] = 4,
-    reconstruction: Annotated[str, typer.Option(help="none, prune or pad.")] = "none",
-    alpha: Annotated[float, typer.Option(help="Threshold of a strong channel (Eq. 6).")] = 5.0,
-    split_by: Annotated[str, typer.Option(help="step or folded.")] = "step",
-    staggered: Annotated[bool, typer.Option(help="Copies round at different offsets.")] = False,
-    max_extra_channels: Annotated[float, typer.Option(help="Growth allowed to pad.")] = 0.125,
-    weights: Annotated[str, typer.Option(help="gptq or rtn (round to nearest).")] = "gptq",
-    weight_bits: Annotated[int, typer.Option(help="3, 4 or 8.")] = 4,
-    group_size: Annotated[int | None, typer.Option(help="Channels that share a step.")] = None,
-    asymmetric: Annotated[bool, typer.Option(help="Weights with zero points.")] = False,
-    weight_search: Annotated[str, typer.Option(help="Weight steps: minmax or mse.")] = "minmax",
-    clipping: Annotated[str, typer.Option(help="none, channel or adaptive.")] = "adaptive",
-    statistics_samples: Annotated[int, typer.Option(help="Windows for steps and clips.")] = 32,
-    gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ.")] = 256,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    damping: Annotated[float, typer.Option(help="Fraction of the Hessian's diagonal.")] = 0.01,
-    gptq_block: Annotated[int, typer.Option(help="Columns that GPTQ updates at once.")] = 128,
-    lowest_clip: Annotated[float, typer.Option(help="Smallest clip ratio tried.")] = 0.4,
-    clip_points: Annotated[int, typer.Option(help="Clip ratios tried.")] = 13,
-    seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="No compensation.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+    **flags: Any,
 ) -> None:
     """Quantize a model; writes a folder that `vllm serve` takes as it is."""
-    from mergequant.options import Options
+    options = read_options(flags, **({"compensation_rank": 0} if fast else {}))
     from mergequant.pipeline import quantize as run
 
-    try:
-        options = Options.model_validate(
-            {
-                "activations": activations,
-                "rotation": rotation,
-                "hadamard_block": hadamard_block,
-                "static_bits": static_bits,
-                "dynamic_bits": dynamic_bits,
-                "reconstruction": reconstruction,
-                "alpha": alpha,
-                "split_by": split_by,
-                "staggered": staggered,
-                "max_extra_channels": max_extra_channels,
-                "weights": weights,
-                "weight_bits": weight_bits,
-                "group_size": group_size,
-                "asymmetric": asymmetric,
-                "weight_search": weight_search,
-                "clipping": clipping,
-                "statistics_samples": statistics_samples,
-                "gptq_samples": gptq_samples,
-                "sequence_length": sequence_length,
-                "damping": damping,
-                "gptq_block": gptq_block,
-                "lowest_clip": lowest_clip,
-                "clip_points": clip_points,
-                "seed": seed,
-                "device": device,
-            }
-        )
-    except ValidationError as error:
-        fault = error.errors()[0]
-        option = "--" + str(fault["loc"][0]).replace("_", "-")
-        raise InputError(f"{option} is wrong: {fault['msg']}.") from error
     run(model, output, calibration, options, progress=not quiet)
     typer.echo(f"{output} is ready: vllm serve {output}")
 
@@ -149,6 +89,57 @@ def perplexity(
             f"perplexity {result.perplexity:.4f} (loss {result.loss:.4f} nats a token; "
             f"{result.windows} windows of {result.window_length} tokens; {result.engine})"
         )
+
+
+@app.command()
+@with_option_flags(*BASE_FLAGS)
+def ablate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder for tables and plots; or one to be continued.")
+    ],
+    calibration: Annotated[list[str], typer.Option(help="Text to calibrate on. Repeatable.")],
+    text: Annotated[list[str], typer.Option(help="Text to evaluate on. Repeatable.")],
+    paper: Annotated[
+        list[str] | None, typer.Option(help="table1, table4, table5 or table7. Repeatable; all.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks: piqa,arc_easy,...")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of task files.")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw the paper's figures.")] = False,
+    engine: Annotated[str, typer.Option(help="vllm, or transformers: the reference.")] = "vllm",
+    window: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep each row's checkpoint.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="No compensation.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+    **flags: Any,
+) -> None:
+    """The paper's tables for a model: the method step by step, against its baselines."""
+    _one_of("--engine", engine, ("vllm", "transformers"))
+    base = read_options(flags, **({"compensation_rank": 0} if fast else {}))
+    from mergequant.ablation import ablate as run
+
+    found = run(
+        model,
+        output,
+        calibration,
+        text,
+        paper=paper or (),
+        tasks=[task for task in tasks.split(",") if task],
+        task_folder=task_folder,
+        plots=plots,
+        engine=engine,
+        window=window,
+        most_windows=windows,
+        base=base,
+        keep=keep,
+        progress=not quiet,
+    )
+    typer.echo(found.markdown)
+    for key, reason in found.failed.items():
+        typer.echo(f"{key} failed: {reason}", err=True)
+    if found.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

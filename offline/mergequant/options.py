@@ -1,8 +1,8 @@
 """Every choice of the quantizer, frozen, with unit, default and the paper's symbol."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Options(BaseModel):
@@ -87,6 +87,16 @@ class Options(BaseModel):
     clip_points: int = Field(default=13, ge=2)
     seed: int = 0
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _baselines_are_plain(self) -> Self:
+        plain = self.clipping == "none" and self.reconstruction == "none"
+        if self.activation_step != "channel" and not plain:
+            raise ValueError(
+                f"activation_step {self.activation_step!r} has no channels to clip or reconstruct: "
+                "give --clipping none --reconstruction none"
+            )
+        return self
 
     @property
     def exported(self) -> bool:

@@ -33,8 +33,9 @@ from mergequant.statistics import Hessian
 
 logger = logging.getLogger("mergequant")
 
-_ALPHAS = (1.0, 0.0)  # tried beside the paper's
-_BLOCKS = 8  # at most so many are tried, evenly spaced
+# Tried beside the paper's: to prune much hurts, and padding is paid for by the tile.
+_ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.0,)}
+_BLOCKS = 4  # at most so many are tried, evenly spaced
 
 
 @dataclass
@@ -84,9 +85,6 @@ def resolve_reconstruction(
 def _candidates(decoder: Decoder, options: Options) -> Iterator[Candidate]:
     config = dict(decoder.reader.config)
     channels, paper = widths(config)["hidden"], paper_alpha(config)
-    alphas: tuple[float, ...] = (paper, *_ALPHAS)
-    if options.alpha != "auto":
-        alphas = (paper if isinstance(options.alpha, str) else options.alpha,)
     modes: tuple[str, ...] = ("none", "prune", "pad")
     if options.reconstruction != "auto":
         modes = (options.reconstruction,)
@@ -94,7 +92,12 @@ def _candidates(decoder: Decoder, options: Options) -> Iterator[Candidate]:
         no_room = padded_columns(options, channels) <= channels
         if mode == "pad" and options.reconstruction == "auto" and no_room:
             continue
-        for alpha in alphas if mode != "none" else alphas[:1]:
+        alphas: tuple[float, ...] = (paper,)
+        if options.alpha == "auto":
+            alphas += _ALPHAS[mode]
+        elif not isinstance(options.alpha, str):
+            alphas = (options.alpha,)
+        for alpha in alphas[:1] if mode == "none" else alphas:
             changed = options.model_copy(update={"reconstruction": mode, "alpha": alpha})
             yield Candidate(changed, channels)
 

@@ -92,7 +92,7 @@ def test_the_gradient_of_a_and_b_is_that_of_the_relaxed_product() -> None:
     (x @ trained().T).square().sum().backward()
     wanted = 2 * (x @ trained().detach().T).T @ x  # gradient to the weight, straight through
     scaled = trained.merged().detach() / trained.step
-    towards = wanted * ((scaled >= -8) & (scaled <= 7)) * trained.unit
+    towards = wanted * ((scaled >= -8) & (scaled <= 7)) * trained.step * trained.trainable
     expected = trained.a.detach().T @ towards
     # Sums of 80 and 24 float32 products in another order.
     assert torch.allclose(

@@ -42,7 +42,7 @@ class LowRankWeight(nn.Module):
     working: Tensor
     step: Tensor
     zero: Tensor
-    unit: Tensor
+    trainable: Tensor
 
     def __init__(
         self,
@@ -54,12 +54,13 @@ class LowRankWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.bits = grid.bits
-        columns = torch.arange(working.shape[1], device=working.device)
-        step, zero = grid.columns(columns)
+        step, zero = grid.columns(torch.arange(working.shape[1], device=working.device))
+        if grid.step.shape[1] == 1:  # a column is enough
+            step, zero = step[:, :1], zero[:, :1]
         self.register_buffer("working", working.to(torch.float32))
         self.register_buffer("step", step.to(torch.float32))
         self.register_buffer("zero", zero.to(torch.float32))
-        self.register_buffer("unit", self.step * trainable)
+        self.register_buffer("trainable", trainable)
         out_features, in_features = working.shape
         a = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
         self.a = nn.Parameter(a.to(working.device))
@@ -67,7 +68,7 @@ class LowRankWeight(nn.Module):
 
     def merged(self) -> Tensor:
         """W + A B: float32 [out, K]."""
-        return self.working + self.unit * (self.a @ self.b)
+        return self.working + self.step * ((self.a @ self.b) * self.trainable)
 
     def forward(self) -> Tensor:
         """What the codes of `merged` stand for: float32 [out, K], differentiable."""

@@ -1,0 +1,123 @@
+"""The choice of a reconstruction: by measured error, and K no longer than it needs."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant import InputError, Options, pilot, quantize
+from mergequant.architecture import paper_alpha
+from mergequant.checkpoint import Reader
+from mergequant.decoder import Decoder
+from mergequant.pilot import Candidate, resolve_reconstruction
+from mergequant.pipeline import calibration_of, find_device, open_model
+from mergequant_vllm.format import parse
+from tests.conftest import SMALL
+from tests.tiny import make_model
+
+WIDE = {"reconstruction": "auto", "max_extra_channels": 0.5, "split_by": "folded"}
+
+
+def _resolve(model: Path, text: Path, **changes: Any) -> Options:
+    options = Options.model_validate({**SMALL.model_dump(), **WIDE, **changes})
+    reader, architecture, _ = open_model(model, options)
+    windows = calibration_of(reader, [text], options)
+    decoder = Decoder(reader, architecture, find_device("cpu"))
+    return resolve_reconstruction(decoder, architecture, windows, options, progress=False)
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], columns: int) -> None:
+    """Have each mode measure as told, and each padding need so many columns."""
+
+    def error(_: list[Tensor], __: Tensor, ___: Any, candidate: Candidate) -> float:
+        if candidate.options.reconstruction == "pad":
+            candidate.columns = columns
+        return errors[candidate.options.reconstruction]
+
+    monkeypatch.setattr(pilot, "_error", error)
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [
+        ({"none": 1.0, "prune": 1.1, "pad": 0.9}, "none"),  # 0.9 * 80/64 > 1
+        ({"none": 1.0, "prune": 1.1, "pad": 0.7}, "pad"),
+        ({"none": 1.0, "prune": 0.8, "pad": 0.7}, "prune"),
+    ],
+)
+def test_a_longer_k_must_lower_the_error_by_more_than_it_costs(
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Path,
+    text: Path,
+    errors: dict[str, float],
+    chosen: str,
+) -> None:
+    _pretend(monkeypatch, errors, columns=70)
+    found = _resolve(llama, text)
+    assert found.reconstruction == chosen
+    if chosen == "pad":
+        assert found.max_extra_channels == 80 / 64 - 1  # 70 columns in tiles of 16
+
+
+def test_padding_that_nobody_needs_is_not_paid_for(
+    monkeypatch: pytest.MonkeyPatch, llama: Path, text: Path
+) -> None:
+    _pretend(monkeypatch, {"pad": 1.0}, columns=64)
+    assert _resolve(llama, text, reconstruction="pad").reconstruction == "none"
+
+
+def _noting(error: Callable[..., float], seen: list[float]) -> Callable[..., float]:
+    def noting(*arguments: Any) -> float:
+        seen.append(error(*arguments))
+        return seen[-1]
+
+    return noting
+
+
+def test_the_error_is_that_of_the_layers_output(llama: Path, text: Path) -> None:
+    """With 8-bit codes on both sides next to nothing is lost; with 3-bit weights much is."""
+    lost = {}
+    for bits, activations in ((8, 8), (4, 4), (3, 4)):
+        seen: list[float] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pilot, "_error", _noting(pilot._error, seen))
+            _resolve(llama, text, reconstruction="pad", weight_bits=bits, static_bits=activations)
+        lost[bits] = sum(seen) / len(seen)
+    # Uniform rounding loses at least step^2 / 12 of a range of +-127 and +-7 steps.
+    assert lost[8] < lost[4] / 50 and lost[4] < lost[3] / 2
+
+
+def test_the_papers_thresholds_are_told_apart_by_the_vocabulary(llama: Path) -> None:
+    config = Reader(llama).config
+    assert paper_alpha({**config, "vocab_size": 32_000}) == 5.0
+    assert paper_alpha({**config, "vocab_size": 128_256}) == 2.0
+
+
+def test_what_was_decided_is_stored_and_logged(
+    tmp_path: Path, llama: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = Options.model_validate({**SMALL.model_dump(), **WIDE, "staggered": True})
+    with caplog.at_level(logging.INFO, "mergequant"):
+        folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    stored = parse(Reader(folder).config["quantization_config"]).provenance.options
+    assert stored["reconstruction"] in ("none", "prune", "pad")
+    assert isinstance(stored["alpha"], float)
+    assert "Reconstruction pad, alpha 0: error" in caplog.text
+
+
+def test_too_many_copies_to_prune_for_is_said(tmp_path: Path, text: Path) -> None:
+    model = make_model(tmp_path / "model")
+    options = SMALL.model_copy(update={"reconstruction": "prune", "alpha": 0.0})
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mergequant.static_input.reconstruct",
+            lambda *_, **__: (_ for _ in ()).throw(ValueError("9 copies need as many channels")),
+        )
+        with pytest.raises(InputError, match="--reconstruction prune --alpha 0: 9 copies"):
+            quantize(model, tmp_path / "out", [text], options, progress=False)
+    assert not (tmp_path / "out").exists()
