@@ -7,7 +7,31 @@ import pytest
 from mergequant import Options, quantize
 from tests.tiny import make_model, write_text
 
-SMALL = Options(statistics_samples=4, gptq_samples=8, sequence_length=64)
+# Steps, clips and GPTQ as the paper has them, on little text; what is beyond is for the tests of it.
+SMALL = Options(
+    statistics_samples=4,
+    gptq_samples=8,
+    sequence_length=64,
+    reconstruction="none",
+    split_by="step",
+    staggered=False,
+    weight_search="minmax",
+    compensation_rank=0,
+)
+# Every step of the method.
+WHOLE = SMALL.model_copy(
+    update={
+        "reconstruction": "pad",
+        "alpha": 0.0,
+        "max_extra_channels": 0.25,
+        "split_by": "folded",
+        "staggered": True,
+        "weight_search": "mse",
+        "compensation_rank": 4,
+        "compensation_epochs": 1,
+        "compensation_samples": 4,
+    }
+)
 
 
 @pytest.fixture(scope="session")

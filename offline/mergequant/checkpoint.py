@@ -72,10 +72,13 @@ class Reader:
         folder: where the files are.
         config: `config.json`.
         stored: shape and dtype of each tensor, by name.
+        hadamard: block of the rotation that a linear's weight expects of its input, by name within
+            its block; a model as it is stored has none.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.hadamard: dict[str, int] = {}
         self.config = self._read_config()
         self._file_of: dict[str, Path] = {}
         self.stored: dict[str, StoredTensor] = {}
@@ -235,6 +238,14 @@ class Writer:
         self._staging.refuse_another(fingerprint)
         self._staging.take_back()
         self.finished = self._staging.resume(fingerprint)
+
+    def decision(self) -> dict[str, Any]:
+        """See `remember`; empty if nothing was decided yet."""
+        return self._staging.decision()
+
+    def remember(self, decision: dict[str, Any]) -> None:
+        """Keep what was decided before the first block for a run that continues this one."""
+        self._staging.remember(decision)
 
     def write_block(
         self, number: int, tensors: Mapping[str, Tensor], report: Sequence[dict[str, Any]]

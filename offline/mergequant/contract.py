@@ -1,9 +1,7 @@
 """The contract of what `quantize` is going to write, known before the first block is read."""
 
-import importlib.metadata
 from collections.abc import Mapping
 
-import mergequant_vllm
 from mergequant.architecture import (
     Architecture,
     block_tensors,
@@ -12,6 +10,7 @@ from mergequant.architecture import (
     outer_tensors,
 )
 from mergequant.errors import InputError
+from mergequant.fingerprint import library_versions
 from mergequant.options import Options
 from mergequant.rotated import online_hadamards
 from mergequant_vllm.format import (
@@ -61,7 +60,7 @@ def checkpoint_format(
         tensors=tensors,
         provenance=Provenance(
             options=options.model_dump(mode="json"),
-            versions=_versions(),
+            versions=library_versions(),
             calibration_sha256=calibration_sha256,
         ),
     )
@@ -121,9 +120,3 @@ def padded_columns(options: Options, channels: int) -> int:
 def tile_of(channels: int) -> int:
     """K is padded to what the GPU kernels work on; a narrow model runs anywhere, in small steps."""
     return _TILE if channels >= _NARROW else _NARROW_TILE
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("torch", "transformers", "compressed-tensors")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    return {"mergequant-vllm": mergequant_vllm.__version__, **versions}

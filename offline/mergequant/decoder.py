@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mergequant.architecture import Architecture, outer_tensors
 from mergequant.checkpoint import Reader
+from mergequant_vllm.kernels.hadamard.reference import rotate
 
 _TOKENS_A_BATCH = 4096
 
@@ -131,12 +133,22 @@ class Decoder:
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False)
         del weights
+        hooks = list(self._rotate_inputs(module))
         try:
             yield Block(module, stored, self, number)
         finally:
             if not keep:
                 module.to("meta")
+                for hook in hooks:
+                    hook.remove()
             _return_freed_memory()
+
+    def _rotate_inputs(self, block: nn.Module) -> Iterator[RemovableHandle]:
+        """What the server's linears do themselves, for those that are still in floating point."""
+        for name, size in self.reader.hadamard.items():
+            yield block.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, size=size: (rotate(inputs[0], size),)
+            )
 
     def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
         """What `transformers` passes to a decoder block beside the hidden states."""
@@ -207,14 +219,15 @@ class Block:
     ) -> None:
         """Call `consume` with the input [tokens, n] of `linear`, for each batch.
 
-        The pass stops there: what comes later in the block is not computed.
+        The pass stops there: what comes later in the block is not computed. Where the server
+        rotates the input, it is seen as it is before that.
         """
 
         def stop_at(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             consume(inputs[0].reshape(-1, inputs[0].shape[-1]))
             raise _StopForwardError
 
-        handle = self.module.get_submodule(linear).register_forward_pre_hook(stop_at)
+        handle = self.module.get_submodule(linear).register_forward_pre_hook(stop_at, prepend=True)
         try:
             for hidden in batches:
                 try:

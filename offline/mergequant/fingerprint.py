@@ -1,6 +1,7 @@
 """What a run was begun with: it is continued with the same, or not at all."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from mergequant_vllm.format import CheckpointFormat
+import mergequant_vllm
+from mergequant.options import Options
+from mergequant_vllm.format import FORMAT_VERSION
 
 _HASHED_AT_ONCE = 4  # files; more would compete for one disk
 
@@ -58,7 +61,7 @@ class Fingerprint(BaseModel):
 
 
 def fingerprint(
-    config: Mapping[str, Any], files: Sequence[Path], contract: CheckpointFormat
+    config: Mapping[str, Any], files: Sequence[Path], options: Options, calibration_sha256: str
 ) -> Fingerprint:
     """The fingerprint of a run.
 
@@ -68,18 +71,26 @@ def fingerprint(
     Args:
         config: the source model's `config.json`.
         files: its weight files.
-        contract: of the checkpoint to be written.
+        options: as they were given; what they leave to be measured follows from the rest.
+        calibration_sha256: of the token windows.
     """
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
         hashes = list(pool.map(file_sha256, files))
     return Fingerprint(
-        format_version=contract.format_version,
-        versions=contract.provenance.versions,
-        options=contract.provenance.options,
+        format_version=FORMAT_VERSION,
+        versions=library_versions(),
+        options=options.model_dump(mode="json"),
         config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         weights_sha256={file.name: value for file, value in zip(files, hashes, strict=True)},
-        calibration_sha256=contract.provenance.calibration_sha256,
+        calibration_sha256=calibration_sha256,
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries whose arithmetic and tokenizers are used, by package."""
+    libraries = ("torch", "transformers", "compressed-tensors")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    return {"mergequant-vllm": mergequant_vllm.__version__, **versions}
 
 
 def file_sha256(file: Path) -> str:

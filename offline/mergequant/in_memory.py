@@ -32,7 +32,7 @@ def quantize_in_memory(
     reader.check_finite()
     windows = calibration_of(reader, calibration, options)
     decoder = Decoder(reader, architecture, find_device(options.device))
-    options = resolve_reconstruction(decoder, architecture, windows, options, progress)
+    options = resolve_reconstruction(decoder, windows, options, progress)
     contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
     activations = embed(decoder, windows, options)
     report = []

@@ -63,19 +63,19 @@ class Options(BaseModel):
     hadamard_block: int = Field(default=128, ge=2)
     static_bits: Literal[4, 8] = 4
     dynamic_bits: Literal[4, 8] = 4
-    reconstruction: Literal["none", "prune", "pad", "auto"] = "none"
+    reconstruction: Literal["none", "prune", "pad", "auto"] = "auto"
     alpha: Annotated[float, Field(ge=0)] | Literal["architecture", "auto"] = "auto"
-    split_by: Literal["step", "folded"] = "step"
-    staggered: bool = False
+    split_by: Literal["step", "folded"] = "folded"
+    staggered: bool = True
     max_extra_channels: float = Field(default=0.125, gt=0)
     weights: Literal["gptq", "rtn", "none"] = "gptq"
     weight_bits: Literal[3, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
     asymmetric: bool = False
-    weight_search: Literal["minmax", "mse"] = "minmax"
+    weight_search: Literal["minmax", "mse"] = "mse"
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
-    compensation_rank: int = Field(default=0, ge=0)
-    compensation_epochs: int = Field(default=15, ge=1)
+    compensation_rank: int = Field(default=64, ge=0)
+    compensation_epochs: int = Field(default=8, ge=1)
     compensation_samples: int = Field(default=256, ge=2)
     compensation_learning_rate: float = Field(default=0.01, gt=0)
     statistics_samples: int = Field(default=32, ge=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergequant.architecture import Architecture, Norm, Stage, paper_alpha, widths
+from mergequant.architecture import Norm, Stage, paper_alpha, widths
 from mergequant.contract import padded_columns, reconstructed_columns, tile_of
 from mergequant.decoder import Block, Decoder
 from mergequant.errors import InputError
@@ -30,6 +30,8 @@ from mergequant.options import Options
 from mergequant.stage_input import stacked_weights
 from mergequant.static_input import ChannelCalibration, calibrate_channels, columns_of, reading
 from mergequant.statistics import Hessian
+
+DECIDED = ("reconstruction", "alpha", "max_extra_channels")  # fields of `Options`
 
 logger = logging.getLogger("mergequant")
 
@@ -59,7 +61,7 @@ class Candidate:
 
 
 def resolve_reconstruction(
-    decoder: Decoder, architecture: Architecture, windows: Tensor, options: Options, progress: bool
+    decoder: Decoder, windows: Tensor, options: Options, progress: bool
 ) -> Options:
     """`options` with a mode, a threshold and a K that are decided.
 
@@ -71,7 +73,7 @@ def resolve_reconstruction(
     candidates = list(_candidates(decoder, options))
     channels = widths(dict(decoder.reader.config))["hidden"]
     if len(candidates) > 1 or candidates[0].options.reconstruction == "pad":
-        _measure(decoder, architecture, windows, candidates, progress)
+        _measure(decoder, windows, candidates, progress)
         for found in candidates:
             growth = _growth(found, channels)
             logger.info("%s: error %.4g, K%+.1f%%", _name(found), found.error, growth)
@@ -104,7 +106,6 @@ def _candidates(decoder: Decoder, options: Options) -> Iterator[Candidate]:
 
 def _measure(
     decoder: Decoder,
-    architecture: Architecture,
     windows: Tensor,
     candidates: list[Candidate],
     progress: bool,
@@ -117,7 +118,7 @@ def _measure(
     numbers = tqdm(range(max(tried) + 1), desc="Pilot", unit="block", disable=not progress)
     for number in numbers:
         with decoder.block(number) as block:
-            for stage in architecture.stages():
+            for stage in decoder.architecture.stages():
                 if stage.norm is not None and number in tried:
                     _try_all(block, stage, stage.norm, batches, candidates)
             for index, hidden in enumerate(batches):

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from mergequant.decoder import Activations, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.options import Options
-from mergequant.pilot import resolve_reconstruction
+from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
 from mergequant.rotated import RotatedReader
 from mergequant.stored_block import load_stored
@@ -70,12 +70,14 @@ def quantize(
     blocks = int(reader.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
         windows = calibration_of(reader, calibration, options)
-        decoder = Decoder(reader, architecture, find_device(options.device))
-        options = resolve_reconstruction(decoder, architecture, windows, options, progress)
-        contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
-        writer.begin(fingerprint(reader.config, files, contract))
+        writer.begin(fingerprint(reader.config, files, options, sha256_of(windows)))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
+        decoder = Decoder(reader, architecture, find_device(options.device))
+        decided = writer.decision() or _decide(decoder, windows, options, progress)
+        options = options.model_copy(update=decided)
+        contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
+        writer.remember(decided)
         _quantize_blocks(decoder, windows, options, contract, writer, progress)
         names = outer_tensors(architecture, reader.config)
         outer = {name: reader.read_in_source_dtype(name) for name in names}
@@ -83,6 +85,12 @@ def quantize(
         check_tensors(contract, writer.headers())
         writer.finish(reader, contract.model_dump(mode="json"))
     return Path(output)
+
+
+def _decide(decoder: Decoder, windows: Tensor, options: Options, progress: bool) -> dict[str, Any]:
+    """What the options leave to be measured: their fields, decided."""
+    found = resolve_reconstruction(decoder, windows, options, progress)
+    return {name: getattr(found, name) for name in DECIDED}
 
 
 def open_model(model: str | Path, options: Options) -> tuple[Reader, Architecture, list[Path]]:

@@ -4,6 +4,7 @@
 |------------------------------------|-------------------------------------------------------------|
 | `lock`                             | locked (flock) by the run that writes; holds its process id |
 | `fingerprint.json`                 | what the run was begun with; written before the first block |
+| `decision.json`                    | what a pilot decided; written before the first block        |
 | `model-0000N-of-0000M.safetensors` | block N, counted from 1; the last: what is around them      |
 | `model-0000N-of-0000M.json`        | its record, written after it: the block is finished         |
 | `publishing.json`                  | all is there; these names are on their way to OUTPUT        |
@@ -29,6 +30,7 @@ from mergequant.fingerprint import Fingerprint, file_sha256
 
 FOLDER = ".partial"
 _LOCK, _FINGERPRINT, _PUBLISHING = "lock", "fingerprint.json", "publishing.json"
+_DECISION = "decision.json"
 
 logger = logging.getLogger("mergequant")
 
@@ -113,7 +115,7 @@ class Staging:
         finished = 0
         while finished < self.shards - 1 and self._is_whole(finished):
             finished += 1
-        kept = {_LOCK, _FINGERPRINT}
+        kept = {_LOCK, _FINGERPRINT, *((_DECISION,) if finished else ())}
         for number in range(finished):
             kept |= {self.shard(number).name, _record(self.shard(number)).name}
         dropped = [path for path in self.folder.iterdir() if path.name not in kept]
@@ -125,6 +127,17 @@ class Staging:
         elif dropped:
             logger.warning("Nothing in %s can be continued: it is begun anew", self.folder)
         return finished
+
+    def decision(self) -> dict[str, Any]:
+        """What the finished blocks were quantized with; empty if there are none."""
+        with contextlib.suppress(FileNotFoundError):
+            found: dict[str, Any] = json.loads((self.folder / _DECISION).read_text())
+            return found
+        return {}
+
+    def remember(self, decision: dict[str, Any]) -> None:
+        """Keep a decision for a run that continues this one."""
+        write_json(self.folder / _DECISION, decision)
 
     def _is_whole(self, number: int) -> bool:
         path = _record(self.shard(number))

@@ -1,7 +1,7 @@
 """Block by block, a model computes what transformers computes in one go."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from mergequant.architectures import ARCHITECTURES, find
 from mergequant.checkpoint import Reader
 from mergequant.decoder import Decoder
 from mergequant.oracle import load_model
+from mergequant.rotated import RotatedReader
 from tests.tiny import make_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -37,6 +38,28 @@ def test_blocks_add_up_to_the_model(tmp_path: Path, model_type: str, more: dict[
         ours = model.model.norm(torch.cat(activations.batches))
     # The same float32 operations, batched otherwise: some roundings of numbers of size 1 to 10.
     assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", ["offline", "online"])
+def test_a_rotated_models_blocks_are_the_same_model_however_often_they_are_loaded(
+    llama: Path, rotation: Literal["offline", "online"]
+) -> None:
+    windows = torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+    reader = RotatedReader(Reader(llama), find("llama"), rotation, seed=0)
+    decoder = Decoder(reader, find("llama"), torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    hidden = decoder.embed(windows, statistics=2, gptq=2).batches
+    with decoder.block(0) as block:  # as a pilot does
+        block.observe("mlp.down_proj", hidden, seen.append)
+    for number in range(reader.config["num_hidden_layers"]):
+        with decoder.block(number, keep=True) as block:
+            if number == 0:
+                block.observe("mlp.down_proj", hidden, seen.append)
+    assert torch.equal(seen[0], seen[1])
+    with torch.no_grad():
+        ours = decoder.whole_model()(windows, use_cache=False).logits
+        expected = load_model(llama)(windows, use_cache=False).logits
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-4)  # logits of size 1 to 10
 
 
 def test_observing_stops_before_the_linear_is_computed(llama: Path) -> None:

@@ -27,7 +27,7 @@ def _resolve(model: Path, text: Path, **changes: Any) -> Options:
     reader, architecture, _ = open_model(model, options)
     windows = calibration_of(reader, [text], options)
     decoder = Decoder(reader, architecture, find_device("cpu"))
-    return resolve_reconstruction(decoder, architecture, windows, options, progress=False)
+    return resolve_reconstruction(decoder, windows, options, progress=False)
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], columns: int) -> None:

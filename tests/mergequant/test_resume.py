@@ -16,13 +16,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergequant_vllm
-from mergequant import InputError, Options, checkpoint, cli, pipeline, quantize, quantize_block
+from mergequant import (
+    InputError,
+    Options,
+    checkpoint,
+    cli,
+    compensation,
+    pipeline,
+    quantize,
+    quantize_block,
+)
 from mergequant.checkpoint import Writer
 from mergequant.decoder import Block
 from mergequant.fingerprint import Fingerprint
 from mergequant.staging import Staging
 from mergequant.stored_block import load_stored
-from tests.conftest import SMALL
+from tests.conftest import WHOLE
 from tests.tiny import make_model, write_text
 
 SHARD = "model-00001-of-00003.safetensors"
@@ -61,10 +70,10 @@ def whole(
 ) -> dict[str, object]:
     """What a run that nothing interrupts writes."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    return content(quantize(llama, output, [text], SMALL, progress=False))
+    return content(quantize(llama, output, [text], WHOLE, progress=False))
 
 
-def interrupt(model: Path, output: Path, text: Path, options: Options = SMALL) -> None:
+def interrupt(model: Path, output: Path, text: Path, options: Options = WHOLE) -> None:
     """Ctrl-C after the first block."""
     with pytest.MonkeyPatch.context() as patch:
         _before(patch, Writer, "write_block", lambda count, *_: count == 2, _raise)
@@ -121,7 +130,8 @@ KILLED: list[tuple[object, str, When, int]] = [
     (quantize_block, "quantize_stage", lambda count, *_: count == 3, 0),  # in the first block
     (checkpoint, "save_file", lambda *_: True, 0),
     (Staging, "write_record", lambda *_: True, 0),
-    (pipeline.Decoder, "block", lambda count, *_: count == 2, 1),  # between the two
+    (compensation, "_loss", lambda count, *_: count == 2, 0),  # after an epoch
+    (pipeline.Decoder, "block", lambda count, *_: count == 4, 1),  # after the pilot's two, and one
     (quantize_block, "quantize_stage", lambda count, *_: count == 4, 1),  # in the second
     (checkpoint, "save_file", lambda count, *_: count == 2, 2),  # what is around the blocks
     (os, "replace", _moves(SHARD.replace("00001", "00002", 1)), 2),
@@ -138,7 +148,7 @@ def _run_and_die(number: int, model: Path, output: Path, text: Path) -> None:
     _prepare()
     owner, name, when, _ = KILLED[number]
     _before(pytest.MonkeyPatch(), owner, name, when, _die)
-    quantize(model, output, [text], SMALL, progress=False)
+    quantize(model, output, [text], WHOLE, progress=False)
 
 
 def _run(target: Callable[..., None], *arguments: object) -> int | None:
@@ -157,7 +167,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
         assert len(list((output / ".partial").glob("model-*.json"))) == finished, name
         complete = number == len(KILLED) - 1
         assert (output / "config.json").exists() == complete, name
-    quantize(llama, output, [text], SMALL, progress=False)
+    quantize(llama, output, [text], WHOLE, progress=False)
     assert content(output) == whole
 
 
@@ -165,8 +175,12 @@ def _run_and_be_terminated(model: Path, output: Path, text: Path, log: Path) -> 
     _prepare()
     sys.stderr = log.open("w")
     sys.argv = ["mergequant", "quantize", str(model), str(output), "--calibration", str(text)]
-    for option in ("statistics_samples", "gptq_samples", "sequence_length"):
-        sys.argv += ["--" + option.replace("_", "-"), str(getattr(SMALL, option))]
+    for option in sorted(WHOLE.model_fields_set):
+        value, flag = getattr(WHOLE, option), option.replace("_", "-")
+        if isinstance(value, bool):
+            sys.argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            sys.argv += [f"--{flag}", str(value)]
 
     def terminate() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -187,7 +201,7 @@ def test_a_terminated_command_keeps_its_blocks_and_says_how_to_go_on(
     assert [path.name for path in output.iterdir()] == [".partial"]
     said = f"1 of 2 blocks are finished: run the same command again to continue, or remove {output}"
     assert said in log.read_text()
-    quantize(llama, output, [text], SMALL)
+    quantize(llama, output, [text], WHOLE)
     assert "Block 1/2:  50%" in capsys.readouterr().err
     assert content(output) == whole
 
@@ -210,7 +224,7 @@ def test_hidden_states_are_computed_again_from_what_is_stored(
     """Also where that is 16 bits: biases, norms over heads, folded norms."""
     dtype = torch.bfloat16
     model = make_model(tmp_path / "model", "qwen3", dtype=dtype, tied=True, attention_bias=True)
-    options = Options.model_validate({**SMALL.model_dump(), **changes})
+    options = Options.model_validate({**WHOLE.model_dump(), **changes})
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "load_stored", _load_and_compare)
         quantize(model, tmp_path / "whole", [text], options, progress=False)
@@ -261,11 +275,11 @@ def test_a_run_begun_otherwise_is_refused_and_kept(
     model, output = tmp_path / "model", tmp_path / "out"
     shutil.copytree(llama, model)
     shutil.copytree(unfinished, output)
-    options = SMALL
+    options = WHOLE
     if change == "text":
         text = write_text(tmp_path / "other.txt", repeats=199)
     elif change == "option":
-        options = SMALL.model_copy(update={"damping": 0.02})
+        options = WHOLE.model_copy(update={"damping": 0.02})
     elif change == "release":
         monkeypatch.setattr(mergequant_vllm, "__version__", "9.9")
     elif change == "fingerprint":
@@ -292,7 +306,7 @@ def test_a_damaged_block_is_quantized_again(
     output = tmp_path / "out"
     shutil.copytree(unfinished, output)
     _flip_a_bit(output / ".partial" / SHARD)
-    quantize(llama, output, [text], SMALL, progress=False)
+    quantize(llama, output, [text], WHOLE, progress=False)
     assert f"{SHARD} is damaged: its block is quantized again" in caplog.text
     assert content(output) == whole
 
@@ -347,7 +361,7 @@ def test_a_second_run_on_the_same_output_is_refused(
     shutil.copytree(unfinished, output)
     with Writer(output, shards=3):
         with pytest.raises(InputError, match=rf"Another run \(process {os.getpid()}\) is writing"):
-            quantize(llama, output, [text], SMALL, progress=False)
+            quantize(llama, output, [text], WHOLE, progress=False)
         assert (output / ".partial" / SHARD).exists()
     with Writer(output, shards=3) as writer:
         assert writer.finished == 0  # until the run says what it is
@@ -359,5 +373,5 @@ def test_a_finished_checkpoint_is_refused(
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output)
     with pytest.raises(InputError, match="is not empty"):
-        quantize(llama, output, [text], SMALL, progress=False)
+        quantize(llama, output, [text], WHOLE, progress=False)
     assert not (output / ".partial").exists()

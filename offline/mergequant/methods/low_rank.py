@@ -8,12 +8,27 @@ A B is counted in weight steps: dW = step * (A B), so that one learning rate ser
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.rounding import largest_code, round_to_codes, smallest_code
+
+
+class Grid(Protocol):
+    """The values a weight can be rounded to, step * (code - zero point); see `weights`."""
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels of a group; None: all."""
+
+    def columns(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point of the columns `numbers`, int64 [m]: each [out, m]."""
 
 
 def straight_through(exact: Tensor, relaxed: Tensor) -> Tensor:
@@ -48,14 +63,14 @@ class LowRankWeight(nn.Module):
         self,
         working: Tensor,
         trainable: Tensor,
-        grid: WeightGrid,
+        grid: Grid,
         rank: int,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.bits = grid.bits
         step, zero = grid.columns(torch.arange(working.shape[1], device=working.device))
-        if grid.step.shape[1] == 1:  # a column is enough
+        if grid.group_size is None:  # a column is enough
             step, zero = step[:, :1], zero[:, :1]
         self.register_buffer("working", working.to(torch.float32))
         self.register_buffer("step", step.to(torch.float32))
@@ -83,7 +98,7 @@ class LowRankWeight(nn.Module):
         return round_to_codes(scaled, self.bits).to(torch.int8)
 
 
-def trainable_elements(weight: Tensor, grid: WeightGrid) -> Tensor:
+def trainable_elements(weight: Tensor, grid: Grid) -> Tensor:
     """What the compensation may change of a weight [out, K], not yet rounded: bool [out, K].
 
     Not what holds nothing but zeros: a row or group of them, whose step is arbitrary, and a column

@@ -1,0 +1,146 @@
+"""A model's losses on the texts and its accuracies on the tasks."""
+
+import gc
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergequant.ablation.records import Measured
+from mergequant.ablation.tasks import Tasks
+from mergequant.corpus import evaluation_windows, load_tokenizer, read_source, window_length
+from mergequant.errors import InputError
+from mergequant.evaluate import prompt_logprobs, reference_logprobs, vllm_engine
+from mergequant.oracle import load_model
+
+VLLM, REFERENCE = "vllm", "transformers"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every row is measured on.
+
+    Attributes:
+        windows: token ids int64 [windows, length] of each text, by its name.
+        engine: measures the rows that have a checkpoint; the others have the reference.
+        dtype: of everything that is not quantized.
+        tasks: measured on the reference, whatever the engine.
+    """
+
+    windows: dict[str, Tensor]
+    engine: str
+    dtype: str
+    tasks: Tasks | None
+    tokenizer: Any
+    progress: bool
+
+    def folder(
+        self, folder: Path, engines: Iterable[str]
+    ) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
+        """Losses, by engine and text, and accuracies of a 16-bit or quantized model on disk."""
+        found = {}
+        engines = list(engines)
+        if VLLM in engines:
+            found[VLLM] = self._served(folder)
+        accuracies: dict[str, float] = {}
+        if REFERENCE in engines or self.tasks:
+            model = load_model(folder, getattr(torch, self.dtype))
+            losses, accuracies = self.model(model, texts=REFERENCE in engines)
+            found |= {REFERENCE: losses} if losses else {}
+        return found, accuracies
+
+    def model(
+        self, model: Any, *, texts: bool = True
+    ) -> tuple[dict[str, Measured], dict[str, float]]:
+        """Losses by text, and accuracies, of a `transformers` model, by the reference."""
+        device = _device()
+        model = model.to(device)
+        losses = {}
+        for name, windows in self.windows.items() if texts else ():
+            logprobs = reference_logprobs(model, windows.to(device), self.progress)
+            losses[name] = _measured(logprobs, windows)
+        tasks = self.tasks
+        return losses, tasks.accuracies(model, self.tokenizer, self.progress) if tasks else {}
+
+    def _served(self, folder: Path) -> dict[str, Measured]:
+        longest = max(windows.shape[1] for windows in self.windows.values())
+        arguments = {"dtype": self.dtype, "enforce_eager": True, "max_model_len": longest + 1}
+        with vllm_engine(folder, tensor_parallel_size=1, **arguments) as llm:
+            return {
+                name: _measured(prompt_logprobs(llm, windows, self.progress), windows)
+                for name, windows in self.windows.items()
+            }
+
+
+def bench(
+    folder: Path,
+    context: int | None,
+    texts: Sequence[str | Path],
+    *,
+    engine: str,
+    dtype: str,
+    window: int,
+    most_windows: int | None,
+    tasks: Tasks | None,
+    progress: bool,
+) -> Bench:
+    """Read and tokenize every text, once.
+
+    Args:
+        folder: of the model, for its tokenizer.
+        context: tokens that the model can take.
+    """
+    if engine not in (VLLM, REFERENCE):
+        raise InputError(f"--engine {engine!r} is unknown: choose {VLLM} or {REFERENCE}.")
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(_DTYPES)}.")
+    if engine == VLLM and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
+            f"or use --engine {REFERENCE}."
+        )
+    if not texts:
+        raise InputError("No evaluation text: give --text FILE (.txt or .jsonl).")
+    twice = [text for number, text in enumerate(texts) if text in texts[:number]]
+    if twice:
+        raise InputError(f"--text {twice[0]} is given twice: give it once.")
+    if window < 2 or (most_windows is not None and most_windows < 1):
+        raise InputError("A window needs 2 tokens and at least one window: raise --window(s).")
+    tokenizer = load_tokenizer(folder)
+    length = window_length(window, context)
+    windows: dict[str, Tensor] = {}
+    for text in texts:
+        source = read_source(str(text), default_split="test")
+        found = evaluation_windows(source, tokenizer, length)[:most_windows]
+        windows[_name(str(text), windows)] = found
+    return Bench(windows, engine, dtype, tasks, tokenizer, progress)
+
+
+def device_name() -> str:
+    """What measures, for the tables."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def free_memory() -> None:
+    """Let go of a row's model before the next one is made."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _name(text: str, taken: dict[str, Tensor]) -> str:
+    short = Path(text).stem if Path(text).is_file() else text
+    return text if short in taken else short
+
+
+def _measured(logprobs: Tensor, windows: Tensor) -> Measured:
+    return Measured(loss=-float(logprobs.mean()), tokens=logprobs.numel(), windows=len(windows))

@@ -1,0 +1,63 @@
+"""Which reconstruction the rows have: decided once a rotation, and the same in all its rows.
+
+With `auto` every call of `quantize` measures what is best for its own options. Rows that are to
+differ in one thing need one choice: that of the whole method with 4-bit weights.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergequant.ablation.rows import Shapes, Table, whole
+from mergequant.decoder import Decoder
+from mergequant.durable import write_json
+from mergequant.options import Options
+from mergequant.pilot import resolve_reconstruction
+from mergequant.pipeline import calibration_of, find_device, open_model
+
+_DECIDED = ("reconstruction", "alpha", "max_extra_channels")
+
+
+def kept_shapes(
+    file: Path,
+    model: Path,
+    calibration: Sequence[str | Path],
+    base: Options,
+    tables: Iterable[Table],
+    progress: bool = True,
+) -> Shapes:
+    """By rotation, the fields that say how the rows of `tables` are reconstructed.
+
+    Choices are kept in `file`; it is read if they were made for the same `base`.
+    """
+    if "auto" not in (base.reconstruction, base.alpha):
+        return {}
+    made_for = base.model_dump(mode="json")
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, Mapping[str, Any]] = kept["shapes"] if kept.get("base") == made_for else {}
+    for rotation in _rotations(tables):
+        if rotation not in found:
+            options = whole(base, rotation)
+            found[rotation] = _decide(model, calibration, options, progress)
+            write_json(file, {"base": made_for, "shapes": found})
+    return found
+
+
+def _rotations(tables: Iterable[Table]) -> list[str]:
+    """Those of rows with reconstruction."""
+    options = (row.options for table in tables for row in table.rows)
+    found = (x.rotation for x in options if x is not None and x.reconstruction != "none")
+    return list(dict.fromkeys(found))
+
+
+def _decide(
+    model: Path, calibration: Sequence[str | Path], options: Options, progress: bool
+) -> Mapping[str, Any]:
+    reader, architecture, _ = open_model(model, options)
+    windows = calibration_of(reader, calibration, options)
+    decoder = Decoder(reader, architecture, find_device(options.device))
+    decided = resolve_reconstruction(decoder, windows, options, progress)
+    if decided.reconstruction == "none":  # the rows are then equal to those without
+        return {"reconstruction": "none"}
+    return {name: getattr(decided, name) for name in _DECIDED}

@@ -1,0 +1,223 @@
+"""`mergequant ablate`: rows one after another, each kept as soon as it is finished."""
+
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mergequant.ablation.measure import REFERENCE, Bench, bench, free_memory
+from mergequant.ablation.one_row import run_row
+from mergequant.ablation.plots import draw, require_matplotlib
+from mergequant.ablation.reconstruction import kept_shapes
+from mergequant.ablation.records import Record, Shelf, shelf
+from mergequant.ablation.rows import FULL, Row, Shapes, Table, distinct
+from mergequant.ablation.study import Subject, chosen_tables, study_of, subject
+from mergequant.ablation.survey import kept_survey
+from mergequant.ablation.tables import Results, as_json, as_markdown
+from mergequant.ablation.tasks import Tasks
+from mergequant.durable import write_durably, write_json
+from mergequant.options import Options
+from mergequant.pipeline import find_device
+
+logger = logging.getLogger("mergequant")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What was measured and written.
+
+    Attributes:
+        markdown: all tables, as in OUTPUT/ablation.md.
+        failed: why a row failed, by key; the other rows are in the tables.
+        figures: plots, if they were asked for.
+    """
+
+    output: Path
+    markdown: str
+    failed: dict[str, str]
+    figures: list[Path]
+
+
+def ablate(
+    model: str | Path,
+    output: str | Path,
+    calibration: Sequence[str | Path],
+    texts: Sequence[str | Path],
+    *,
+    paper: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_folder: str | Path | None = None,
+    plots: bool = False,
+    engine: str = "vllm",
+    dtype: str = "float32",
+    window: int = 2048,
+    most_windows: int | None = None,
+    base: Options | None = None,
+    keep: bool = False,
+    progress: bool = True,
+) -> Ablation:
+    """Measure the method step by step, as the paper's Tables 1, 4, 5, 7 and 8 do.
+
+    A run that was interrupted is continued by the same call: finished rows are kept in
+    `output`/rows, and finished blocks of the row that was running in `output`/checkpoints.
+
+    Args:
+        model: folder or hub id of a 16- or 32-bit model of a known architecture.
+        output: folder to make, or one whose run is to be continued or gets further tables.
+        calibration: text files (.txt, .jsonl) or data set names; several are mixed.
+        texts: evaluated texts, a column each.
+        paper: of `table1`, `table4`, `table5`, `table7`; all if empty.
+        tasks: names of lm-eval's tasks, zero-shot.
+        task_folder: where YAML files of further tasks are.
+        plots: draw the paper's Figures 1, 2c, 5, 6 and 7.
+        engine: `vllm` serves the rows that have a checkpoint; `transformers` is the reference
+            forward, and measures the others in any case.
+        dtype: of everything that is not quantized.
+        window: tokens in an evaluated window.
+        most_windows: use only the first so many of each text.
+        base: samples, seed, device, search of weight steps, and the manner of reconstruction and
+            compensation; what a row is about it sets itself.
+        keep: leave the rows' checkpoints in `output`/checkpoints.
+
+    Raises:
+        InputError: the input is at fault; no row has run.
+    """
+    base = base or Options()
+    find_device(base.device)
+    if plots:
+        require_matplotlib()
+    about = subject(model, calibration)
+    rough = chosen_tables(paper, plots, base, about)
+    desk = bench(
+        about.reader.folder,
+        about.reader.config.get("max_position_embeddings"),
+        texts,
+        engine=engine,
+        dtype=dtype,
+        window=window,
+        most_windows=most_windows,
+        tasks=Tasks(tasks, task_folder) if tasks else None,
+        progress=progress,
+    )
+    with shelf(Path(output), study_of(about, desk)) as kept:
+        folder, text = about.source.folder, about.source.calibration
+        file = Path(output) / "reconstruction.json"
+        shapes = kept_shapes(file, folder, text, base, rough, progress)
+        rows = chosen_tables(paper, plots, base, about, shapes)
+        run = _Run(about, rows, desk, kept, base, shapes, keep)
+        run.all_rows()
+        figures = run.plots() if plots else []
+        return Ablation(Path(output), run.publish(), run.failed, figures)
+
+
+@dataclass
+class _Run:
+    about: Subject
+    tables: list[Table]
+    bench: Bench
+    shelf: Shelf
+    base: Options
+    shapes: Shapes
+    keep: bool
+    records: dict[str, Record] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def all_rows(self) -> None:
+        """Run every row that is not finished; one that fails leaves the others."""
+        rows = distinct(self.tables)
+        waiting = [row for row in rows if not self._is_finished(row, rows)]
+        if len(waiting) < len(rows):
+            logger.info("%d of %d rows are finished", len(rows) - len(waiting), len(rows))
+        with tqdm(waiting, unit="row", disable=not self.bench.progress) as bar:
+            for number, row in enumerate(bar, start=1):
+                bar.set_description(f"Row {number}/{len(waiting)}: {row.key}")
+                self._one_row(row, rows)
+                free_memory()
+                self.publish()
+
+    def _is_finished(self, row: Row, rows: Sequence[Row]) -> bool:
+        options = None if row.options is None else row.options.model_dump(mode="json")
+        record = self.shelf.read(row.key, options)
+        if record is None or not self._engines(row, rows) <= record.measured.keys():
+            return False
+        self.records[row.key] = record
+        return True
+
+    def _engines(self, row: Row, rows: Sequence[Row]) -> set[str]:
+        """What measures a row: for full precision, whatever measures a row to be compared."""
+        if row.options is not None:
+            return {self.bench.engine if row.options.exported else REFERENCE}
+        others = [self._engines(other, rows) for other in rows if other.options is not None]
+        return {self.bench.engine}.union(*others)
+
+    def _one_row(self, row: Row, rows: Sequence[Row]) -> None:
+        try:
+            self.records[row.key] = run_row(
+                row,
+                self._engines(row, rows),
+                self.about.source,
+                self.bench,
+                self.shelf,
+                self.keep,
+            )
+        except Exception as error:
+            if row.key == FULL:  # no row would have anything to be compared with
+                raise
+            path = self.shelf.write_error(row.key, traceback.format_exc())
+            self.failed[row.key] = f"{type(error).__name__}: {error}"
+            logger.warning("Row %s failed, see %s: %s", row.key, path, error)
+
+    def publish(self) -> str:
+        """Write the tables of what is finished; returns the Markdown."""
+        tables = [table for table in self.tables if table.name != "figure1"]
+        results = Results(
+            model=self.about.name,
+            paper_model=self.about.paper_model,
+            records=self.records,
+            failed=self.failed,
+            texts=list(self.bench.windows),
+            note=self._note(),
+        )
+        markdown = as_markdown(tables, results)
+        output = self.shelf.output
+        write_durably(output / "ablation.md", lambda path: path.write_text(markdown))
+        write_json(output / "ablation.json", as_json(self.tables, results))
+        return markdown
+
+    def _note(self) -> str:
+        base, windows = self.base, self.bench.windows
+        texts = ", ".join(f"{x.shape[0]} x {x.shape[1]} tokens of {t}" for t, x in windows.items())
+        return (
+            f"Calibrated on {base.statistics_samples} (GPTQ: {base.gptq_samples}) windows of "
+            f"{base.sequence_length} tokens, weight steps by {base.weight_search}; evaluated on "
+            f"{texts}. Loss in nats a token, excess "
+            "above full precision by the same engine; K: by how much reconstruction widens the "
+            "linears behind norms. `transformers` is the reference arithmetic, which also gives "
+            f"the tasks' percentages.{_decided(self.shapes)}"
+        )
+
+    def plots(self) -> list[Path]:
+        """Draw the figures."""
+        about = self.about
+        seen = kept_survey(
+            self.shelf.output / "survey.safetensors",
+            about.reader,
+            about.architecture,
+            about.source.calibration,
+            self.base,
+            self.bench.progress,
+        )
+        return draw(self.shelf.output, about.name, self.tables, self.records, seen)
+
+
+def _decided(shapes: Shapes) -> str:
+    """What was chosen where `auto` was asked for, one sentence; else nothing."""
+    chosen = [
+        f"{shape['reconstruction']} (rotation {rotation}"
+        + (f", alpha {shape['alpha']:g})" if "alpha" in shape else ")")
+        for rotation, shape in shapes.items()
+    ]
+    return f" Reconstruction that measured best: {', '.join(chosen)}." if chosen else ""

@@ -1,0 +1,151 @@
+"""What the inputs of a 16-bit model's norm-fed linears look like: the paper's Figures 2c, 5 and 6.
+
+One block is in memory at a time; nothing is quantized.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mergequant.architecture import Architecture, Stage, paper_alpha
+from mergequant.checkpoint import Reader
+from mergequant.decoder import Activations, Block, Decoder
+from mergequant.durable import write_durably
+from mergequant.methods.migrate import activation_steps, migrate_weight
+from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
+from mergequant.options import Options
+from mergequant.pipeline import calibration_of, find_device
+from mergequant.statistics import ChannelMagnitudes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of the inputs of norm-fed linears.
+
+    Attributes:
+        largest: float32 [blocks, n], max |X_k| over the calibration tokens, by the stage's space.
+        space: of the folded columns below: where a step exceeds Eq. 6's threshold the most.
+        block: of the same, counted from 0.
+        before: float32 [n], max_j |s_k W_jk| of each migrated column (Eq. 5).
+        after: float32 [K], the same of the reconstructed columns, which add up to those.
+    """
+
+    largest: dict[str, Tensor]
+    space: str
+    block: int
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class _Columns:
+    excess: float
+    space: str
+    block: int
+    before: Tensor
+    after: Tensor
+
+
+def survey(
+    reader: Reader,
+    architecture: Architecture,
+    calibration: Sequence[str | Path],
+    options: Options,
+    progress: bool = True,
+) -> Survey:
+    """Run the model on `options.statistics_samples` windows and look at every norm's output."""
+    decoder = Decoder(reader, architecture, find_device(options.device))
+    windows = _windows(reader, calibration, options)
+    activations = decoder.embed(windows, len(windows), 0)
+    stages = [stage for stage in architecture.stages() if stage.norm is not None]
+    alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(reader.config)
+    largest: dict[str, list[Tensor]] = {stage.space: [] for stage in stages}
+    found: _Columns | None = None
+    blocks = range(int(reader.config["num_hidden_layers"]))
+    for number in tqdm(blocks, desc="Survey", unit="block", disable=not progress):
+        with decoder.block(number) as block:
+            for stage in stages:
+                seen = _magnitudes(block, stage, activations)
+                largest[stage.space].append(seen.largest.to("cpu", torch.float32))
+                columns = _columns(block, stage, number, seen, alpha, options)
+                if found is None or columns.excess > found.excess:
+                    found = columns
+            for index, hidden in enumerate(activations.batches):
+                activations.batches[index] = block.forward(hidden)
+    assert found is not None  # a model has a block, and a block a norm
+    rows = {space: torch.stack(vectors) for space, vectors in largest.items()}
+    return Survey(rows, found.space, found.block, found.before, found.after)
+
+
+def kept_survey(
+    file: Path,
+    reader: Reader,
+    architecture: Architecture,
+    calibration: Sequence[str | Path],
+    options: Options,
+    progress: bool = True,
+) -> Survey:
+    """The survey in `file` if it was made with these options, else a new one, kept there."""
+    made_with = options.model_dump_json()
+    if file.exists():
+        kept = load_file(file)
+        if bytes(kept.pop("options").tolist()).decode() == made_with:
+            return _unpacked(kept)
+    seen = survey(reader, architecture, calibration, options, progress)
+    tensors = _packed(seen) | {"options": torch.tensor(list(made_with.encode()), dtype=torch.uint8)}
+    write_durably(file, lambda path: save_file(tensors, path))
+    return seen
+
+
+def _packed(seen: Survey) -> dict[str, Tensor]:
+    spaces = list(seen.largest)
+    where = torch.tensor([spaces.index(seen.space), seen.block])
+    largest = {f"largest.{space}": tensor for space, tensor in seen.largest.items()}
+    return {**largest, "where": where, "before": seen.before, "after": seen.after}
+
+
+def _unpacked(kept: dict[str, Tensor]) -> Survey:
+    start = "largest."
+    largest = {x.removeprefix(start): kept[x] for x in kept if x.startswith(start)}
+    space, block = kept["where"].tolist()
+    return Survey(largest, list(largest)[space], block, kept["before"], kept["after"])
+
+
+def _windows(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
+    """Those that steps are calibrated on, and no more."""
+    least = options.model_copy(update={"weights": "rtn", "compensation_rank": 0})
+    return calibration_of(reader, calibration, least)
+
+
+def _magnitudes(block: Block, stage: Stage, activations: Activations) -> ChannelMagnitudes:
+    seen = ChannelMagnitudes()
+    block.observe(stage.linears[0].name, activations.batches, seen.add)
+    return seen
+
+
+def _columns(
+    block: Block, stage: Stage, number: int, seen: ChannelMagnitudes, alpha: float, options: Options
+) -> _Columns:
+    """The stage's stacked weights as QSM makes them, before and after reconstruction."""
+    weight = torch.cat([block.weight(linear.name) for linear in stage.linears]).to(torch.float64)
+    step = activation_steps(seen.largest, torch.ones_like(seen.largest), options.static_bits)
+    shape = reconstruct(
+        step,
+        step,
+        seen.energy,
+        alpha,
+        mode="prune" if options.reconstruction == "prune" else "pad",
+        tile=1,
+    )
+    excess = float(step.max()) / threshold(step, alpha)
+    before, after = migrate_weight(weight, step), fold_columns(weight, step, shape)
+    return _Columns(excess, stage.space, number, _height(before), _height(after))
+
+
+def _height(weight: Tensor) -> Tensor:
+    return weight.abs().amax(dim=0).to("cpu", torch.float32)

@@ -1,0 +1,159 @@
+"""Rows as data: each stands for what its label says, whatever the defaults are."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from mergequant import Options
+from mergequant.ablation import paper
+from mergequant.ablation.rows import FULL, NAMES, Row, Table, distinct, key_of, tables, whole
+
+WIDTHS = {"hidden": 4096, "queries": 4096, "intermediate": 11008}
+BASE = Options(compensation_rank=8, split_by="step")
+
+
+def made(base: Options = BASE, widths: dict[str, int] = WIDTHS) -> dict[str, Table]:
+    return tables(base, widths)
+
+
+def difference(one: Row, other: Row) -> dict[str, tuple[Any, Any]]:
+    assert one.options is not None and other.options is not None
+    ours, theirs = one.options.model_dump(), other.options.model_dump()
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def test_there_is_a_table_for_every_name() -> None:
+    assert set(made()) == {*NAMES, "figure1"}
+    assert all(table.rows[0].key == FULL for table in made().values())
+
+
+def test_a_key_is_a_row_and_a_row_a_key() -> None:
+    rows = [row for table in made().values() for row in table.rows if row.options is not None]
+    keys = {row.options.model_dump_json(): row.key for row in rows if row.options}
+    assert len(keys) == len(set(keys.values())) == len({row.key for row in rows})
+    assert all(row.key == key_of(row.options) for row in rows if row.options)
+
+
+def test_full_precision_runs_first_and_each_row_once() -> None:
+    rows = distinct(made().values())
+    assert [row.key for row in rows].count(FULL) == 1 and rows[0].key == FULL
+    shared = {row.key for row in made()["table1"].rows} & {row.key for row in made()["table4"].rows}
+    assert len(shared) == 3  # full precision, and the whole method with and without rotation
+    assert len(rows) == len({row.key for row in rows}) == 27
+
+
+TENSOR = {"activation_step": ("tensor", "channel")}
+STEPS: list[dict[str, tuple[Any, Any]]] = [
+    {"mix_activations": ("tensor", "token")},
+    TENSOR,
+    {"reconstruction": ("none", "prune"), "staggered": (False, True)},
+    {"clipping": ("none", "adaptive")},
+    {"compensation_rank": (0, 8)},
+]
+
+
+@pytest.mark.parametrize("start", [1, 7], ids=["rotation", "no rotation"])
+def test_each_step_of_table_4_adds_one_thing(start: int) -> None:
+    base = BASE.model_copy(update={"reconstruction": "prune", "staggered": True})
+    rows = made(base)["table4"].rows[start : start + 6]
+    assert [difference(a, b) for a, b in pairwise(rows)] == STEPS
+    assert {row.options.rotation for row in rows if row.options} == {
+        "online" if start == 1 else "none"
+    }
+
+
+def test_the_halves_of_table_4_differ_in_rotation_alone() -> None:
+    rows = made()["table4"].rows[1:]
+    assert len(rows) == 12
+    for rotated, plain in zip(rows[:6], rows[6:], strict=True):
+        assert difference(rotated, plain) == {"rotation": ("online", "none")}
+
+
+def test_the_rows_of_table_7_differ_in_clipping_alone() -> None:
+    _, none, channel, adaptive = made()["table7"].rows
+    assert difference(none, channel) == {"clipping": ("none", "channel")}
+    assert difference(channel, adaptive) == {"clipping": ("channel", "adaptive")}
+    assert none.options is not None and none.options.weights == "none"
+    assert not none.options.exported
+
+
+def test_table_5_has_3_bits_in_both_forms() -> None:
+    _, *rows = made()["table5"].rows
+    forms = [
+        (x.weight_bits, x.asymmetric, x.group_size, x.activations)
+        for x in (row.options for row in rows)
+        if x is not None
+    ]
+    assert forms == [
+        (3, True, None, "dynamic"),
+        (3, False, 128, "dynamic"),
+        (3, True, None, "static"),
+        (3, False, 128, "static"),
+    ]
+
+
+@pytest.mark.parametrize(("width", "group"), [(4096, 128), (128, 64), (64, 32), (40, 32)])
+def test_groups_are_smaller_in_a_narrow_model(width: int, group: int) -> None:
+    rows = made(widths={**WIDTHS, "hidden": width})["table5"].rows
+    assert rows[2].options is not None and rows[2].options.group_size == group
+    assert str(group) in rows[2].label
+
+
+def test_figure_1_compares_calibrations_of_activations_alone() -> None:
+    _, *rows = made()["figure1"].rows
+    for row in rows:
+        assert row.options is not None
+        assert (row.options.weights, row.options.clipping) == ("gptq", "none")
+        assert (row.options.rotation == "online") == ("rotation" in row.label)
+
+
+def test_rows_do_not_depend_on_the_methods_own_fields_of_the_base() -> None:
+    odd = {
+        "activations": "dynamic",
+        "mix_activations": "tensor",
+        "rotation": "offline",
+        "static_bits": 8,
+        "dynamic_bits": 8,
+        "weights": "rtn",
+        "weight_bits": 8,
+        "group_size": 64,
+        "asymmetric": True,
+        "clipping": "channel",
+    }
+    base = Options.model_validate({**BASE.model_dump(), **odd})
+    assert distinct(made(base).values()) == distinct(made().values())
+
+
+def test_what_rows_have_in_common_comes_from_the_base() -> None:
+    given = {"gptq_samples": 3, "seed": 7, "device": "cpu", "weight_search": "minmax"}
+    base = BASE.model_copy(update=given)
+    for row in distinct(made(base).values())[1:]:
+        assert row.options is not None
+        assert row.options.model_dump(include=set(given)) == given
+
+
+def test_rows_of_a_rotation_are_reconstructed_as_was_decided() -> None:
+    shape = {"reconstruction": "pad", "alpha": 1.5, "max_extra_channels": 0.25}
+    found = tables(BASE, WIDTHS, {"online": shape, "none": {"reconstruction": "none"}})
+    online, none = found["table4"].rows[4:7], found["table4"].rows[10:]
+    for row in online:
+        assert row.options is not None
+        assert row.options.model_dump(include=set(shape)) == shape
+    assert difference(none[0], found["table4"].rows[9]) == {}  # no more than QSM
+    assert none[0].key == found["table4"].rows[9].key
+    assert found["table1"].rows[5].key == key_of(whole(BASE, "offline"))
+
+
+def test_without_compensation_its_line_is_left_out() -> None:
+    base = BASE.model_copy(update={"compensation_rank": 0})
+    labels = [row.label for row in made(base)["table4"].rows]
+    assert len(labels) == 11 and not [x for x in labels if "compensation" in x]
+
+
+def test_every_method_that_a_row_names_is_in_the_paper() -> None:
+    for table in made().values():
+        model = paper.shown_model(table.name, None)
+        for row in table.rows:
+            if row.paper and model:
+                assert paper.figures(table.name, model, row.paper) is not None, row

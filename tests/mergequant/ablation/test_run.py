@@ -1,0 +1,330 @@
+"""The command, with a quantizer that only copies: what runs, what is kept, what is shared."""
+
+import gc
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant import InputError, Options, in_memory, pipeline
+from mergequant.ablation import Ablation, ablate, measure
+from mergequant.ablation.records import Record
+from mergequant.checkpoint import CONFIG, REPORT
+
+BASE = Options(
+    statistics_samples=2,
+    gptq_samples=2,
+    sequence_length=32,
+    reconstruction="prune",
+    alpha=5.0,
+    compensation_rank=2,
+    device="cpu",
+)
+SETTINGS: dict[str, Any] = {
+    "engine": "transformers",
+    "window": 32,
+    "most_windows": 2,
+    "progress": False,
+}
+
+
+class Quantizer:
+    """Copies the model instead, writes a report, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.exported: list[Options] = []
+        self.in_memory: list[Options] = []
+        self.fails: dict[str, BaseException] = {}  # by rotation
+
+    def report(self, options: Options) -> list[dict[str, Any]]:
+        columns = {"columns": 80} if options.reconstruction != "none" else None
+        seconds = {"calibration": 1.0, "compensation": 2.0, "codes": 3.0}
+        lines = []
+        for block in range(2):
+            start = f"model.layers.{block}"
+            clip = {"lowest": 0.5, "mean": 0.8, "highest": 1.0}
+            q = {"activations": "static", "clip": clip, "reconstruction": columns}
+            down = {"activations": "dynamic", "clip": 0.7 - block / 10}
+            lines += [
+                {"linear": f"{start}.self_attn.q_proj", "seconds": seconds, **q},
+                {"linear": f"{start}.mlp.down_proj", "seconds": seconds, **down},
+            ]
+        return lines
+
+    def quantize(
+        self, model: Path, output: Path, calibration: object, options: Options, *, progress: bool
+    ) -> Path:
+        self.exported.append(options)
+        if error := self.fails.get(options.rotation):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "half").touch()
+            raise error
+        shutil.copytree(model, output, dirs_exist_ok=True)
+        lines = self.report(options)
+        (output / REPORT).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return output
+
+    def quantize_in_memory(
+        self, model: Path, calibration: object, options: Options, *, progress: bool
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        self.in_memory.append(options)
+        return Model(), self.report(options)
+
+
+class Model:
+    """Stands for a loaded model."""
+
+    def to(self, device: torch.device) -> "Model":
+        return self
+
+
+def logprobs(model: Model, windows: Tensor, progress: bool) -> Tensor:
+    return torch.full((len(windows), windows.shape[1] - 1), -1.5, dtype=torch.float64)
+
+
+@pytest.fixture
+def quantizer(monkeypatch: pytest.MonkeyPatch) -> Quantizer:
+    made = Quantizer()
+    monkeypatch.setattr(measure, "load_model", lambda *_: Model())
+    monkeypatch.setattr(measure, "reference_logprobs", logprobs)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that tests have imported
+    monkeypatch.setattr(pipeline, "quantize", made.quantize)
+    monkeypatch.setattr(in_memory, "quantize_in_memory", made.quantize_in_memory)
+    return made
+
+
+def run(model: Path, output: Path, text: Path, *paper: str, **changed: Any) -> Ablation:
+    settings = {"base": BASE, "paper": paper, "texts": [text], **SETTINGS, **changed}
+    return ablate(model, output, [text], **settings)
+
+
+def rows(output: Path) -> set[str]:
+    return {path.stem for path in (output / "rows").glob("*.json")}
+
+
+def test_every_row_of_every_table_runs_once(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    done = run(llama, tmp_path / "out", text)
+    asked = [x.model_dump_json() for x in quantizer.exported + quantizer.in_memory]
+    assert len(asked) == len(set(asked)) == 24
+    assert all(not options.exported for options in quantizer.in_memory)
+    assert all(options.exported for options in quantizer.exported)
+    assert not done.failed and "not run" not in done.markdown
+    assert (tmp_path / "out" / "ablation.md").read_text() == done.markdown
+    assert len(json.loads((tmp_path / "out" / "ablation.json").read_text())["tables"]) == 4
+    for name in ("Table 1", "Table 4", "Table 5", "Table 7", "Table 8"):
+        assert f"## {name}" in done.markdown
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_a_row_sums_up_its_report(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    run(llama, tmp_path / "out", text, "table4")
+    key = "static-channel.gptq.prune.clip-adaptive.compensated"
+    record = Record.model_validate_json((tmp_path / "out" / "rows" / f"{key}.json").read_bytes())
+    assert record.growth == 25.0  # 80 columns of 64 channels
+    assert record.clips == {"mlp.down_proj": [0.7, 0.6]}
+    assert (record.seconds["calibration"], record.seconds["codes"]) == (4.0, 12.0)
+    full = json.loads((tmp_path / "out" / "rows" / "full.json").read_text())
+    assert (
+        record.measured["transformers"]["text"].loss
+        == (full["measured"]["transformers"]["text"]["loss"])
+    )
+
+
+def test_finished_rows_are_not_repeated_and_tables_add_up(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    run(llama, tmp_path / "out", text, "table7")
+    assert len(quantizer.in_memory) == 3 and not quantizer.exported
+    first = run(llama, tmp_path / "out", text, "table7", "table1")
+    assert len(quantizer.in_memory) == 4 and len(quantizer.exported) == 6
+    again = run(llama, tmp_path / "out", text, "table7", "table1")
+    assert len(quantizer.in_memory) == 4 and len(quantizer.exported) == 6
+    assert again.markdown == first.markdown
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    quantizer.fails = {"none": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, tmp_path / "out", text, "table4")
+    finished, asked = rows(tmp_path / "out"), len(quantizer.exported)
+    assert len(finished) == 8 and asked == 6  # the rotated half, one in memory, full precision
+    assert "not run" in (tmp_path / "out" / "ablation.md").read_text()
+    half = tmp_path / "out" / "checkpoints" / "static-tensor.gptq" / "half"
+    assert half.exists()  # the quantizer's own finished blocks would be here
+    quantizer.fails = {}
+    run(llama, tmp_path / "out", text, "table4")
+    assert len(quantizer.exported) == asked + 5
+    assert len(rows(tmp_path / "out")) == 13
+
+
+def test_a_finished_checkpoint_is_measured_and_not_made_again(
+    quantizer: Quantizer,
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.Bench, "folder", _only_full(measure.Bench.folder))
+        with pytest.raises(KeyboardInterrupt):
+            run(llama, tmp_path / "out", text, "table1")
+    assert len(quantizer.exported) == 1
+    run(llama, tmp_path / "out", text, "table1")
+    assert len(quantizer.exported) == 6
+    assert [x.weights for x in quantizer.exported].count("rtn") == 1
+
+
+def _only_full(folder: Any) -> Any:
+    def measured(bench: measure.Bench, path: Path, engines: Sequence[str]) -> Any:
+        if "checkpoints" in path.parts:
+            raise KeyboardInterrupt
+        return folder(bench, path, engines)
+
+    return measured
+
+
+def test_a_row_of_other_options_is_made_again_and_its_remains_removed(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    run(llama, tmp_path / "out", text, "table1", keep=True)
+    kept = tmp_path / "out" / "checkpoints"
+    assert len([path for path in kept.iterdir() if (path / CONFIG).exists()]) == 6
+    (kept / "dynamic.rtn" / "stale").touch()
+    count = len(quantizer.exported)
+    run(llama, tmp_path / "out", text, "table1", base=BASE.model_copy(update={"seed": 1}))
+    assert len(quantizer.exported) == 2 * count
+    assert not list(kept.iterdir())
+
+
+def test_a_row_that_fails_leaves_the_others(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    quantizer.fails = {"offline": RuntimeError("out of memory")}
+    done = run(llama, tmp_path / "out", text, "table1")
+    assert len(done.failed) == 2
+    assert set(done.failed.values()) == {"RuntimeError: out of memory"}
+    lines = [line for line in done.markdown.splitlines() if "offline rotation" in line]
+    assert len(lines) == 2 and all(line.endswith("| failed |") for line in lines)
+    traces = list((tmp_path / "out" / "rows").glob("*.error.txt"))
+    assert len(traces) == 2 and "out of memory" in traces[0].read_text()
+    quantizer.fails = {}
+    assert not run(llama, tmp_path / "out", text, "table1").failed
+    assert not list((tmp_path / "out" / "rows").glob("*.error.txt"))
+
+
+def test_without_full_precision_nothing_runs(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(measure, "load_model", broken)
+    with pytest.raises(RuntimeError, match="no engine"):
+        run(llama, tmp_path / "out", text, "table1")
+    assert not quantizer.exported
+
+
+def test_rows_of_another_model_or_text_are_not_mixed_in(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(llama, out, text, "table7")
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    with pytest.raises(InputError, match=r"another calibration text \(.*other\.txt\)"):
+        ablate(llama, out, [other], [text], paper=["table7"], base=BASE, **SETTINGS)
+    with pytest.raises(InputError, match=r"another evaluation text or windows \(text\)"):
+        run(llama, out, text, "table7", window=16)
+    with pytest.raises(InputError, match=r"another setting \(dtype\)"):
+        run(llama, out, text, "table7", dtype="bfloat16")
+    assert len(quantizer.in_memory) == 3
+
+
+def test_full_precision_is_measured_by_every_engine_that_measures_a_row(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+
+    def fake(bench: measure.Bench, folder: Path) -> Any:
+        served.append(folder.name)
+        return bench.model(Model())[0]
+
+    monkeypatch.setattr(measure.Bench, "_served", fake)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        "mergequant.ablation.study.versions", lambda names: dict.fromkeys(names, "")
+    )
+    run(llama, tmp_path / "out", text, "table1", engine="vllm")
+    assert len(served) == 7
+    full = json.loads((tmp_path / "out" / "rows" / "full.json").read_text())
+    assert set(full["measured"]) == {"vllm", "transformers"}  # SmoothQuant has no checkpoint
+    smooth = next((tmp_path / "out" / "rows").glob("static-smooth*.json"))
+    assert set(json.loads(smooth.read_text())["measured"]) == {"transformers"}
+
+
+def test_several_texts_are_columns(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    done = run(llama, tmp_path / "out", text, "table7", texts=[text, other])
+    assert "| text: loss | excess | perplexity | other: loss |" in done.markdown
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"paper": ["table2"]}, "--paper 'table2' is unknown: choose of table1, table4"),
+    ({"texts": []}, "No evaluation text"),
+    ({"texts": ["gone.txt"]}, "'gone.txt' does not exist"),
+    ({"engine": "onnx"}, "--engine 'onnx' is unknown"),
+    ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
+    ({"base": BASE.model_copy(update={"device": "abacus"})}, "Device 'abacus' cannot be used"),
+    ({"window": 1}, "A window needs 2 tokens"),
+    ({"tasks": ["piqa"], "task_folder": "/gone"}, "--task-folder /gone is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_faults_are_told_before_the_first_row(
+    quantizer: Quantizer,
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(llama, tmp_path / "out", text, **changed)
+    assert not quantizer.exported and not quantizer.in_memory
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_given_twice_is_refused(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        run(llama, tmp_path / "out", text, texts=[text, text])
+
+
+def test_no_calibration_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No calibration text"):
+        ablate(llama, tmp_path / "out", [], [text], base=BASE, **SETTINGS)
+
+
+def test_a_folder_with_other_files_is_left_alone(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        run(llama, tmp_path, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

@@ -1,0 +1,91 @@
+"""The survey of a 16-bit model, against the whole model run at once."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergequant import Options
+from mergequant.ablation import survey as module
+from mergequant.ablation.survey import Survey, kept_survey, survey
+from mergequant.architectures import find
+from mergequant.checkpoint import Reader
+from mergequant.oracle import load_model
+
+OPTIONS = Options(statistics_samples=3, sequence_length=32, device="cpu", alpha=2.0)
+HUGE = 5
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Reader:
+    """`llama` with a huge channel behind one norm."""
+    folder = tmp_path_factory.mktemp("outlier") / "llama"
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][HUGE] *= 30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Reader(folder)
+
+
+@pytest.fixture(scope="module")
+def seen(reader: Reader, text: Path) -> Survey:
+    return survey(reader, find("llama"), [text], OPTIONS, progress=False)
+
+
+def test_largest_values_are_those_of_the_whole_model(
+    reader: Reader, text: Path, seen: Survey
+) -> None:
+    model: Any = load_model(reader.folder)
+    found: dict[str, list[Tensor]] = {"attn_in": [], "mlp_in": []}
+
+    def keep(space: str) -> Any:
+        return lambda _, inputs: found[space].append(inputs[0].abs().amax(dim=(0, 1)))
+
+    for block in model.model.layers:
+        block.self_attn.q_proj.register_forward_pre_hook(keep("attn_in"))
+        block.mlp.gate_proj.register_forward_pre_hook(keep("mlp_in"))
+    with torch.no_grad():
+        model(module._windows(reader, [text], OPTIONS))
+    assert set(seen.largest) == set(found)
+    for space, values in found.items():
+        # Two float32 forwards of 2 blocks, batched otherwise.
+        torch.testing.assert_close(seen.largest[space], torch.stack(values), rtol=1e-4, atol=1e-5)
+
+
+def test_columns_are_those_of_the_space_with_the_strongest_channel(seen: Survey) -> None:
+    assert (seen.space, seen.block) == ("mlp_in", 1)
+    assert int(seen.largest["mlp_in"][1].argmax()) == int(seen.before.argmax()) == HUGE
+
+
+def test_reconstruction_spreads_the_largest_column_and_loses_nothing(seen: Survey) -> None:
+    assert len(seen.after) > len(seen.before) == 64
+    assert float(seen.after.max()) < 0.5 * float(seen.before.max())
+    # Shares of a channel add up to 1, so the columns' magnitudes do, each rounded to float32.
+    before, after = (x.to(torch.float64).sum() for x in (seen.before, seen.after))
+    assert abs(float(after / before) - 1) <= 2.0**-23
+
+
+def test_pruning_leaves_as_many_columns(reader: Reader, text: Path) -> None:
+    options = OPTIONS.model_copy(update={"reconstruction": "prune"})
+    assert len(survey(reader, find("llama"), [text], options, progress=False).after) == 64
+
+
+def test_a_survey_is_kept_for_the_same_options(
+    reader: Reader, text: Path, tmp_path: Path, seen: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(options: Options) -> Survey:
+        file = tmp_path / "survey.safetensors"
+        return kept_survey(file, reader, find("llama"), [text], options, progress=False)
+
+    first = again(OPTIONS)
+    monkeypatch.setattr(module, "survey", lambda *_: pytest.fail("it is there already"))
+    kept = again(OPTIONS)
+    assert (kept.space, kept.block) == (first.space, first.block) == (seen.space, seen.block)
+    assert torch.equal(kept.before, first.before) and torch.equal(kept.after, first.after)
+    assert all(torch.equal(kept.largest[x], first.largest[x]) for x in first.largest)
+    with pytest.raises(pytest.fail.Exception):
+        again(OPTIONS.model_copy(update={"seed": 1}))
