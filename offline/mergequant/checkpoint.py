@@ -163,8 +163,9 @@ class Writer:
     """A checkpoint in the making, in a hidden folder of its own; it comes out whole or not at all.
 
     Staging inside the output works where that is a mount or a link; `config.json` comes out last.
-    Use as a context manager: if no block is finished when it is left, all that was made is removed;
-    else the finished blocks are kept, and `begin` with the same fingerprint finds them.
+    Use as a context manager: if no block is finished when it is left, or an InputError ends a run
+    that continued none, all that was made is removed; else the finished blocks are kept, and
+    `begin` with the same fingerprint finds them.
 
     Attributes:
         finished: how many blocks, from the first, need not be made; 0 before `begin`.
@@ -175,6 +176,7 @@ class Writer:
         self.finished = 0
         self._staging = Staging(output, shards)
         self._made: list[Path] = []
+        self._begun = False
         self._complete = False
         if output.exists() and not output.is_dir():
             raise InputError(f"Output {output} is a file: choose another name.")
@@ -205,6 +207,8 @@ class Writer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, InputError) and self._begun and not self.finished:
+            self._staging.discard()  # the same input would end there again
         finished = self._leave()
         if finished and not isinstance(error, InputError):
             logger.warning(
@@ -238,6 +242,7 @@ class Writer:
         self._staging.refuse_another(fingerprint)
         self._staging.take_back()
         self.finished = self._staging.resume(fingerprint)
+        self._begun = True
 
     def decision(self) -> dict[str, Any]:
         """See `remember`; empty if nothing was decided yet."""

@@ -9,7 +9,14 @@ from mergequant.corpus import sha256_of
 from mergequant.decoder import Decoder
 from mergequant.options import Options
 from mergequant.pilot import resolve_reconstruction
-from mergequant.pipeline import calibration_of, embed, find_device, open_model, progress_bar
+from mergequant.pipeline import (
+    calibration_of,
+    embed,
+    find_device,
+    open_model,
+    progress_bar,
+    refuse_overflow,
+)
 from mergequant.quantize_block import quantize_block
 
 
@@ -46,4 +53,5 @@ def quantize_in_memory(
                 )
                 report += lines
                 activations.advance(block.forward, targets)
+                refuse_overflow(activations, architecture.block.format(block=number))
     return decoder.whole_model(), report

@@ -99,6 +99,11 @@ class Options(BaseModel):
         return self
 
     @property
+    def compensated(self) -> bool:
+        """Whether blocks are trained."""
+        return self.compensation_rank > 0 and self.weights != "none"
+
+    @property
     def exported(self) -> bool:
         """Whether a checkpoint can hold the result; else it runs in the reference engine alone."""
         return self.weights != "none" and self.mix_activations == "token"

@@ -27,6 +27,7 @@ from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
 from mergequant.rotated import RotatedReader
+from mergequant.stage_input import refuse_infinite
 from mergequant.stored_block import load_stored
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 
@@ -115,7 +116,7 @@ def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: O
     samples = options.statistics_samples
     if options.weights == "gptq":
         samples = max(samples, options.gptq_samples)
-    if options.compensation_rank:
+    if options.compensated:
         samples = max(samples, options.compensation_samples)
     return calibration_windows(
         sources,
@@ -156,11 +157,18 @@ def _quantize_blocks(
                 within = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
                 load_stored(block, within, contract.linears, decoder.device)
                 activations.advance(block.forward, targets)
+                refuse_overflow(activations, prefix.removesuffix("."))
+
+
+def refuse_overflow(activations: Activations, block: str) -> None:
+    """Raise InputError unless what a block emits is finite, quantized and in full precision."""
+    for hidden in (*activations.batches, *activations.exact):
+        refuse_infinite(hidden, f"The output of {block}")
 
 
 def embed(decoder: Decoder, windows: Tensor, options: Options) -> Activations:
     """The first block's input, for each of its uses."""
-    compensation = options.compensation_samples if options.compensation_rank else 0
+    compensation = options.compensation_samples if options.compensated else 0
     return decoder.embed(windows, options.statistics_samples, options.gptq_samples, compensation)
 
 
@@ -169,7 +177,7 @@ def progress_bar(
 ) -> "tqdm[NoReturn]":
     """A bar over linears, and epochs of the compensation."""
     each = len(contract.linears)
-    if options.compensation_rank:
+    if options.compensated:
         each += options.compensation_epochs
     total, done = contract.blocks * each, finished * each
     return tqdm(total=total, initial=done, unit="step", disable=not shown)

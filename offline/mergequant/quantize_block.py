@@ -47,7 +47,7 @@ def quantize_block(
             results.append(result)
             bar.set_postfix_str(f"loss={result.loss:.2e}{_growth(result)}")
             bar.update()
-    if options.compensation_rank and options.weights != "none":
+    if options.compensated:
         results = _compensated(block, activations, targets, results, options, linears, bar)
     tensors = {
         name: tensor

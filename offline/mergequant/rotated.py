@@ -82,6 +82,7 @@ class RotatedReader(Reader):
         # Not the parent's: `reader` has opened the files, and only it reads them.
         self._source = reader
         self._dtype = dtype
+        self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
         self.folder = reader.folder
         self.config = {**reader.config, "tie_word_embeddings": False}
         self.hadamard = online_hadamards(architecture, reader.config, rotation, most)
@@ -119,8 +120,17 @@ class RotatedReader(Reader):
         return torch.cat([_turned(part, turn, gain).to(dtype or tensor.dtype) for part in parts])
 
     def check_finite(self) -> None:
-        """As the plain model's: a rotation makes no NaN of its own."""
+        """As the plain model's; and what goes back to 16 bits must not overflow there."""
         self._source.check_finite()
+        for name in self._outer:
+            if str(self._source.stored[self._turns[name].source].dtype) != "F16":
+                continue  # the others reach as far as the float32 that is calibrated in
+            tensor = self.read_in_source_dtype(name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(
+                    f"Tensor {name!r} of {self.folder} overflows {tensor.dtype} once it is "
+                    "rotated: save the model in bfloat16, or choose rotation 'none'."
+                )
 
 
 def _turned(tensor: Tensor, turn: _Turn, gain: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mergequant.architecture import Stage
 from mergequant.decoder import Activations, Block
 from mergequant.dynamic_input import dynamic_input
+from mergequant.errors import InputError
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -21,7 +22,7 @@ from mergequant.methods.gptq import (
     round_to_nearest,
 )
 from mergequant.methods.low_rank import trainable_elements
-from mergequant.methods.weights import WeightForm, WeightGrid, weight_grid
+from mergequant.methods.weights import WeightForm, WeightGrid, largest_weight, weight_grid
 from mergequant.options import Options
 from mergequant.quantized_linear import from_stored
 from mergequant.simulated_linear import FixedWeight, SimulatedLinear
@@ -92,7 +93,7 @@ def quantize_stage(
     hessian = _hessian(block, first, source, activations, options)
     inverse = None
     if options.weights == "gptq":
-        inverse = _inverse(hessian, options, first)
+        inverse = _inverse(hessian, options, block.name_of(first))
     for number, linear in enumerate(stage.linears):
         result = _quantize_linear(
             block, linear.name, source, hessian, inverse, options, linears[linear.name]
@@ -126,7 +127,7 @@ def _hessian(
     batches = activations.batches[:used]
     block.observe(first, batches, lambda x: seen.add(source.dequantized(x)))
     hessian = seen.get()
-    refuse_infinite(hessian.diagonal(), block.name_of(first))
+    refuse_infinite(hessian.diagonal(), f"The input of {block.name_of(first)}")
     return hessian
 
 
@@ -157,6 +158,7 @@ def _quantize_linear(
     searched = WeightForm(
         options.weight_bits, options.group_size, options.asymmetric, options.weight_search
     )
+    _refuse_unstorable(weight, options.weight_bits, block.name_of(name))
     grid = weight_grid(weight, searched)
     working, loss_gptq = weight, None
     codes = round_to_nearest(weight, grid)
@@ -171,13 +173,24 @@ def _quantize_linear(
         "damping": None if inverse is None else inverse.damping,
     }
     rounding = Rounding(grid, codes)
-    if options.compensation_rank:
+    if options.compensated:
         trainable = trainable_elements(weight, grid)
         rounding = Rounding(grid, codes, working.to(torch.float32), trainable)
     tensors = stored_tensors(name, source, rounding)
     result = LinearResult(name, tensors, report, loss, source, rounding)
     replace_by_stored(block, result, form)
     return result
+
+
+def _refuse_unstorable(weight: Tensor, bits: int, linear: str) -> None:
+    """Raise InputError if a weight exceeds what the largest 16-bit step can stand for."""
+    largest, limit = float(weight.abs().amax()), largest_weight(bits)
+    if largest > limit:
+        raise InputError(
+            f"The weight of {linear}, times its input's steps, reaches {largest:.1e}, beyond the "
+            f"{limit:.1e} that {bits}-bit codes with 16-bit steps hold: check that the model's "
+            "files are whole and that it answers sensibly."
+        )
 
 
 def stored_tensors(name: str, source: StageInput, rounding: Rounding) -> dict[str, Tensor]:

@@ -61,10 +61,10 @@ def stacked_weights(block: Block, stage: Stage) -> Tensor:
     return torch.cat([block.weight(linear.name) for linear in stage.linears])
 
 
-def refuse_infinite(values: Tensor, linear: str) -> None:
-    """Raise InputError unless all statistics of a linear's input are finite."""
+def refuse_infinite(values: Tensor, name: str) -> None:
+    """Raise InputError unless all of what is `name`d, or its statistics, is finite."""
     if not bool(torch.isfinite(values).all()):
         raise InputError(
-            f"The input of {linear} holds NaN or infinity on the calibration text: the model "
+            f"{name} holds NaN or infinity on the calibration text: the model "
             "overflows in float32; check that its files are whole and that it answers sensibly."
         )

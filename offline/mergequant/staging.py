@@ -85,6 +85,11 @@ class Staging:
         """Remove the folder and all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Unfinish all blocks."""
+        for record in self.folder.glob("model-*-of-*.json"):
+            record.unlink()
+
     def finished(self) -> int:
         """How many blocks have a record."""
         return len(list(self.folder.glob("model-*-of-*.json")))

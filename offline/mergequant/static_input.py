@@ -87,7 +87,7 @@ def calibrate_channels(
     first = stage.linears[0].name
     seen = ChannelMagnitudes()
     block.observe(first, batches, seen.add)
-    refuse_infinite(seen.energy, block.name_of(first))
+    refuse_infinite(seen.energy, f"The input of {block.name_of(first)}")
     clip = _channel_clips(block, stage, batches, seen.largest, options)
     folded = fold_norm(
         block.stored[f"{norm.name}.weight"].to(clip.device),

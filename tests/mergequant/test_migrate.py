@@ -91,11 +91,11 @@ def test_the_fold_is_as_exact_in_stored_precision(generator: torch.Generator) ->
     assert torch.allclose(served + bias, explicit(y, folded.step, weight, bias), atol=CLOSE)
 
 
-def test_a_dead_channel_has_multiplier_0_and_step_1(generator: torch.Generator) -> None:
+def test_a_dead_channel_has_multiplier_0_and_the_wanted_step(generator: torch.Generator) -> None:
     _, gamma, _, _ = random_case(generator)
     folded = fold_norm(gamma, None, torch.full((CHANNELS,), 0.1, dtype=torch.float64))
     assert folded.weight[:3].tolist() == [0.0, 0.0, 0.0]
-    assert folded.step[:3].tolist() == [1.0, 1.0, 1.0]
+    assert folded.step[:3].tolist() == [0.1, 0.1, 0.1]
 
 
 def test_steps_of_channels_that_never_fired_are_the_median() -> None:

@@ -97,16 +97,15 @@ def fold_norm(
 
     Returns:
         FoldedNorm whose `step` is the one that the rounded multiplier really divides by. A channel
-        with multiplier 0 (dead: its output is constant) keeps multiplier 0; its step is 1 without
-        a bias and the wanted one with.
+        with multiplier 0 (dead: its output is constant) keeps multiplier 0 and the wanted step:
+        any will do for its output, but readers share a weight step with its column.
     """
     offset = 1.0 if one_plus else 0.0
     gain = weight.to(torch.float64) + offset
     folded = stored(gain / step - offset)
     multiplier = folded + offset
     alive = (gain != 0) & (multiplier != 0)
-    constant = step.to(torch.float64) if bias is not None else torch.ones_like(gain)
-    exact = torch.where(alive, gain / torch.where(alive, multiplier, 1.0), constant)
+    exact = torch.where(alive, gain / torch.where(alive, multiplier, 1.0), step.to(torch.float64))
     adder = None if bias is None else bias.to(torch.float64) / exact
     return FoldedNorm(weight=torch.where(alive, folded, -offset), bias=adder, step=exact)
 

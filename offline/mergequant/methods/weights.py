@@ -109,6 +109,11 @@ def weight_grid(weight: Tensor, form: WeightForm) -> WeightGrid:
     return WeightGrid(step, zero_points, form.bits, form.group_size)
 
 
+def largest_weight(bits: int) -> float:
+    """Magnitude up to which a weight can be stored: the largest 16-bit step's largest code."""
+    return float(round_to_16_bit(torch.tensor(torch.inf))) * largest_code(bits)
+
+
 def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
     """[out, n] to [out, groups, size]; zeros, which no range or error notices, fill the last."""
     columns = weight.shape[1]
