@@ -10,7 +10,7 @@ from mergequant.summary import as_table, inspect_checkpoint
 
 
 def main(model: str, output: str, *calibration: str) -> None:
-    options = Options(weights="gptq", clipping="adaptive", seed=0)  # the defaults, spelled out
+    options = Options(reconstruction="auto", compensation_rank=64, seed=0)  # the defaults
     folder = quantize(model, output, calibration, options)
     print(as_table(inspect_checkpoint(folder)))
 

@@ -1,5 +1,7 @@
 """Models and texts that several tests share, made once a run."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from mergequant import Options, quantize
 from tests.tiny import make_model, write_text
 
-# Steps, clips and GPTQ as the paper has them, on little text; what is beyond is for the tests of it.
+# Steps, clips and GPTQ as the paper has them, on little text; the rest has tests of its own.
 SMALL = Options(
     statistics_samples=4,
     gptq_samples=8,
@@ -32,6 +34,14 @@ WHOLE = SMALL.model_copy(
         "compensation_samples": 4,
     }
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports() -> Iterator[None]:
+    """The quantizer collects garbage after each block; what was imported need not be looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

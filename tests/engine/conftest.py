@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergequant import Options, quantize
 from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
 from mergequant.evaluate import reference_logits, reference_logprobs
 from mergequant.oracle import load_model
@@ -18,6 +19,16 @@ from mergequant.oracle import load_model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTROL_RUNS = 5
 WINDOW = 240
+# The defaults, on less text and with a decided reconstruction: K grows, copies have offsets.
+WHOLE = Options(
+    reconstruction="pad",
+    alpha=0.0,
+    statistics_samples=8,
+    gptq_samples=32,
+    compensation_samples=32,
+    compensation_epochs=2,
+    sequence_length=WINDOW,
+)
 
 pytest.importorskip("vllm")
 
@@ -38,12 +49,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
-    """`trained`, quantized by the example with the default options."""
+    """`trained`, quantized with every step of the method on little text."""
     folder = tmp_path_factory.mktemp("served") / "tiny-llama-w4a4"
     text = trained / "calibration.txt"
     text.write_text((trained / "train.txt").read_text()[:60_000])
-    subprocess.run([sys.executable, EXAMPLES / "quantize.py", trained, folder, text], check=True)
-    return folder
+    return quantize(trained, folder, [text], WHOLE, progress=False)
 
 
 @dataclass(frozen=True)

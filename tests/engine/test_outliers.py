@@ -8,7 +8,13 @@ import pytest
 from mergequant import Options, perplexity, quantize
 from tests.outliers import with_outliers
 
-SAMPLES = {"statistics_samples": 16, "gptq_samples": 32, "sequence_length": 240}
+SAMPLES = {
+    "statistics_samples": 16,
+    "gptq_samples": 32,
+    "sequence_length": 240,
+    "reconstruction": "none",
+    "compensation_rank": 0,
+}
 STATIC = Options.model_validate(SAMPLES)
 DYNAMIC = Options.model_validate(
     {**SAMPLES, "activations": "dynamic", "weights": "rtn", "clipping": "none"}
