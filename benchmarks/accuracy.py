@@ -12,6 +12,7 @@ same command's round-to-nearest per-token baseline (`--activations dynamic`). Wr
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,17 +23,25 @@ from mergequant.evaluate import Engine
 from tests.outliers import with_outliers
 
 SEPARATOR = "<|endoftext|>"
-RTN = Options(activations="dynamic", weights="rtn", clipping="none")
+RTN = Options(
+    activations="dynamic",
+    weights="rtn",
+    clipping="none",
+    weight_search="minmax",
+    reconstruction="none",
+    compensation_rank=0,
+)
 VARIANTS: tuple[tuple[str, Options | None], ...] = (
     ("full precision", None),
     ("dynamic per token, round to nearest", RTN),
-    ("static: step migration + clip + GPTQ (default)", Options()),
+    ("static, without compensation (--fast)", Options(compensation_rank=0)),
+    ("static, the whole method (default)", Options()),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """`excess` is the loss above full precision on the same tokens, nats a token."""
+    """`excess`: loss above full precision on the same tokens, nats; `seconds`: to quantize."""
 
     model: str
     outliers: bool
@@ -40,6 +49,7 @@ class Row:
     loss: float
     excess: float
     tokens: int
+    seconds: float
 
 
 def halves(text: Path, folder: Path) -> tuple[Path, Path]:
@@ -62,17 +72,17 @@ def measure(model: Path, text: Path, windows: int, engine: Engine) -> Iterator[R
                 source = with_outliers(model, Path(scratch) / f"{model.name}-outliers")
             full = 0.0
             for number, (variant, options) in enumerate(VARIANTS):
-                folder = source
+                folder, began = source, time.monotonic()
                 if options is not None:
                     output = Path(scratch) / f"{outliers}-{number}"
                     folder = quantize(source, output, [calibration], options, progress=False)
+                seconds = time.monotonic() - began
                 found = perplexity(
                     folder, evaluation, engine=engine, most_windows=windows, progress=False
                 )
                 full = found.loss if options is None else full
-                row = Row(
-                    model.name, outliers, variant, found.loss, found.loss - full, found.tokens
-                )
+                excess = found.loss - full
+                row = Row(model.name, outliers, variant, found.loss, excess, found.tokens, seconds)
                 print(
                     f"{row.model:<14} {row.outliers!s:<6} {variant:<48} {row.loss:.4f}", flush=True
                 )
@@ -81,13 +91,14 @@ def measure(model: Path, text: Path, windows: int, engine: Engine) -> Iterator[R
 
 def table(rows: list[Row]) -> str:
     """Markdown: one line a variant, excess loss plain and with outliers."""
-    lines = ["| model | variant | loss | excess | excess with outliers |", "|---|---|---|---|---|"]
+    lines = ["| model | variant | loss | excess | excess with outliers | seconds |"]
+    lines.append("|---|---|---|---|---|---|")
     plain = {(row.model, row.variant): row for row in rows if not row.outliers}
     spiked = {(row.model, row.variant): row for row in rows if row.outliers}
     for key, row in plain.items():
         lines.append(
             f"| {row.model} | {row.variant} | {row.loss:.4f} | {row.excess:+.4f} | "
-            f"{spiked[key].excess:+.4f} |"
+            f"{spiked[key].excess:+.4f} | {row.seconds:.0f} |"
         )
     return "\n".join(lines)
 

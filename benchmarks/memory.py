@@ -1,11 +1,11 @@
 """Peak memory of the quantizer beside what its formula says, for two widths and two depths.
 
-    python -m benchmarks.memory [--hidden 256 512] [--blocks 3 9]
+    python -m benchmarks.memory [--hidden 256 512] [--blocks 2 6]
     python -m benchmarks.memory --estimate
 
 Anonymous memory (RssAnon of /proc/self/status) of a process of its own, sampled every 2 ms, minus
 what it was after the imports; pages that belong to mapped files are left out, since the kernel
-drops them at will. glibc is told to map each tensor of 128 KiB or more by itself, as it does by
+drops them at will. glibc is told to map each tensor of 512 KiB or more by itself, as it does by
 default above 32 MiB: below, it keeps freed memory in a heap, and the peak of a model as small as
 these is half slack that a real one has not (`--slack` measures with the default).
 
@@ -37,6 +37,7 @@ METHOD: dict[str, Any] = {
     "reconstruction": "pad",
     "alpha": 1.0,
     "clip_points": 5,
+    "gptq_block": 32,
     "compensation_rank": 16,
     "compensation_samples": 16,
     "compensation_epochs": 2,
@@ -113,7 +114,7 @@ def measure(
     text = write_text(scratch / "text.txt", repeats=CONTEXT)
     command = [sys.executable, "-m", "benchmarks.memory", "--child", str(model)]
     command += [str(scratch / f"out-{hidden}-{blocks}"), str(text), json.dumps(method)]
-    environ = {**os.environ, **({} if slack else {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})}
+    environ = {**os.environ, **({} if slack else {"MALLOC_MMAP_THRESHOLD_": str(MIB // 2)})}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {
@@ -185,7 +186,7 @@ def estimate() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory against width and depth.")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 9])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--slack", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--estimate", action="store_true", help="print the formula's results")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from mergequant.architecture import Architecture, outer_tensors
 from mergequant.checkpoint import Reader
 from mergequant_vllm.kernels.hadamard.reference import rotate
 
-_TOKENS_A_BATCH = 4096
+TOKENS_A_BATCH = 4096
 
 
 class _StopForwardError(Exception):
@@ -88,7 +88,7 @@ class Decoder:
             compensation: windows, from the first, that the compensation trains on.
         """
         table = self.reader.read_in_source_dtype(f"{self.architecture.embedding.name}.weight")
-        size = max(1, _TOKENS_A_BATCH // windows.shape[1])
+        size = max(1, TOKENS_A_BATCH // windows.shape[1])
         wanted = (statistics, gptq, compensation, len(windows))
         borders = sorted({0, *(min(count, len(windows)) for count in wanted)})
         batches: list[Tensor] = []

@@ -23,6 +23,7 @@ from mergequant.corpus import (
 from mergequant.decoder import Activations, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
+from mergequant.memory import needed_memory, refuse_if_short
 from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
@@ -71,10 +72,12 @@ def quantize(
     blocks = int(reader.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
         windows = calibration_of(reader, calibration, options)
+        device = find_device(options.device)
+        refuse_if_short(needed_memory(architecture, reader.config, options, *windows.shape), device)
         writer.begin(fingerprint(reader.config, files, options, sha256_of(windows)))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
-        decoder = Decoder(reader, architecture, find_device(options.device))
+        decoder = Decoder(reader, architecture, device)
         decided = writer.decision() or _decide(decoder, windows, options, progress)
         options = options.model_copy(update=decided)
         contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))

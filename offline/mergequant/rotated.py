@@ -30,7 +30,7 @@ from mergequant_vllm.format import StoredTensor
 
 Rotation = Literal["offline", "online"]
 VALUE, MIX, MIDDLE = "value", "attn_mix", "mlp_mid"
-_ROWS_AT_ONCE = 8192  # a vocabulary of float64 rows would be the largest thing in memory
+ROWS_AT_ONCE = 8192  # a vocabulary of float64 rows would be the largest thing in memory
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class RotatedReader(Reader):
         if turn.constant is not None:
             return torch.full_like(tensor, turn.constant)
         whole = turn.writes is not None  # else each row is rotated by itself
-        parts = (tensor,) if whole else torch.split(tensor, _ROWS_AT_ONCE)
+        parts = (tensor,) if whole else torch.split(tensor, ROWS_AT_ONCE)
         gain = None
         if turn.gain is not None:
             norm, offset = turn.gain
