@@ -38,6 +38,7 @@ METHOD: dict[str, Any] = {
     "alpha": 1.0,
     "clip_points": 5,
     "gptq_block": 32,
+    "weight_search": "minmax",  # the search by error takes half the time and works on slices
     "compensation_rank": 16,
     "compensation_samples": 16,
     "compensation_epochs": 2,
@@ -136,7 +137,7 @@ def predicted(model: Path, method: dict[str, Any]) -> int:
     config = json.loads((model / "config.json").read_text())
     options = Options(**method)
     windows = max(options.statistics_samples, options.gptq_samples)
-    if options.compensation_rank:
+    if options.compensated:
         windows = max(windows, options.compensation_samples)
     architecture = find(config["model_type"])
     return needed_memory(architecture, config, options, windows, options.sequence_length).together

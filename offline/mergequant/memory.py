@@ -200,7 +200,7 @@ class _Shapes:
         bits = options.static_bits if static else options.dynamic_bits
         largest = 2**options.weight_bits * 2 ** (bits - 1) // (1 if options.asymmetric else 2)
         exact = _F32 if columns * largest <= 2**24 else _F64  # see `quantized_linear`
-        kept = exact + 1 + (_F32 + 1 if options.compensation_rank else 0)
+        kept = exact + 1 + (_F32 + 1 if options.compensated else 0)
         groups = -(-columns // (options.group_size or columns))
         return _Weight(out, channels, columns, groups, exact, kept)
 
@@ -225,7 +225,7 @@ class _Shapes:
     @cached_property
     def hidden(self) -> int:
         """Bytes: the quantized model's, the full-precision one's, and what that one emits."""
-        trained = self.options.compensation_samples if self.options.compensation_rank else 0
+        trained = self.options.compensation_samples if self.options.compensated else 0
         return self.states(self.windows) + 2 * self.states(trained)
 
     def tokens(self, at_once: int, windows: int) -> int:
@@ -263,7 +263,7 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
             yield Moment("codes", shapes.hidden, block, work)
             block += weight.kept * weight.elements - weight.plain
     yield Moment("a forward pass", shapes.hidden, block, shapes.forward(tokens))
-    if options.compensation_rank:
+    if options.compensated:
         yield _compensation(shapes)
 
 

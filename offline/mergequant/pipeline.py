@@ -73,7 +73,8 @@ def quantize(
     with Writer(Path(output), shards=blocks + 1) as writer:
         windows = calibration_of(reader, calibration, options)
         device = find_device(options.device)
-        refuse_if_short(needed_memory(architecture, reader.config, options, *windows.shape), device)
+        here = options.model_copy(update={"device": device.type})
+        refuse_if_short(needed_memory(architecture, reader.config, here, *windows.shape), device)
         writer.begin(fingerprint(reader.config, files, options, sha256_of(windows)))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
