@@ -23,7 +23,8 @@ from mergequant.corpus import (
 from mergequant.decoder import Activations, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
-from mergequant.memory import needed_memory, refuse_if_short
+from mergequant.free_memory import refuse_if_short
+from mergequant.memory import needed_memory
 from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
