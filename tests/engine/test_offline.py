@@ -101,11 +101,12 @@ def test_codes_and_integer_sums_equal_the_definition(
 
 
 def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
-    x = found["x"].double()
     parent, _, module = name.rpartition(".")
     parts = [f"{parent}.{part}" for part in MERGED.get(module, (module,))]
     if found["step"] is None:
-        units = x
+        index, offset = (reader.read(f"{parts[0]}.input_{part}") for part in ("index", "offset"))
+        units = (found["x"][:, index] + offset).double()
+        assert units.shape[-1] > found["x"].shape[-1]
     else:
         clip = reader.read(f"{parts[0]}.input_clip")
         step = (found["x"].abs().amax(-1, keepdim=True) * clip * (1 / 7)).clamp(min=2.0**-100)
@@ -114,7 +115,7 @@ def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
     codes = units.round().clamp(-8, 7).to(torch.int64)
     assert torch.equal(found["codes"].to(torch.int64), codes), name
     weight = torch.cat(
-        [unpack(reader.read(f"{part}.weight_packed"), 4, x.shape[-1]) for part in parts]
+        [unpack(reader.read(f"{part}.weight_packed"), 4, codes.shape[-1]) for part in parts]
     )
     sums = codes @ weight.to(torch.int64).T
     assert torch.equal(found["sums"].to(torch.int64), sums), name
