@@ -10,8 +10,7 @@ from torch import Tensor
 from mergequant.decoder import Block
 from mergequant.methods.low_rank import LowRankWeight, straight_through
 from mergequant.options import Options
-from mergequant.simulated_linear import SimulatedLinear
-from mergequant.stage import LinearResult
+from mergequant.stage import LinearResult, replace_by_simulated
 from mergequant.stage_input import StageInput
 
 logger = logging.getLogger("mergequant")
@@ -101,10 +100,7 @@ def _trainable(
         assert found is not None and found.working is not None and found.trainable is not None
         rank = min(options.compensation_rank, *found.codes.shape)
         weight = LowRankWeight(found.working, found.trainable, found.grid, rank, generator)
-        bias = block.stored.get(f"{result.linear}.bias")
-        if bias is not None:
-            bias = bias.to(block.device, torch.float32)
-        block.replace(result.linear, SimulatedLinear(readers[id(result.source)], weight, bias))
+        replace_by_simulated(block, result.linear, readers[id(result.source)], weight)
         yield result.linear, weight
 
 

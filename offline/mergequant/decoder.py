@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -116,6 +117,23 @@ class Decoder:
         self._model.tie_weights()
         return self._model.requires_grad_(False)
 
+    def walk(
+        self, batches: list[Tensor], blocks: int, title: str, shown: bool
+    ) -> Iterator["Block"]:
+        """The first `blocks` blocks in turn, each with `batches` at its input.
+
+        Args:
+            batches: the first block's input, [windows, length, n] each; replaced in place by the
+                next block's before that is yielded.
+            title: of the progress bar, if one is `shown`.
+        """
+        for number in tqdm(range(blocks), desc=title, unit="block", disable=not shown):
+            with self.block(number) as block:
+                yield block
+                if number + 1 < blocks:
+                    for index, hidden in enumerate(batches):
+                        batches[index] = block.forward(hidden)
+
     @contextmanager
     def block(self, number: int, *, keep: bool = False) -> Iterator["Block"]:
         """Decoder block `number` in float32 on the device.
@@ -179,6 +197,7 @@ class Block:
     Attributes:
         module: the `transformers` decoder layer, float32.
         stored: its tensors as the checkpoint has them, by name within the block.
+        number: which block, from 0.
     """
 
     def __init__(
@@ -187,7 +206,7 @@ class Block:
         self.module = module
         self.stored = stored
         self._decoder = decoder
-        self._number = number
+        self.number = number
 
     def weight(self, linear: str) -> Tensor:
         """float32 [out, in] of a linear not yet quantized."""
@@ -198,9 +217,14 @@ class Block:
         """Where its tensors are."""
         return self._decoder.device
 
+    @property
+    def name(self) -> str:
+        """The block's name in the whole model."""
+        return self._decoder.architecture.block.format(block=self.number)
+
     def name_of(self, linear: str) -> str:
         """A linear's name in the whole model."""
-        return f"{self._decoder.architecture.block.format(block=self._number)}.{linear}"
+        return f"{self.name}.{linear}"
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of a submodule."""
@@ -209,7 +233,7 @@ class Block:
 
     def forward(self, hidden: Tensor, *, gradient: bool = False) -> Tensor:
         """[windows, length, n] to the same; `gradient` records it for a backward pass."""
-        arguments = self._decoder.forward_arguments(hidden, self._number)
+        arguments = self._decoder.forward_arguments(hidden, self.number)
         with torch.set_grad_enabled(gradient):
             output: Tensor = self.module(hidden, **arguments)
         return output

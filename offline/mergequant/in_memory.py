@@ -13,9 +13,9 @@ from mergequant.pipeline import (
     calibration_of,
     embed,
     find_device,
+    go_behind,
     open_model,
     progress_bar,
-    refuse_overflow,
 )
 from mergequant.quantize_block import quantize_block
 
@@ -52,6 +52,5 @@ def quantize_in_memory(
                     block, architecture, activations, targets, options, contract.linears, bar
                 )
                 report += lines
-                activations.advance(block.forward, targets)
-                refuse_overflow(activations, architecture.block.format(block=number))
+                go_behind(block, activations, targets)
     return decoder.whole_model(), report

@@ -109,9 +109,5 @@ def _type(name: str) -> Any:
     annotation = Options.model_fields[name].annotation
     if annotation in (bool, int, float, int | None):
         return annotation
-    return type(Options.model_fields[name].default) if _is_number(name) else str
-
-
-def _is_number(name: str) -> bool:
-    """A choice of numbers, such as 4 or 8."""
-    return isinstance(Options.model_fields[name].default, int)
+    choice_of_numbers = isinstance(Options.model_fields[name].default, int)  # such as 4 or 8
+    return int if choice_of_numbers else str

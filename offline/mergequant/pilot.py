@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mergequant.architecture import Norm, Stage, paper_alpha, widths
 from mergequant.contract import padded_columns, reconstructed_columns, tile_of
@@ -25,8 +24,9 @@ from mergequant.methods.gptq import (
     invert_hessian,
     round_to_nearest,
 )
-from mergequant.methods.weights import WeightForm, weight_grid
+from mergequant.methods.weights import weight_grid
 from mergequant.options import Options
+from mergequant.stage import weight_form
 from mergequant.stage_input import stacked_weights
 from mergequant.static_input import ChannelCalibration, calibrate_channels, columns_of, reading
 from mergequant.statistics import Hessian
@@ -115,14 +115,10 @@ def _measure(
     batches = decoder.embed(used, len(used), 0).batches
     blocks = int(decoder.reader.config["num_hidden_layers"])
     tried = {round(x) for x in torch.linspace(0, blocks - 1, min(blocks, _BLOCKS)).tolist()}
-    numbers = tqdm(range(max(tried) + 1), desc="Pilot", unit="block", disable=not progress)
-    for number in numbers:
-        with decoder.block(number) as block:
-            for stage in decoder.architecture.stages():
-                if stage.norm is not None and number in tried:
-                    _try_all(block, stage, stage.norm, batches, candidates)
-            for index, hidden in enumerate(batches):
-                batches[index] = block.forward(hidden)
+    for block in decoder.walk(batches, max(tried) + 1, "Pilot", progress):
+        for stage in decoder.architecture.stages():
+            if stage.norm is not None and block.number in tried:
+                _try_all(block, stage, stage.norm, batches, candidates)
 
 
 def _try_all(
@@ -161,10 +157,7 @@ def _error(
 
 def _rounded(weight: Tensor, inputs: list[Tensor], options: Options) -> Tensor:
     """A folded weight [out, K] as GPTQ would round it: float32."""
-    form = WeightForm(
-        options.weight_bits, options.group_size, options.asymmetric, options.weight_search
-    )
-    grid = weight_grid(weight, form)
+    grid = weight_grid(weight, weight_form(options))
     seen = Hessian()
     for x in inputs:
         seen.add(x)

@@ -20,7 +20,7 @@ from mergequant.corpus import (
     sha256_of,
     window_length,
 )
-from mergequant.decoder import Activations, Decoder
+from mergequant.decoder import Activations, Block, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short
@@ -73,16 +73,17 @@ def quantize(
     blocks = int(reader.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
         windows = calibration_of(reader, calibration, options)
+        text = sha256_of(windows)
         device = find_device(options.device)
         here = options.model_copy(update={"device": device.type})
         refuse_if_short(needed_memory(architecture, reader.config, here, *windows.shape), device)
-        writer.begin(fingerprint(reader.config, files, options, sha256_of(windows)))
+        writer.begin(fingerprint(reader.config, files, options, text))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
         decoder = Decoder(reader, architecture, device)
         decided = writer.decision() or _decide(decoder, windows, options, progress)
         options = options.model_copy(update=decided)
-        contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
+        contract = checkpoint_format(reader.config, architecture, options, text)
         writer.remember(decided)
         _quantize_blocks(decoder, windows, options, contract, writer, progress)
         names = outer_tensors(architecture, reader.config)
@@ -114,6 +115,11 @@ def open_model(model: str | Path, options: Options) -> tuple[Reader, Architectur
 
 
 def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
+    """Token ids int64 [samples, length]: as many windows as any use of them asks for.
+
+    Raises:
+        InputError: there is no text, or too little.
+    """
     if not calibration:
         raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
     sources = [read_source(str(name)) for name in calibration]
@@ -150,7 +156,7 @@ def _quantize_blocks(
             bar.set_description(f"Block {number + 1}/{contract.blocks}")
             with decoder.block(number) as block:
                 targets = [block.forward(hidden) for hidden in activations.exact]
-                prefix = f"{architecture.block.format(block=number)}."
+                prefix = f"{block.name}."
                 if number < writer.finished:
                     stored = writer.read_block(number)
                 else:
@@ -161,14 +167,18 @@ def _quantize_blocks(
                     writer.write_block(number, stored, report)
                 within = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
                 load_stored(block, within, contract.linears, decoder.device)
-                activations.advance(block.forward, targets)
-                refuse_overflow(activations, prefix.removesuffix("."))
+                go_behind(block, activations, targets)
 
 
-def refuse_overflow(activations: Activations, block: str) -> None:
-    """Raise InputError unless what a block emits is finite, quantized and in full precision."""
+def go_behind(block: Block, activations: Activations, targets: list[Tensor]) -> None:
+    """Advance `activations` through a quantized block; `targets` is what the plain one emits.
+
+    Raises:
+        InputError: either is not finite.
+    """
+    activations.advance(block.forward, targets)
     for hidden in (*activations.batches, *activations.exact):
-        refuse_infinite(hidden, f"The output of {block}")
+        refuse_infinite(hidden, f"The output of {block.name}")
 
 
 def embed(decoder: Decoder, windows: Tensor, options: Options) -> Activations:
@@ -189,6 +199,7 @@ def progress_bar(
 
 
 def find_device(wanted: str) -> torch.device:
+    """The device that an option names; InputError if it cannot be used."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,14 +152,12 @@ def _quantize_linear(
     weight = source.folded_weight(block.weight(name).to(torch.float64))
     report: dict[str, Any] = {"activations": form.activations, **source.report}
     if options.weights == "none":
-        replace_by_simulated(block, name, source, FixedWeight(weight.to(torch.float32)))
+        fixed = FixedWeight(weight.to(torch.float32))
+        replace_by_simulated(block, name, source.dequantized, fixed)
         report |= {"loss_rtn": None, "loss_gptq": None, "damping": None}
         return LinearResult(name, {}, report, 0.0, source, None)
-    searched = WeightForm(
-        options.weight_bits, options.group_size, options.asymmetric, options.weight_search
-    )
     _refuse_unstorable(weight, options.weight_bits, block.name_of(name))
-    grid = weight_grid(weight, searched)
+    grid = weight_grid(weight, weight_form(options))
     working, loss_gptq = weight, None
     codes = round_to_nearest(weight, grid)
     loss = loss_rtn = output_loss(weight, codes, grid, hessian)
@@ -180,6 +178,13 @@ def _quantize_linear(
     result = LinearResult(name, tensors, report, loss, source, rounding)
     replace_by_stored(block, result, form)
     return result
+
+
+def weight_form(options: Options) -> WeightForm:
+    """How weights are rounded."""
+    return WeightForm(
+        options.weight_bits, options.group_size, options.asymmetric, options.weight_search
+    )
 
 
 def _refuse_unstorable(weight: Tensor, bits: int, linear: str) -> None:
@@ -212,7 +217,8 @@ def replace_by_stored(block: Block, result: LinearResult, form: LinearFormat) ->
     if form.activations == "dynamic" and result.source.clip is None:
         assert result.rounding is not None
         weight = result.rounding.grid.dequantize(result.rounding.codes)
-        replace_by_simulated(block, name, result.source, FixedWeight(weight.to(torch.float32)))
+        fixed = FixedWeight(weight.to(torch.float32))
+        replace_by_simulated(block, name, result.source.dequantized, fixed)
         return
     device = block.device
     bias = block.stored.get(f"{name}.bias")
@@ -226,9 +232,11 @@ def replace_by_stored(block: Block, result: LinearResult, form: LinearFormat) ->
     block.replace(name, from_stored(form, read, torch.float32))
 
 
-def replace_by_simulated(block: Block, name: str, source: StageInput, weight: nn.Module) -> None:
-    """Put a linear of floating-point products into the block."""
+def replace_by_simulated(
+    block: Block, name: str, read: Callable[[Tensor], Tensor], weight: nn.Module
+) -> None:
+    """Put a linear of floating-point products into the block, see `SimulatedLinear`."""
     bias = block.stored.get(f"{name}.bias")
     if bias is not None:
         bias = bias.to(block.device, torch.float32)
-    block.replace(name, SimulatedLinear(source.dequantized, weight, bias))
+    block.replace(name, SimulatedLinear(read, weight, bias))

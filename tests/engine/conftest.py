@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from mergequant import Options, quantize
 from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
-from mergequant.evaluate import reference_logits, reference_logprobs
+from mergequant.evaluate import reference_logits, reference_logprobs, vllm_engine
 from mergequant.oracle import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -121,6 +123,26 @@ def make_oracle(folder: Path, text: Path, ranks: int, most: int | None = None) -
 def oracles(trained: Path, served: Path) -> dict[int, Oracle]:
     """The oracle for each tensor-parallel size."""
     return {ranks: make_oracle(served, trained / "heldout.txt", ranks) for ranks in (1, 2)}
+
+
+@contextmanager
+def float32_engine(folder: Path, eager: bool, ranks: int) -> Iterator[Any]:
+    """`vllm.LLM` of a checkpoint; each tensor-parallel rank has a core of its own if there are."""
+    if 0 < torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need {ranks} GPUs")
+    cores = sorted(os.sched_getaffinity(0))
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks > 1 and len(cores) >= ranks:
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:ranks])))
+        with vllm_engine(
+            folder,
+            quantization="mergequant",
+            dtype="float32",
+            enforce_eager=eager,
+            tensor_parallel_size=ranks,
+            max_model_len=256,
+        ) as llm:
+            yield llm
 
 
 def check_greedy(oracle: Oracle, prompt: list[int], generated: list[int]) -> int:

@@ -1,7 +1,6 @@
 """The served model against the oracle: eager and compiled, on one rank and on two."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ import pytest
 import torch
 
 from mergequant.checkpoint import Reader
-from mergequant.evaluate import prompt_logprobs, vllm_engine
+from mergequant.evaluate import prompt_logprobs
 from mergequant_vllm.packing import unpack
 from tests.engine import probe
-from tests.engine.conftest import Oracle, check_greedy
+from tests.engine.conftest import Oracle, check_greedy, float32_engine
 
 pytestmark = pytest.mark.engine
 
@@ -40,21 +39,8 @@ class Engine:
 )
 def engine(request: pytest.FixtureRequest, served: Path) -> Iterator[Engine]:
     eager, ranks = request.param
-    if 0 < torch.cuda.device_count() < ranks:
-        pytest.skip(f"{ranks} ranks need {ranks} GPUs")
-    cores = sorted(os.sched_getaffinity(0))
-    with pytest.MonkeyPatch.context() as patch:
-        if ranks > 1 and len(cores) >= ranks:
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:ranks])))
-        with vllm_engine(
-            served,
-            quantization="mergequant",
-            dtype="float32",
-            enforce_eager=eager,
-            tensor_parallel_size=ranks,
-            max_model_len=256,
-        ) as llm:
-            yield Engine(llm, ranks, eager)
+    with float32_engine(served, eager, ranks) as llm:
+        yield Engine(llm, ranks, eager)
 
 
 def test_log_probabilities_are_as_close_as_one_ulp_lets_them(

@@ -1,9 +1,8 @@
 """Hostile models and texts, quantized end to end: a good result or one clear sentence."""
 
-import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,15 +39,6 @@ WHOLE = SMALL.model_copy(
 # None of these models has a source of error that the plain one has not; another model is another
 # draw of a few thousand roundings, and a lost norm, linear or rotation gives 1 or more.
 ROOM = 2.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """A collection for each block does not look through what was imported before the first."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from mergequant.methods.migrate import (
     activation_steps,
     fold_norm,
     migrate_weight,
-    weight_steps,
 )
-from mergequant_vllm.rounding import round_to_16_bit, round_to_codes
+from mergequant_vllm.rounding import round_to_codes
 
 CHANNELS, TOKENS, OUT = 64, 50, 24
 CLOSE = 1e-12  # float64 noise of a 64-term sum, far below any rounding of the method
@@ -102,11 +101,3 @@ def test_steps_of_channels_that_never_fired_are_the_median() -> None:
     largest = torch.tensor([0.0, 7.0, 14.0, 21.0])
     step = activation_steps(largest, torch.ones(4), 4)
     assert step.tolist() == [2.0, 1.0, 2.0, 3.0]
-
-
-def test_weight_steps_are_exact_in_16_bits_and_survive_rows_of_zeros() -> None:
-    weight = torch.tensor([[0.0, 0.0], [0.7, -0.35], [1e-9, 0.0]], dtype=torch.float64)
-    step = weight_steps(weight, 4)
-    assert step[0] == 1.0
-    assert step[1] == round_to_16_bit(torch.tensor(0.1, dtype=torch.float64))
-    assert step[2] == 2.0**-24

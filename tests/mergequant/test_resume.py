@@ -48,7 +48,6 @@ def _prepared() -> Iterator[None]:
     _prepare()
     yield
     torch.set_num_threads(before)
-    gc.unfreeze()
 
 
 def _prepare() -> None:

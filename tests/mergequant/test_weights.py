@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mergequant.methods import weights
-from mergequant.methods.migrate import weight_steps
 from mergequant.methods.weights import WeightForm, WeightGrid, weight_grid
 from mergequant_vllm.rounding import largest_code, round_to_16_bit, smallest_code
 
@@ -71,12 +70,12 @@ def test_steps_and_zero_points_are_the_definitions(
     assert (grid.zero_points is not None) == asymmetric
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_one_symmetric_group_has_the_migrated_weights_steps(bits: int) -> None:
-    weight = random_weight(9, 50)
-    weight[2] = 0.0
-    weight[3] *= 1e-12
-    assert torch.equal(weight_grid(weight, WeightForm(bits)).step[:, 0], weight_steps(weight, bits))
+def test_steps_are_exact_in_16_bits_and_survive_rows_of_zeros() -> None:
+    weight = torch.tensor([[0.0, 0.0], [0.7, -0.35], [1e-9, 0.0]], dtype=torch.float64)
+    step = weight_grid(weight, WeightForm(4)).step[:, 0]
+    assert step[0] == 1.0
+    assert step[1] == round_to_16_bit(torch.tensor(0.1, dtype=torch.float64))
+    assert step[2] == 2.0**-24
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])

@@ -273,7 +273,9 @@ class _HummingLinear:
             module = importlib.import_module("humming")
         except (ImportError, OSError) as error:
             return f"humming-kernels cannot be imported ({error}); install vLLM for CUDA"
-        needed, found = self._needed_version(spec), module.__version__
+        needed, found = self._needed_version(spec), getattr(module, "__version__", None)
+        if found is None:
+            return f"the module humming of {module.__spec__} is not that of humming-kernels"
         if Version(found) < Version(needed):
             return f"the layer or GPU needs humming-kernels {needed}, not {found}; upgrade vLLM"
         return None

@@ -25,6 +25,8 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
 
+Products = Callable[[Tensor, Tensor], Tensor]
+
 
 def integer_products(codes: Tensor, weight_codes: Tensor) -> Tensor:
     """Exact sums of products.
@@ -50,7 +52,7 @@ def int4_linear(
     token_step: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    multiply: Callable[[Tensor, Tensor], Tensor] = integer_products,
+    multiply: Products = integer_products,
 ) -> Tensor:
     """The linear, group by group; see the module's docstring.
 
@@ -155,19 +157,33 @@ class ReferenceLinear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """int16 [N, K]: codes minus zero points."""
-        return _Prepared(stored, spec)
+        return CentredLinear(stored, spec)
 
 
-class _Prepared(PreparedLinear):
+class CentredLinear(PreparedLinear):
+    """A layer whose codes minus zero points are held in a wide dtype: weight [N, K].
+
+    Args:
+        dtype: of the codes, wide enough for 9 bits.
+        multiply: see `int4_linear`; takes weights of that dtype.
+    """
+
     weight: Tensor
     weight_step: Tensor
     bias: Tensor | None
 
-    def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
+    def __init__(
+        self,
+        stored: StoredLinear,
+        spec: LinearSpec,
+        dtype: torch.dtype = torch.int16,
+        multiply: Products = integer_products,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.columns = spec.in_features
-        self.register_buffer("weight", centred_codes(stored, spec))
+        self._multiply = multiply
+        self.register_buffer("weight", centred_codes(stored, spec).to(dtype))
         self.register_buffer("weight_step", stored.weight_step)
         self.register_buffer("bias", stored.bias)
 
@@ -181,4 +197,5 @@ class _Prepared(PreparedLinear):
             token_step,
             self.bias if add_bias else None,
             self.spec.dtype,
+            self._multiply,
         )

@@ -87,15 +87,18 @@ class LowRankWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """What the codes of `merged` stand for: float32 [out, K], differentiable."""
-        scaled = self.merged() / self.step + self.zero
+        scaled = self._scaled()
         relaxed = scaled.clamp(smallest_code(self.bits), largest_code(self.bits))
         codes = straight_through(round_to_codes(scaled.detach(), self.bits), relaxed)
         return (codes - self.zero) * self.step
 
     def codes(self) -> Tensor:
         """int8 [out, K]: what `forward` multiplies by, to be stored."""
-        scaled = self.merged().detach() / self.step + self.zero
-        return round_to_codes(scaled, self.bits).to(torch.int8)
+        return round_to_codes(self._scaled().detach(), self.bits).to(torch.int8)
+
+    def _scaled(self) -> Tensor:
+        """Codes before they are rounded."""
+        return self.merged() / self.step + self.zero
 
 
 def trainable_elements(weight: Tensor, grid: Grid) -> Tensor:

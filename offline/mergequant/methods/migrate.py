@@ -15,7 +15,6 @@ from torch import Tensor
 from mergequant_vllm.rounding import (
     SMALLEST_STEP,
     largest_code,
-    round_to_16_bit,
     round_to_16_bit_normal,
 )
 
@@ -113,21 +112,3 @@ def fold_norm(
 def migrate_weight(weight: Tensor, step: Tensor) -> Tensor:
     """W * s along the input channels (Eq. 5): [out, n] and [n] to [out, n]."""
     return weight * step.to(weight.dtype)
-
-
-def weight_steps(weight: Tensor, bits: int) -> Tensor:
-    """alpha_w = max_k |W_jk| / Q_b per output channel, rounded to what the checkpoint stores.
-
-    Rounded before any code is computed, so that codes fit the scale the server multiplies by. A
-    row of zeros gets 1.
-
-    Args:
-        weight: [out, n], migrated.
-
-    Returns:
-        same dtype as `weight`, [out].
-    """
-    largest = weight.abs().amax(dim=1)
-    step = round_to_16_bit(largest / largest_code(bits))
-    smallest = torch.full_like(step, 2.0**-24)  # smallest positive float16
-    return torch.where(largest == 0, torch.ones_like(step), torch.maximum(step, smallest))
