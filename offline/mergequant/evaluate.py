@@ -1,8 +1,10 @@
 """Perplexity as published numbers take it, through vLLM or through the reference forward."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from mergequant.architecture import widths
 from mergequant.checkpoint import Reader, is_mergequant, locate
-from mergequant.corpus import (
-    evaluation_windows,
-    load_tokenizer,
-    read_source,
-    window_length,
-)
+from mergequant.corpus import evaluation_windows, load_tokenizer, read_source, window_length
 from mergequant.errors import InputError
 from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
@@ -26,6 +24,10 @@ from mergequant_vllm.format import check_tensors, parse
 Engine = Literal["vllm", "transformers"]
 PUBLISHED_WINDOW = 2048
 _TOKENS_A_BATCH = 4096
+_NO_VLLM = (
+    'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
+    "or use --engine transformers."
+)
 
 
 @dataclass(frozen=True)
@@ -73,32 +75,42 @@ def perplexity(
         dtype: of everything that is not quantized.
         tensor_parallel_size: ranks; the reference forward reproduces their arithmetic.
     """
-    if window < 2 or (most_windows is not None and most_windows < 1):
-        raise InputError("A window needs 2 tokens and at least one window: raise --window(s).")
+    refuse_no_window(window, most_windows)
     reader = Reader(locate(model))
     folder = reader.folder
     if is_mergequant(reader.config):
         check_tensors(parse(reader.config["quantization_config"]), reader.stored)
     length = window_length(window, reader.config.get("max_position_embeddings"))
-    source = read_source(str(text), default_split="test")
-    windows = evaluation_windows(source, load_tokenizer(folder), length)[:most_windows]
+    windows = text_windows(text, load_tokenizer(folder), length, most_windows)
     if engine == "vllm":
-        logprobs = vllm_logprobs(
-            folder, windows, dtype, tensor_parallel_size, enforce_eager, progress
-        )
+        with vllm_engine(
+            folder,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            enforce_eager=enforce_eager,
+            max_model_len=length + 1,
+        ) as llm:
+            logprobs = prompt_logprobs(llm, windows, progress)
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         reference = load_model(folder, getattr(torch, dtype), tensor_parallel_size).to(device)
         logprobs = reference_logprobs(reference, windows.to(device), progress)
     loss = -float(logprobs.mean())
-    return Perplexity(
-        perplexity=math.exp(loss),
-        loss=loss,
-        tokens=logprobs.numel(),
-        windows=len(windows),
-        window_length=length,
-        engine=engine,
-    )
+    return Perplexity(math.exp(loss), loss, logprobs.numel(), len(windows), length, engine)
+
+
+def refuse_no_window(window: int, most_windows: int | None) -> None:
+    """Raise InputError unless windows of so many tokens, at most so many, predict a token."""
+    if window < 2 or (most_windows is not None and most_windows < 1):
+        raise InputError("A window needs 2 tokens and at least one window: raise --window(s).")
+
+
+def text_windows(
+    text: str | Path, tokenizer: PreTrainedTokenizerBase, length: int, most_windows: int | None
+) -> Tensor:
+    """A text as it is evaluated, a data set by its split `test`: token ids int64 [*, length]."""
+    source = read_source(str(text), default_split="test")
+    return evaluation_windows(source, tokenizer, length)[:most_windows]
 
 
 def reference_logprobs(model: Any, windows: Tensor, progress: bool = False) -> Tensor:
@@ -127,27 +139,14 @@ def token_logprobs(logits: Tensor, windows: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def vllm_logprobs(
-    folder: Path,
-    windows: Tensor,
-    dtype: str,
-    tensor_parallel_size: int,
-    enforce_eager: bool,
-    progress: bool = False,
-) -> Tensor:
-    """As `reference_logprobs`, served by vLLM."""
-    with vllm_engine(
-        folder,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        enforce_eager=enforce_eager,
-        max_model_len=windows.shape[1] + 1,
-    ) as llm:
-        return prompt_logprobs(llm, windows, progress)
+def require_vllm() -> None:
+    """Raise InputError unless vLLM is installed; it is not imported, which takes seconds."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(_NO_VLLM)
 
 
-def vllm_engine(folder: Path, **arguments: Any) -> Any:
-    """A context manager around an `LLM`, shut down when it ends."""
+def vllm_engine(folder: Path, **arguments: Any) -> AbstractContextManager[Any]:
+    """A context around an `LLM`, which is started at once and shut down when the context ends."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gibibytes(folder, arguments)))
@@ -156,11 +155,8 @@ def vllm_engine(folder: Path, **arguments: Any) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise InputError(
-            'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
-            "or use --engine transformers."
-        ) from error
-    return _Closing(LLM(model=str(folder), **arguments))
+        raise InputError(_NO_VLLM) from error
+    return _closing(LLM(model=str(folder), **arguments))
 
 
 def _cache_gibibytes(folder: Path, arguments: dict[str, Any]) -> int:
@@ -171,15 +167,12 @@ def _cache_gibibytes(folder: Path, arguments: dict[str, Any]) -> int:
     return max(1, math.ceil(1.5 * tokens * per_token / 2**30))
 
 
-class _Closing:
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-
-    def __enter__(self) -> Any:
-        return self._llm
-
-    def __exit__(self, *_: object) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+@contextmanager
+def _closing(llm: Any) -> Iterator[Any]:
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def prompt_logprobs(llm: Any, windows: Tensor, progress: bool = False) -> Tensor:

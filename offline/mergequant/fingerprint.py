@@ -45,15 +45,15 @@ class Fingerprint(BaseModel):
         return next(self._differences(given), None)
 
     def _differences(self, given: "Fingerprint") -> Iterator[str]:
-        for name, ours, theirs in _unequal(self.options, given.options):
+        for name, ours, theirs in unequal(self.options, given.options):
             yield f"--{name.replace('_', '-')} {ours}, not {theirs}"
-        for name, ours, theirs in _unequal(self.versions, given.versions):
+        for name, ours, theirs in unequal(self.versions, given.versions):
             yield f"{name} {ours}, not {theirs}"
         if self.format_version != given.format_version:
             yield f"format version {self.format_version}, not {given.format_version}"
         if self.config_sha256 != given.config_sha256:
             yield "another config.json of the model"
-        for name, ours, theirs in _unequal(self.weights_sha256, given.weights_sha256):
+        for name, ours, theirs in unequal(self.weights_sha256, given.weights_sha256):
             yield f"other weights in {name} ({_short(ours)}, not {_short(theirs)})"
         ours, theirs = self.calibration_sha256, given.calibration_sha256
         if ours != theirs:
@@ -65,32 +65,47 @@ def fingerprint(
 ) -> Fingerprint:
     """The fingerprint of a run.
 
-    Weight files are hashed whole: it costs 1 to 3 seconds a GB, and quantizing minutes a GB. Sizes,
-    headers and sampled pages would not see an adapter merged into a few of the matrices.
-
     Args:
         config: the source model's `config.json`.
         files: its weight files.
         options: as they were given; what they leave to be measured follows from the rest.
         calibration_sha256: of the token windows.
     """
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        hashes = list(pool.map(file_sha256, files))
     return Fingerprint(
         format_version=FORMAT_VERSION,
         versions=library_versions(),
         options=options.model_dump(mode="json"),
-        config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        weights_sha256={file.name: value for file, value in zip(files, hashes, strict=True)},
+        config_sha256=config_sha256(config),
+        weights_sha256=weights_sha256(files),
         calibration_sha256=calibration_sha256,
     )
 
 
 def library_versions() -> dict[str, str]:
     """Of the libraries whose arithmetic and tokenizers are used, by package."""
-    libraries = ("torch", "transformers", "compressed-tensors")
+    return versions_of("torch", "transformers", "compressed-tensors")
+
+
+def versions_of(*libraries: str) -> dict[str, str]:
+    """This release and those of installed `libraries`, by package."""
     versions = {name: importlib.metadata.version(name) for name in libraries}
     return {"mergequant-vllm": mergequant_vllm.__version__, **versions}
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Of what a `config.json` says, however it is laid out; in hexadecimal."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def weights_sha256(files: Sequence[Path]) -> dict[str, str]:
+    """Of each weight file, by name.
+
+    Files are hashed whole: it costs 1 to 3 seconds a GB, and quantizing minutes a GB. Sizes,
+    headers and sampled pages would not see an adapter merged into a few of the matrices.
+    """
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        hashes = list(pool.map(file_sha256, files))
+    return {file.name: value for file, value in zip(files, hashes, strict=True)}
 
 
 def file_sha256(file: Path) -> str:
@@ -99,7 +114,7 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name and both values of each entry that differs; None where one has no such entry."""
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):

@@ -90,9 +90,12 @@ def read_options(flags: Mapping[str, Any], **changes: Any) -> Options:
     try:
         return Options.model_validate({**flags, **changes})
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else "Options:"
-        raise InputError(f"{where} is wrong: {fault['msg']}.") from error
+        faults = error.errors()
+        field = faults[0]["loc"][:1]
+        where = "--" + str(field[0]).replace("_", "-") if field else "Options:"
+        # A field of several types has a fault for each.
+        messages = " or ".join(fault["msg"] for fault in faults if fault["loc"][:1] == field)
+        raise InputError(f"{where} is wrong: {messages}.") from error
 
 
 def _default(name: str) -> Any:

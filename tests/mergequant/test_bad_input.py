@@ -145,6 +145,7 @@ def test_an_output_folder_in_use_is_refused_and_left_alone(
     [
         ("--weights", "awq", "--weights is wrong"),
         ("--damping", "0", "--damping is wrong"),
+        ("--alpha", "high", " or Input should be 'architecture' or 'auto'"),
         ("--device", "cuda:99", "Device 'cuda:99' cannot be used here"),
     ],
 )

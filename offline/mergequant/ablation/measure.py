@@ -1,24 +1,50 @@
 """A model's losses on the texts and its accuracies on the tasks."""
 
 import gc
-import importlib.util
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mergequant.ablation.records import Measured
 from mergequant.ablation.tasks import Tasks
-from mergequant.corpus import evaluation_windows, load_tokenizer, read_source, window_length
+from mergequant.corpus import load_tokenizer, window_length
 from mergequant.errors import InputError
-from mergequant.evaluate import prompt_logprobs, reference_logprobs, vllm_engine
+from mergequant.evaluate import (
+    prompt_logprobs,
+    reference_logprobs,
+    refuse_no_window,
+    require_vllm,
+    text_windows,
+    vllm_engine,
+)
 from mergequant.oracle import load_model
+from mergequant.pipeline import find_device
 
 VLLM, REFERENCE = "vllm", "transformers"
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Measured(BaseModel):
+    """Loss on one text: mean negative log-probability of a token, nats."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 @dataclass(frozen=True)
@@ -40,25 +66,25 @@ class Bench:
     progress: bool
 
     def folder(
-        self, folder: Path, engines: Iterable[str]
+        self, folder: Path, engines: Collection[str]
     ) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
         """Losses, by engine and text, and accuracies of a 16-bit or quantized model on disk."""
         found = {}
-        engines = list(engines)
         if VLLM in engines:
             found[VLLM] = self._served(folder)
         accuracies: dict[str, float] = {}
         if REFERENCE in engines or self.tasks:
             model = load_model(folder, getattr(torch, self.dtype))
             losses, accuracies = self.model(model, texts=REFERENCE in engines)
-            found |= {REFERENCE: losses} if losses else {}
+            if REFERENCE in engines:
+                found[REFERENCE] = losses
         return found, accuracies
 
     def model(
         self, model: Any, *, texts: bool = True
     ) -> tuple[dict[str, Measured], dict[str, float]]:
         """Losses by text, and accuracies, of a `transformers` model, by the reference."""
-        device = _device()
+        device = find_device("auto")
         model = model.to(device)
         losses = {}
         for name, windows in self.windows.items() if texts else ():
@@ -77,7 +103,7 @@ class Bench:
             }
 
 
-def bench(
+def open_bench(
     folder: Path,
     context: int | None,
     texts: Sequence[str | Path],
@@ -99,24 +125,19 @@ def bench(
         raise InputError(f"--engine {engine!r} is unknown: choose {VLLM} or {REFERENCE}.")
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(_DTYPES)}.")
-    if engine == VLLM and importlib.util.find_spec("vllm") is None:
-        raise InputError(
-            'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
-            f"or use --engine {REFERENCE}."
-        )
+    if engine == VLLM:
+        require_vllm()
     if not texts:
         raise InputError("No evaluation text: give --text FILE (.txt or .jsonl).")
     twice = [text for number, text in enumerate(texts) if text in texts[:number]]
     if twice:
         raise InputError(f"--text {twice[0]} is given twice: give it once.")
-    if window < 2 or (most_windows is not None and most_windows < 1):
-        raise InputError("A window needs 2 tokens and at least one window: raise --window(s).")
+    refuse_no_window(window, most_windows)
     tokenizer = load_tokenizer(folder)
     length = window_length(window, context)
     windows: dict[str, Tensor] = {}
     for text in texts:
-        source = read_source(str(text), default_split="test")
-        found = evaluation_windows(source, tokenizer, length)[:most_windows]
+        found = text_windows(text, tokenizer, length, most_windows)
         windows[_name(str(text), windows)] = found
     return Bench(windows, engine, dtype, tasks, tokenizer, progress)
 
@@ -131,10 +152,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _name(text: str, taken: dict[str, Tensor]) -> str:

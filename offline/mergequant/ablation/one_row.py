@@ -12,23 +12,15 @@ from statistics import fmean
 from typing import Any
 
 from mergequant import in_memory, pipeline
-from mergequant.ablation.measure import REFERENCE, Bench, device_name
-from mergequant.ablation.records import Measured, Record, Shelf
+from mergequant.ablation.measure import REFERENCE, Bench, Measured, device_name
+from mergequant.ablation.records import Record, Shelf
 from mergequant.ablation.rows import Row
+from mergequant.ablation.study import Subject
 from mergequant.checkpoint import CONFIG, REPORT
 from mergequant.durable import write_json
 from mergequant.options import Options
 
 Report = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model, where its calibration text is, and how wide its norm-fed linears' input is."""
-
-    folder: Path
-    calibration: Sequence[str | Path]
-    hidden: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class _Outcome:
 
 
 def run_row(
-    row: Row, engines: Collection[str], source: Source, bench: Bench, shelf: Shelf, keep: bool
+    row: Row, engines: Collection[str], subject: Subject, bench: Bench, shelf: Shelf, keep: bool
 ) -> Record:
     """Quantize as the row says and measure.
 
@@ -50,19 +42,19 @@ def run_row(
     """
     began = time.monotonic()
     if row.options is None:
-        measured, accuracies = bench.folder(source.folder, engines)
+        measured, accuracies = bench.folder(subject.folder, engines)
         outcome = _Outcome(measured, accuracies, [], 0.0)
     elif row.options.exported:
-        outcome = _through_checkpoint(row.key, row.options, engines, source, bench, shelf)
+        outcome = _through_checkpoint(row.key, row.options, engines, subject, bench, shelf)
     else:
-        outcome = _in_memory(row.options, source, bench)
+        outcome = _in_memory(row.options, subject, bench)
     whole = time.monotonic() - began
     record = Record(
         key=row.key,
-        options=None if row.options is None else row.options.model_dump(mode="json"),
+        options=row.options_as_json,
         measured=outcome.measured,
         accuracies=outcome.accuracies,
-        growth=_growth(outcome.report, source.hidden),
+        growth=_growth(outcome.report, subject.widths["hidden"]),
         seconds={
             **_seconds(outcome.report),
             "quantize": round(outcome.quantized, 3),
@@ -82,7 +74,7 @@ def _through_checkpoint(
     key: str,
     options: Options,
     engines: Collection[str],
-    source: Source,
+    subject: Subject,
     bench: Bench,
     shelf: Shelf,
 ) -> _Outcome:
@@ -91,7 +83,7 @@ def _through_checkpoint(
     _prepare(folder, options)
     if not (folder / CONFIG).exists():
         pipeline.quantize(
-            source.folder, folder, source.calibration, options, progress=bench.progress
+            subject.folder, folder, subject.calibration, options, progress=bench.progress
         )
     quantized = time.monotonic() - began
     report = [json.loads(line) for line in (folder / REPORT).read_text().splitlines()]
@@ -99,10 +91,10 @@ def _through_checkpoint(
     return _Outcome(measured, accuracies, report, quantized)
 
 
-def _in_memory(options: Options, source: Source, bench: Bench) -> _Outcome:
+def _in_memory(options: Options, subject: Subject, bench: Bench) -> _Outcome:
     began = time.monotonic()
     model, report = in_memory.quantize_in_memory(
-        source.folder, source.calibration, options, progress=bench.progress
+        subject.folder, subject.calibration, options, progress=bench.progress
     )
     quantized = time.monotonic() - began
     losses, accuracies = bench.model(model)

@@ -121,14 +121,6 @@ _TABLES = {
     "table7": (_TABLE7, "Llama-2-7B"),
 }
 
-# (hidden_size, intermediate_size, num_hidden_layers, vocab_size, max_position_embeddings)
-_SHAPES = {
-    (4096, 11008, 32, 32000, 4096): "Llama-2-7B",
-    (5120, 13824, 40, 32000, 4096): "Llama-2-13B",
-    (8192, 28672, 80, 32000, 4096): "Llama-2-70B",
-    (4096, 14336, 32, 128256, 8192): "Llama-3-8B",
-    (8192, 28672, 80, 128256, 8192): "Llama-3-70B",
-}
 _FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -136,11 +128,18 @@ _FIELDS = (
     "vocab_size",
     "max_position_embeddings",
 )
+_SHAPES: Mapping[tuple[Any, ...], str] = {
+    (4096, 11008, 32, 32000, 4096): "Llama-2-7B",
+    (5120, 13824, 40, 32000, 4096): "Llama-2-13B",
+    (8192, 28672, 80, 32000, 4096): "Llama-2-70B",
+    (4096, 14336, 32, 128256, 8192): "Llama-3-8B",
+    (8192, 28672, 80, 128256, 8192): "Llama-3-70B",
+}
 
 
 def model_of(config: Mapping[str, Any]) -> str | None:
     """Which model of the paper a `config.json` has the shape of; chat variants have it too."""
-    return _SHAPES.get(tuple(config.get(field) for field in _FIELDS))  # type: ignore[arg-type]
+    return _SHAPES.get(tuple(config.get(field) for field in _FIELDS))
 
 
 def shown_model(table: str, ours: str | None) -> str | None:

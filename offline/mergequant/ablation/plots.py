@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from mergequant.ablation.records import Record
-from mergequant.ablation.rows import FULL, Row, Table
+from mergequant.ablation.rows import FULL, Row
 from mergequant.ablation.survey import Survey
+from mergequant.ablation.tables import FIGURE1, Table
 from mergequant.errors import InputError
+from mergequant.options import Options
 
 _READERS = {"attn_in": "q, k, v", "mlp_in": "gate, up"}
 _ENDINGS = {"o_proj": "out", "down_proj": "down"}
@@ -57,7 +59,7 @@ def _figure1(model: str, tables: Sequence[Table], records: Mapping[str, Record])
     """Bars of three calibrations, each without and with rotation: PIQA if measured, else loss."""
     from matplotlib import pyplot
 
-    rows = [row for table in tables if table.name == "figure1" for row in table.rows]
+    rows = [row for table in tables if table.name == FIGURE1 for row in table.rows]
     rows = [row for row in rows if row.key in records]
     quantized = [row for row in rows if row.key != FULL]
     if not quantized:
@@ -141,15 +143,15 @@ def _figure7(model: str, tables: Sequence[Table], records: Mapping[str, Record])
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    row = _clipped_row(tables, records)
-    if row is None:
+    found = _clipped_row(tables, records)
+    if found is None:
         return None
+    row, options = found
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, ratios in records[row.key].clips.items():
         label = _ENDINGS.get(name.rpartition(".")[2], name)
         axes.plot(range(len(ratios)), ratios, marker="o", markersize=4, label=label)
-    assert row.options is not None
-    rotation = {"none": "no"}.get(row.options.rotation, row.options.rotation)
+    rotation = {"none": "no"}.get(options.rotation, options.rotation)
     axes.set(title=f"{model}: clip ratios, {rotation} rotation", xlabel="block", ylabel="ratio")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1.05)
@@ -158,26 +160,22 @@ def _figure7(model: str, tables: Sequence[Table], records: Mapping[str, Record])
     return figure
 
 
-def _clipped_row(tables: Sequence[Table], records: Mapping[str, Record]) -> Row | None:
+def _clipped_row(
+    tables: Sequence[Table], records: Mapping[str, Record]
+) -> tuple[Row, Options] | None:
     """A finished row with searched ratios of o and down, the most of the method first."""
-    rows = [
-        row
+
+    def lacks(found: tuple[Row, Options]) -> tuple[bool, bool, int]:
+        _, options = found
+        return options.rotation != "none", options.weights != "gptq", -options.compensation_rank
+
+    clipped = [
+        (row, row.options)
         for table in tables
         for row in table.rows
-        if row.options is not None
+        if row.key in records
+        and row.options is not None
         and row.options.activations == "static"
         and row.options.clipping == "adaptive"
-        and row.key in records
     ]
-    wanted = sorted(
-        rows,
-        key=lambda row: (
-            row.options is not None
-            and (
-                row.options.rotation != "none",
-                row.options.weights != "gptq",
-                -row.options.compensation_rank,
-            )
-        ),
-    )
-    return wanted[0] if wanted else None
+    return min(clipped, key=lacks, default=None)

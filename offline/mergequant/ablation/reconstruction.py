@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergequant.ablation.rows import Shapes, Table, whole
+from mergequant.ablation.rows import RowMaker, Shapes
+from mergequant.ablation.tables import Table
 from mergequant.decoder import Decoder
 from mergequant.durable import write_json
 from mergequant.options import Options
-from mergequant.pilot import resolve_reconstruction
+from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.pipeline import calibration_of, find_device, open_model
-
-_DECIDED = ("reconstruction", "alpha", "max_extra_channels")
 
 
 def kept_shapes(
@@ -38,7 +37,7 @@ def kept_shapes(
     found: dict[str, Mapping[str, Any]] = kept["shapes"] if kept.get("base") == made_for else {}
     for rotation in _rotations(tables):
         if rotation not in found:
-            options = whole(base, rotation)
+            options = RowMaker(base, {}).whole_options(rotation)
             found[rotation] = _decide(model, calibration, options, progress)
             write_json(file, {"base": made_for, "shapes": found})
     return found
@@ -60,4 +59,14 @@ def _decide(
     decided = resolve_reconstruction(decoder, windows, options, progress)
     if decided.reconstruction == "none":  # the rows are then equal to those without
         return {"reconstruction": "none"}
-    return {name: getattr(decided, name) for name in _DECIDED}
+    return {name: getattr(decided, name) for name in DECIDED}
+
+
+def describe(shapes: Shapes) -> str:
+    """What was chosen where `auto` was asked for, one sentence; else nothing."""
+    chosen = [
+        f"{shape['reconstruction']} (rotation {rotation}"
+        + (f", alpha {shape['alpha']:g})" if "alpha" in shape else ")")
+        for rotation, shape in shapes.items()
+    ]
+    return f"Reconstruction that measured best: {', '.join(chosen)}." if chosen else ""

@@ -1,47 +1,34 @@
-"""What is kept of a finished row, and of the study that it belongs to: JSON files in OUTPUT."""
+"""What is kept of finished rows: JSON files in OUTPUT, which is of one study and one process.
 
-import importlib.metadata
+| file in OUTPUT        | meaning                                                                |
+|-----------------------|------------------------------------------------------------------------|
+| `lock`                | locked (flock) by the run that writes                                  |
+| `study.json`          | what the rows have in common, see `Study`                              |
+| `rows/KEY.json`       | a finished row, see `Record`                                           |
+| `rows/KEY.error.txt`  | why a row failed                                                       |
+| `checkpoints/KEY`     | the row's checkpoint, while it is made and measured, or if it is kept  |
+"""
+
 import json
 import logging
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-import mergequant_vllm
+from mergequant.ablation.measure import Measured
+from mergequant.ablation.study import Study
 from mergequant.durable import HeldError, lock, write_json
 from mergequant.errors import InputError
 
 _LOCK, _STUDY, _ROWS = "lock", "study.json", "rows"
-_LIBRARIES = ("torch", "transformers")
 
 logger = logging.getLogger("mergequant")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Measured(_Strict):
-    """Loss on one text: mean negative log-probability of a token, nats."""
-
-    loss: float
-    tokens: int
-    windows: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
-
-
-class Record(_Strict):
+class Record(BaseModel):
     """A finished row.
 
     Attributes:
@@ -57,6 +44,8 @@ class Record(_Strict):
         device: what measured it.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     key: str
     options: dict[str, JsonValue] | None
     measured: dict[str, dict[str, Measured]]
@@ -67,56 +56,13 @@ class Record(_Strict):
     device: str
 
 
-class Study(_Strict):
-    """All that the rows of one OUTPUT have in common; rows of another study are not comparable.
-
-    Attributes:
-        versions: of the libraries that compute, by package.
-        config_sha256: of the source model's configuration.
-        weights_sha256: of each of its weight files, by name.
-        calibration_sha256: of each calibration text, by name.
-        texts_sha256: of each evaluated text's windows, by name.
-        settings: engine, dtype, tasks.
-    """
-
-    versions: dict[str, str]
-    config_sha256: str
-    weights_sha256: dict[str, str]
-    calibration_sha256: dict[str, str]
-    texts_sha256: dict[str, str]
-    settings: dict[str, JsonValue]
-
-    def difference(self, given: "Study") -> str | None:
-        """The first thing in which they differ, as a phrase; None if they agree."""
-        if self.config_sha256 != given.config_sha256:
-            return "another model's config.json"
-        for field, what in (
-            ("weights_sha256", "weights"),
-            ("calibration_sha256", "calibration text"),
-            ("texts_sha256", "evaluation text or windows"),
-            ("settings", "setting"),
-            ("versions", "release of"),
-        ):
-            ours, theirs = getattr(self, field), getattr(given, field)
-            for name in sorted(ours.keys() | theirs.keys()):
-                if ours.get(name) != theirs.get(name):
-                    return f"another {what} ({name})"
-        return None
-
-
-def versions(extra: Sequence[str] = ()) -> dict[str, str]:
-    """Of what computes, by package."""
-    found = {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *extra)}
-    return {"mergequant-vllm": mergequant_vllm.__version__, **found}
-
-
 class Shelf:
-    """The records in a folder, held by one process at a time; use `shelf`."""
+    """The records in a folder, held by one process at a time; use `open_shelf`."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def read(self, key: str, options: Mapping[str, JsonValue] | None) -> Record | None:
+    def read(self, key: str, options: dict[str, JsonValue] | None) -> Record | None:
         """The record of a finished row; None if there is none of these options."""
         path = self._path(key)
         if not path.exists():
@@ -126,7 +72,7 @@ class Shelf:
         except ValidationError:
             logger.warning("%s is damaged: its row is run again", path)
             return None
-        if record.options != (None if options is None else dict(options)):
+        if record.options != options:
             logger.warning("%s was made with other options: its row is run again", path)
             return None
         return record
@@ -153,7 +99,7 @@ class Shelf:
 
 
 @contextmanager
-def shelf(output: Path, study: Study) -> Iterator[Shelf]:
+def open_shelf(output: Path, study: Study) -> Iterator[Shelf]:
     """`output`, made if need be and locked; what is in it must be of the same study.
 
     Raises:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mergequant.ablation.measure import REFERENCE, Bench, bench, free_memory
+from mergequant.ablation.measure import REFERENCE, VLLM, Bench, free_memory, open_bench
 from mergequant.ablation.one_row import run_row
 from mergequant.ablation.plots import draw, require_matplotlib
-from mergequant.ablation.reconstruction import kept_shapes
-from mergequant.ablation.records import Record, Shelf, shelf
-from mergequant.ablation.rows import FULL, Row, Shapes, Table, distinct
-from mergequant.ablation.study import Subject, chosen_tables, study_of, subject
+from mergequant.ablation.reconstruction import describe, kept_shapes
+from mergequant.ablation.records import Record, Shelf, open_shelf
+from mergequant.ablation.results import Results, as_json, as_markdown
+from mergequant.ablation.rows import FULL, Row, Shapes
+from mergequant.ablation.study import Subject, note_of, study_of, subject_of
 from mergequant.ablation.survey import kept_survey
-from mergequant.ablation.tables import Results, as_json, as_markdown
+from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
 from mergequant.ablation.tasks import Tasks
 from mergequant.durable import write_durably, write_json
+from mergequant.evaluate import PUBLISHED_WINDOW
 from mergequant.options import Options
 from mergequant.pipeline import find_device
 
@@ -51,9 +53,9 @@ def ablate(
     tasks: Sequence[str] = (),
     task_folder: str | Path | None = None,
     plots: bool = False,
-    engine: str = "vllm",
+    engine: str = VLLM,
     dtype: str = "float32",
-    window: int = 2048,
+    window: int = PUBLISHED_WINDOW,
     most_windows: int | None = None,
     base: Options | None = None,
     keep: bool = False,
@@ -89,11 +91,11 @@ def ablate(
     find_device(base.device)
     if plots:
         require_matplotlib()
-    about = subject(model, calibration)
-    rough = chosen_tables(paper, plots, base, about)
-    desk = bench(
-        about.reader.folder,
-        about.reader.config.get("max_position_embeddings"),
+    subject = subject_of(model, calibration)
+    rough = chosen_tables(paper, plots, base, subject.widths)
+    bench = open_bench(
+        subject.folder,
+        subject.reader.config.get("max_position_embeddings"),
         texts,
         engine=engine,
         dtype=dtype,
@@ -102,12 +104,11 @@ def ablate(
         tasks=Tasks(tasks, task_folder) if tasks else None,
         progress=progress,
     )
-    with shelf(Path(output), study_of(about, desk)) as kept:
-        folder, text = about.source.folder, about.source.calibration
+    with open_shelf(Path(output), study_of(subject, bench)) as shelf:
         file = Path(output) / "reconstruction.json"
-        shapes = kept_shapes(file, folder, text, base, rough, progress)
-        rows = chosen_tables(paper, plots, base, about, shapes)
-        run = _Run(about, rows, desk, kept, base, shapes, keep)
+        shapes = kept_shapes(file, subject.folder, calibration, base, rough, progress)
+        tables = chosen_tables(paper, plots, base, subject.widths, shapes)
+        run = _Run(subject, tables, bench, shelf, base, shapes, keep)
         run.all_rows()
         figures = run.plots() if plots else []
         return Ablation(Path(output), run.publish(), run.failed, figures)
@@ -115,7 +116,7 @@ def ablate(
 
 @dataclass
 class _Run:
-    about: Subject
+    subject: Subject
     tables: list[Table]
     bench: Bench
     shelf: Shelf
@@ -128,40 +129,34 @@ class _Run:
     def all_rows(self) -> None:
         """Run every row that is not finished; one that fails leaves the others."""
         rows = distinct(self.tables)
-        waiting = [row for row in rows if not self._is_finished(row, rows)]
+        engines = self._engines(rows)
+        waiting = [row for row in rows if not self._is_finished(row, engines[row.key])]
         if len(waiting) < len(rows):
             logger.info("%d of %d rows are finished", len(rows) - len(waiting), len(rows))
         with tqdm(waiting, unit="row", disable=not self.bench.progress) as bar:
             for number, row in enumerate(bar, start=1):
                 bar.set_description(f"Row {number}/{len(waiting)}: {row.key}")
-                self._one_row(row, rows)
+                self._one_row(row, engines[row.key])
                 free_memory()
                 self.publish()
 
-    def _is_finished(self, row: Row, rows: Sequence[Row]) -> bool:
-        options = None if row.options is None else row.options.model_dump(mode="json")
-        record = self.shelf.read(row.key, options)
-        if record is None or not self._engines(row, rows) <= record.measured.keys():
+    def _engines(self, rows: Sequence[Row]) -> dict[str, set[str]]:
+        """What measures each row: full precision, whatever measures a row to be compared."""
+        usual = self.bench.engine
+        found = {x.key: {usual if x.options.exported else REFERENCE} for x in rows if x.options}
+        return {FULL: {usual}.union(*found.values()), **found}
+
+    def _is_finished(self, row: Row, engines: set[str]) -> bool:
+        record = self.shelf.read(row.key, row.options_as_json)
+        if record is None or not engines <= record.measured.keys():
             return False
         self.records[row.key] = record
         return True
 
-    def _engines(self, row: Row, rows: Sequence[Row]) -> set[str]:
-        """What measures a row: for full precision, whatever measures a row to be compared."""
-        if row.options is not None:
-            return {self.bench.engine if row.options.exported else REFERENCE}
-        others = [self._engines(other, rows) for other in rows if other.options is not None]
-        return {self.bench.engine}.union(*others)
-
-    def _one_row(self, row: Row, rows: Sequence[Row]) -> None:
+    def _one_row(self, row: Row, engines: set[str]) -> None:
         try:
             self.records[row.key] = run_row(
-                row,
-                self._engines(row, rows),
-                self.about.source,
-                self.bench,
-                self.shelf,
-                self.keep,
+                row, engines, self.subject, self.bench, self.shelf, self.keep
             )
         except Exception as error:
             if row.key == FULL:  # no row would have anything to be compared with
@@ -172,52 +167,29 @@ class _Run:
 
     def publish(self) -> str:
         """Write the tables of what is finished; returns the Markdown."""
-        tables = [table for table in self.tables if table.name != "figure1"]
         results = Results(
-            model=self.about.name,
-            paper_model=self.about.paper_model,
+            model=self.subject.name,
+            paper_model=self.subject.paper_model,
             records=self.records,
             failed=self.failed,
             texts=list(self.bench.windows),
-            note=self._note(),
+            note=f"{note_of(self.base, self.bench)} {describe(self.shapes)}".rstrip(),
         )
-        markdown = as_markdown(tables, results)
+        markdown = as_markdown([x for x in self.tables if x.name in NAMES], results)
         output = self.shelf.output
         write_durably(output / "ablation.md", lambda path: path.write_text(markdown))
         write_json(output / "ablation.json", as_json(self.tables, results))
         return markdown
 
-    def _note(self) -> str:
-        base, windows = self.base, self.bench.windows
-        texts = ", ".join(f"{x.shape[0]} x {x.shape[1]} tokens of {t}" for t, x in windows.items())
-        return (
-            f"Calibrated on {base.statistics_samples} (GPTQ: {base.gptq_samples}) windows of "
-            f"{base.sequence_length} tokens, weight steps by {base.weight_search}; evaluated on "
-            f"{texts}. Loss in nats a token, excess "
-            "above full precision by the same engine; K: by how much reconstruction widens the "
-            "linears behind norms. `transformers` is the reference arithmetic, which also gives "
-            f"the tasks' percentages.{_decided(self.shapes)}"
-        )
-
     def plots(self) -> list[Path]:
         """Draw the figures."""
-        about = self.about
+        subject = self.subject
         seen = kept_survey(
             self.shelf.output / "survey.safetensors",
-            about.reader,
-            about.architecture,
-            about.source.calibration,
+            subject.reader,
+            subject.architecture,
+            subject.calibration,
             self.base,
             self.bench.progress,
         )
-        return draw(self.shelf.output, about.name, self.tables, self.records, seen)
-
-
-def _decided(shapes: Shapes) -> str:
-    """What was chosen where `auto` was asked for, one sentence; else nothing."""
-    chosen = [
-        f"{shape['reconstruction']} (rotation {rotation}"
-        + (f", alpha {shape['alpha']:g})" if "alpha" in shape else ")")
-        for rotation, shape in shapes.items()
-    ]
-    return f" Reconstruction that measured best: {', '.join(chosen)}." if chosen else ""
+        return draw(self.shelf.output, subject.name, self.tables, self.records, seen)

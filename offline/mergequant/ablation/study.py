@@ -1,93 +1,107 @@
-"""Everything that is checked and read once, before the first row runs."""
+"""The model under study, and what all rows have in common: checked before the first row runs."""
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergequant.ablation import paper as published
-from mergequant.ablation.measure import Bench
-from mergequant.ablation.one_row import Source
-from mergequant.ablation.records import Study, versions
-from mergequant.ablation.rows import NAMES, Shapes, Table, tables
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from mergequant.ablation import paper
+from mergequant.ablation.measure import VLLM, Bench
 from mergequant.architecture import Architecture, widths
 from mergequant.checkpoint import Reader
-from mergequant.contract import reconstructed_columns
 from mergequant.corpus import read_source, sha256_of
 from mergequant.errors import InputError
-from mergequant.fingerprint import file_sha256
+from mergequant.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.options import Options
 from mergequant.pipeline import open_model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under study.
+    """The model under study, and where its calibration text is.
 
     Attributes:
         name: what tables call it.
         paper_model: which model of the paper it has the shape of, or None.
+        widths: of its spaces, see `mergequant.architecture.widths`.
     """
 
     name: str
     paper_model: str | None
     reader: Reader
     architecture: Architecture
-    source: Source
+    widths: Mapping[str, int]
+    calibration: Sequence[str | Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is on disk."""
+        return self.reader.folder
 
 
-def subject(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
+def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
     """Find a model and check that it can be quantized."""
     if not calibration:
         raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
-    plain = Options(rotation="none")
-    reader, architecture, _ = open_model(model, plain)
+    reader, architecture, _ = open_model(model, Options(rotation="none"))
     return Subject(
         name=Path(model).resolve().name if Path(model).is_dir() else str(model),
-        paper_model=published.model_of(reader.config),
+        paper_model=paper.model_of(reader.config),
         reader=reader,
         architecture=architecture,
-        source=Source(reader.folder, calibration, widths(reader.config)["hidden"]),
+        widths=widths(reader.config),
+        calibration=calibration,
     )
 
 
-def chosen_tables(
-    names: Sequence[str],
-    figure1: bool,
-    base: Options,
-    subject: Subject,
-    shapes: Shapes | None = None,
-) -> list[Table]:
-    """The tables asked for, all if none is; each row's options are checked.
+class Study(BaseModel):
+    """All that the rows of one OUTPUT have in common; rows of another study are not comparable.
 
-    Args:
-        shapes: how rows are reconstructed, once that is decided.
-
-    Raises:
-        InputError: a table is unknown, or the model cannot be quantized as a row says.
+    Attributes:
+        versions: of the libraries that compute, by package.
+        config_sha256: of the source model's configuration.
+        weights_sha256: of each of its weight files, by name.
+        calibration_sha256: of each calibration text, by name.
+        texts_sha256: of each evaluated text's windows, by name.
+        settings: engine, dtype, tasks.
     """
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise InputError(f"--paper {unknown[0]!r} is unknown: choose of {', '.join(NAMES)}.")
-    wanted = {*(names or NAMES), *(["figure1"] if figure1 else [])}
-    config = subject.reader.config
-    every = tables(base, widths(config), shapes)
-    if base.reconstruction == "pad":
-        reconstructed_columns(base, subject.source.hidden)
-    return [table for name, table in every.items() if name in wanted]
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    versions: dict[str, str]
+    config_sha256: str
+    weights_sha256: dict[str, str]
+    calibration_sha256: dict[str, str]
+    texts_sha256: dict[str, str]
+    settings: dict[str, JsonValue]
+
+    def difference(self, given: "Study") -> str | None:
+        """The first thing in which they differ, as a phrase; None if they agree."""
+        if self.config_sha256 != given.config_sha256:
+            return "another model's config.json"
+        for field, what in (
+            ("weights_sha256", "weights"),
+            ("calibration_sha256", "calibration text"),
+            ("texts_sha256", "evaluation text or windows"),
+            ("settings", "setting"),
+            ("versions", "release of"),
+        ):
+            for name, _, _ in unequal(getattr(self, field), getattr(given, field)):
+                return f"another {what} ({name})"
+        return None
 
 
 def study_of(subject: Subject, bench: Bench) -> Study:
     """What the rows of this run have in common."""
-    reader = subject.reader
-    config = json.dumps(reader.config, sort_keys=True).encode()
-    texts = {str(name): read_source(str(name)).text() for name in subject.source.calibration}
+    texts = {str(name): read_source(str(name)).text() for name in subject.calibration}
     tasks = bench.tasks
+    extras = ["vllm"] * (bench.engine == VLLM) + ["lm-eval"] * bool(tasks)
     return Study(
-        versions=versions(tuple(["vllm"] * (bench.engine == "vllm") + ["lm-eval"] * bool(tasks))),
-        config_sha256=hashlib.sha256(config).hexdigest(),
-        weights_sha256={file.name: file_sha256(file) for file in reader.weight_files()},
+        versions=versions_of("torch", "transformers", *extras),
+        config_sha256=config_sha256(subject.reader.config),
+        weights_sha256=weights_sha256(subject.reader.weight_files()),
         calibration_sha256={
             name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
         },
@@ -97,4 +111,17 @@ def study_of(subject: Subject, bench: Bench) -> Study:
             "dtype": bench.dtype,
             "tasks": list(tasks.names) if tasks else [],
         },
+    )
+
+
+def note_of(base: Options, bench: Bench) -> str:
+    """How the rows of this run are made and measured, and what their columns are."""
+    windows = bench.windows.items()
+    texts = ", ".join(f"{x.shape[0]} x {x.shape[1]} tokens of {name}" for name, x in windows)
+    return (
+        f"Calibrated on {base.statistics_samples} (GPTQ: {base.gptq_samples}) windows of "
+        f"{base.sequence_length} tokens, weight steps by {base.weight_search}; evaluated on "
+        f"{texts}. Loss in nats a token, excess above full precision by the same engine; K: by how "
+        "much reconstruction widens the linears behind norms. `transformers` is the reference "
+        "arithmetic, which also gives the tasks' percentages."
     )

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mergequant.architecture import Architecture, Stage, paper_alpha
 from mergequant.checkpoint import Reader
-from mergequant.decoder import Activations, Block, Decoder
+from mergequant.decoder import Block, Decoder
 from mergequant.durable import write_durably
 from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
 from mergequant.options import Options
 from mergequant.pipeline import calibration_of, find_device
+from mergequant.stage_input import stacked_weights
 from mergequant.statistics import ChannelMagnitudes
 
 
@@ -61,22 +61,18 @@ def survey(
     """Run the model on `options.statistics_samples` windows and look at every norm's output."""
     decoder = Decoder(reader, architecture, find_device(options.device))
     windows = _windows(reader, calibration, options)
-    activations = decoder.embed(windows, len(windows), 0)
+    batches = decoder.embed(windows, len(windows), 0).batches
     stages = [stage for stage in architecture.stages() if stage.norm is not None]
     alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(reader.config)
     largest: dict[str, list[Tensor]] = {stage.space: [] for stage in stages}
     found: _Columns | None = None
-    blocks = range(int(reader.config["num_hidden_layers"]))
-    for number in tqdm(blocks, desc="Survey", unit="block", disable=not progress):
-        with decoder.block(number) as block:
-            for stage in stages:
-                seen = _magnitudes(block, stage, activations)
-                largest[stage.space].append(seen.largest.to("cpu", torch.float32))
-                columns = _columns(block, stage, number, seen, alpha, options)
-                if found is None or columns.excess > found.excess:
-                    found = columns
-            for index, hidden in enumerate(activations.batches):
-                activations.batches[index] = block.forward(hidden)
+    for block in decoder.walk(batches, int(reader.config["num_hidden_layers"]), "Survey", progress):
+        for stage in stages:
+            seen = _magnitudes(block, stage, batches)
+            largest[stage.space].append(seen.largest.to("cpu", torch.float32))
+            columns = _columns(block, stage, seen, alpha, options)
+            if found is None or columns.excess > found.excess:
+                found = columns
     assert found is not None  # a model has a block, and a block a norm
     rows = {space: torch.stack(vectors) for space, vectors in largest.items()}
     return Survey(rows, found.space, found.block, found.before, found.after)
@@ -122,17 +118,17 @@ def _windows(reader: Reader, calibration: Sequence[str | Path], options: Options
     return calibration_of(reader, calibration, least)
 
 
-def _magnitudes(block: Block, stage: Stage, activations: Activations) -> ChannelMagnitudes:
+def _magnitudes(block: Block, stage: Stage, batches: list[Tensor]) -> ChannelMagnitudes:
     seen = ChannelMagnitudes()
-    block.observe(stage.linears[0].name, activations.batches, seen.add)
+    block.observe(stage.linears[0].name, batches, seen.add)
     return seen
 
 
 def _columns(
-    block: Block, stage: Stage, number: int, seen: ChannelMagnitudes, alpha: float, options: Options
+    block: Block, stage: Stage, seen: ChannelMagnitudes, alpha: float, options: Options
 ) -> _Columns:
     """The stage's stacked weights as QSM makes them, before and after reconstruction."""
-    weight = torch.cat([block.weight(linear.name) for linear in stage.linears]).to(torch.float64)
+    weight = stacked_weights(block, stage).to(torch.float64)
     step = activation_steps(seen.largest, torch.ones_like(seen.largest), options.static_bits)
     shape = reconstruct(
         step,
@@ -144,7 +140,7 @@ def _columns(
     )
     excess = float(step.max()) / threshold(step, alpha)
     before, after = migrate_weight(weight, step), fold_columns(weight, step, shape)
-    return _Columns(excess, stage.space, number, _height(before), _height(after))
+    return _Columns(excess, stage.space, block.number, _height(before), _height(after))
 
 
 def _height(weight: Tensor) -> Tensor:

@@ -1,180 +1,182 @@
-"""The paper's tables of one model: lines as JSON has them, and as Markdown prints them."""
+"""The paper's tables as rows to run: which rows each has, and what the paper calls them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from mergequant.ablation import paper
-from mergequant.ablation.records import Measured, Record
-from mergequant.ablation.rows import FULL, Row, Table
+from mergequant.ablation.rows import FULL, Row, RowMaker, Shapes
+from mergequant.contract import reconstructed_columns
+from mergequant.errors import InputError
+from mergequant.options import Options
 
-_STAGES = ("calibration", "codes", "compensation")
+NAMES = ("table1", "table4", "table5", "table7")  # what `--paper` takes
+FIGURE1 = "figure1"
+
+_TENSOR: Mapping[str, Any] = {"activation_step": "tensor", "mix_activations": "tensor"}
+_SMOOTH: Mapping[str, Any] = {"activation_step": "smooth", "mix_activations": "tensor"}
+_DYNAMIC: Mapping[str, Any] = {"activations": "dynamic"}
+_FULL = Row(FULL, "full precision", None, "FP16")
 
 
 @dataclass(frozen=True)
-class Results:
-    """What the tables are made of.
+class Table:
+    """Rows that are printed together; those of `figure1` are drawn."""
 
-    Attributes:
-        model: what the source model is called.
-        paper_model: which model of the paper it has the shape of, or None.
-        records: finished rows, by key.
-        failed: why a row failed, by key; a row in neither has not run yet.
-        texts: names of the evaluated texts, in order.
-        note: how the rows were made and measured, one sentence.
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+def chosen_tables(
+    names: Sequence[str],
+    figure1: bool,
+    base: Options,
+    widths: Mapping[str, int],
+    shapes: Shapes | None = None,
+) -> list[Table]:
+    """The tables asked for, all if none is; each row's options are checked.
+
+    Args:
+        names: of `NAMES`.
+        figure1: also the rows of Figure 1.
+
+    Raises:
+        InputError: a table is unknown, or the model cannot be quantized as a row says.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise InputError(f"--paper {unknown[0]!r} is unknown: choose of {', '.join(NAMES)}.")
+    wanted = {*(names or NAMES), *([FIGURE1] if figure1 else [])}
+    every = tables(base, widths, shapes)
+    if base.reconstruction == "pad":
+        reconstructed_columns(base, widths["hidden"])
+    return [table for name, table in every.items() if name in wanted]
+
+
+def tables(
+    base: Options, widths: Mapping[str, int], shapes: Shapes | None = None
+) -> dict[str, Table]:
+    """Every table, by name, in the order in which they run.
+
+    Args:
+        base: what is common to the rows, see `RowMaker`.
+        widths: of the model's spaces, see `mergequant.architecture.widths`.
+        shapes: how rows are reconstructed, once that is decided, see `RowMaker`.
+    """
+    make = RowMaker(base, shapes or {})
+    made = (
+        _table4(make),
+        _table1(make),
+        _table5(make, _group_size(widths)),
+        _table7(make),
+        _figure1(make),
+    )
+    return {table.name: table for table in made}
+
+
+def distinct(tables: Iterable[Table]) -> list[Row]:
+    """The rows to run: each key once, full precision first."""
+    rows = {row.key: row for table in tables for row in table.rows}
+    return sorted(rows.values(), key=lambda row: row.options is not None)
+
+
+def _table1(make: RowMaker) -> Table:
+    def quarot(label: str, paper: str, rotation: str) -> Row:
+        return make.row(label, paper, **_DYNAMIC, rotation=rotation, clipping="adaptive")
+
+    rows = (
+        _FULL,
+        make.row("round to nearest, per token", **_DYNAMIC, weights="rtn"),
+        make.row("SmoothQuant-like, static", "SmoothQuant", **_SMOOTH, weights="rtn"),
+        quarot("QuaRot-like, per token, offline rotation", "QuaRot n-h", "offline"),
+        make.method("MergeQuant, no rotation", "MergeQuant n-h", "none"),
+        make.method("MergeQuant, offline rotation", "MergeQuant n-h", "offline"),
+        quarot("QuaRot-like, per token, online rotation", "QuaRot", "online"),
+        make.method("MergeQuant, online rotation", "MergeQuant", "online"),
+    )
+    return Table("table1", "Table 1: MergeQuant and the baselines, W4A4", rows)
+
+
+def _table4(make: RowMaker) -> Table:
+    online, none = _steps(make, "online", "rotation: "), _steps(make, "none", "no rotation: ")
+    return Table("table4", "Table 4: step by step, W4A4", (_FULL, *online, *none))
+
+
+def _steps(make: RowMaker, rotation: str, start: str) -> list[Row]:
+    """Each row adds to the one before; only the rotated ones are in the paper.
+
+    The paper's `+ QSM` has reconstruction, and o and down per token: its figure stands at the row
+    that has all of these.
     """
 
-    model: str
-    paper_model: str | None
-    records: Mapping[str, Record]
-    failed: Mapping[str, str]
-    texts: Sequence[str]
-    note: str
+    def step(label: str, paper: str | None = None, **changed: Any) -> Row:
+        known = paper if rotation == "online" else None
+        return make.row(f"{start}{label}", known, **{"rotation": rotation, **changed})
+
+    shaped = make.shape(rotation)
+    clipped = {**shaped, "clipping": "adaptive"}
+    rows = [
+        step("static per tensor", "QuaRot & Static", **_TENSOR),
+        step("+ o and down per token", activation_step="tensor"),
+        step("+ QSM: steps per channel"),
+        step("+ reconstruction", "+ QSM", **shaped),
+        step("+ clipping", "+ Clipping", **clipped),
+    ]
+    if make.base.compensation_rank:
+        rows.append(step("+ compensation", "+ Lora fine-tuning", **make.whole(rotation)))
+    return rows
 
 
-def as_json(tables: Sequence[Table], results: Results) -> dict[str, Any]:
-    """Every line of every table, and the records of the rows."""
-    return {
-        "model": results.model,
-        "paper_model": results.paper_model,
-        "note": results.note,
-        "tables": [
-            {
-                "name": table.name,
-                "title": table.title,
-                "paper_model": paper.shown_model(table.name, results.paper_model),
-                "lines": [line(table.name, row, results) for row in table.rows],
-            }
-            for table in tables
-        ],
-        "failed": dict(results.failed),
-        "rows": {key: row.model_dump(mode="json") for key, row in results.records.items()},
+def _table5(make: RowMaker, group: int) -> Table:
+    asymmetric = {"weight_bits": 3, "asymmetric": True}
+    grouped = {"weight_bits": 3, "group_size": group}
+
+    def quarot(label: str, paper: str, form: Mapping[str, Any]) -> Row:
+        dynamic = {**_DYNAMIC, "clipping": "adaptive", "rotation": "online"}
+        return make.row(f"QuaRot-like, {label}", paper, **dynamic, **form)
+
+    def method(label: str, paper: str, form: Mapping[str, Any]) -> Row:
+        return make.method(f"MergeQuant, {label}", paper, "online", **form)
+
+    rows = (
+        _FULL,
+        quarot("3 bits with zero points", "QuaRot-w3-asym", asymmetric),
+        quarot(f"3 bits in groups of {group}", "QuaRot-w3-group", grouped),
+        method("3 bits with zero points", "MergeQuant-w3-asym", asymmetric),
+        method(f"3 bits in groups of {group}", "MergeQuant-w3-group", grouped),
+    )
+    return Table("table5", "Table 5: W3A4, with rotation", rows)
+
+
+def _table7(make: RowMaker) -> Table:
+    def clipping(kind: str, label: str, paper: str) -> Row:
+        return make.row(label, paper, weights="none", clipping=kind)
+
+    rows = (
+        _FULL,
+        clipping("none", "no clipping", "No-clipping"),
+        clipping("channel", "channel clipping", "Channel-clipping"),
+        clipping("adaptive", "adaptive clipping", "Adaptive clipping"),
+    )
+    return Table("table7", "Table 7: clipping, W16A4, no rotation", rows)
+
+
+def _figure1(make: RowMaker) -> Table:
+    """Three calibrations of the activations alone, all with GPTQ weights and without clipping."""
+    kinds: Mapping[str, Mapping[str, Any]] = {
+        "per-tensor static": _TENSOR,
+        "per-token dynamic": _DYNAMIC,
+        "per-channel static": {},
     }
+    rows = [
+        make.row(f"{label}{tail}", rotation=rotation, **changed)
+        for label, changed in kinds.items()
+        for rotation, tail in (("none", ""), ("online", " + rotation"))
+    ]
+    return Table(FIGURE1, "Figure 1: three calibrations, W4A4", (_FULL, *rows))
 
 
-def as_markdown(tables: Sequence[Table], results: Results) -> str:
-    """Every table, and the seconds of all rows (the paper's Table 8)."""
-    parts = [f"# Ablation of {results.model}", results.note]
-    for table in tables:
-        parts += [f"## {table.title}", _table(table, results)]
-    parts += ["## Table 8: time", _times(tables, results)]
-    return "\n\n".join(parts) + "\n"
-
-
-def line(table: str, row: Row, results: Results) -> dict[str, Any]:
-    """One line of a table: ours, and the paper's where it has the row.
-
-    `excess` is the loss above full precision by the same engine on the same tokens, nats a token.
-    """
-    theirs = paper.figures(table, paper.shown_model(table, results.paper_model), row.paper)
-    found: dict[str, Any] = {
-        "label": row.label,
-        "key": row.key,
-        "failed": results.failed.get(row.key),
-        "paper": None
-        if theirs is None
-        else {
-            "wikitext": theirs.wikitext,
-            "c4": theirs.c4,
-            "accuracies": dict(zip(paper.TASKS, theirs.accuracies, strict=False)),
-            "average": theirs.average,
-        },
-    }
-    record = results.records.get(row.key)
-    if record is None:
-        return {**found, "texts": {}, "accuracies": {}, "growth": None, "measured_by": None}
-    engine = next(iter(record.measured))
-    return {
-        **found,
-        "texts": {
-            name: _text(measured, results.records.get(FULL), engine, name)
-            for name, measured in record.measured[engine].items()
-        },
-        "accuracies": record.accuracies,
-        "growth": record.growth,
-        "measured_by": f"{engine}, {record.device}",
-    }
-
-
-def _text(measured: Measured, full: Record | None, engine: str, name: str) -> dict[str, Any]:
-    reference = None if full is None else full.measured.get(engine, {}).get(name)
-    return {
-        "loss": measured.loss,
-        "excess": None if reference is None else measured.loss - reference.loss,
-        "perplexity": measured.perplexity,
-    }
-
-
-def _table(table: Table, results: Results) -> str:
-    lines = [line(table.name, row, results) for row in table.rows]
-    tasks = list(dict.fromkeys(name for x in lines for name in x["accuracies"]))
-    model = paper.shown_model(table.name, results.paper_model)
-    head = ["variant"]
-    for text in results.texts:
-        head += [f"{text}: loss", "excess", "perplexity"]
-    head += ["K", *tasks, *(["average"] if tasks else [])]
-    if model:
-        head.append(f"paper, {model}: WikiText-2 / C4")
-        head += ["paper: average"] if tasks else []
-    head.append("measured by")
-    same = model == results.paper_model
-    return _markdown(head, [_cells(x, results.texts, tasks, model, same) for x in lines])
-
-
-def _cells(
-    x: dict[str, Any], texts: Sequence[str], tasks: list[str], model: str | None, same: bool
-) -> list[str]:
-    """A line's cells; the paper's accuracies beside ours are of the `same` model or left out."""
-    theirs = x["paper"] or {}
-    cells = [x["label"]]
-    for text in texts:
-        found = x["texts"].get(text, {})
-        cells += [
-            _number(found.get("loss"), ".4f"),
-            _number(found.get("excess"), "+.4f"),
-            _number(found.get("perplexity"), ".3f" if found.get("perplexity", 0) < 1e4 else ".2e"),
-        ]
-    cells.append(_number(x["growth"], "+.1f", "%"))
-    for task in tasks:
-        known = theirs.get("accuracies", {}).get(task) if same else None
-        beside = "" if known is None else f" ({known:.2f})"
-        cells.append(_number(x["accuracies"].get(task), ".2f") + beside)
-    if tasks:
-        cells.append(_number(fmean(x["accuracies"].values()) if x["accuracies"] else None, ".2f"))
-    if model:
-        both = (theirs.get("wikitext"), theirs.get("c4"))
-        cells.append(" / ".join(_number(y, ".2f") for y in both) if theirs else "")
-        cells += [_number(theirs.get("average"), ".2f") if theirs else ""] if tasks else []
-    cells.append("failed" if x["failed"] else x["measured_by"] or "not run")
-    return cells
-
-
-def _times(tables: Sequence[Table], results: Results) -> str:
-    """Minutes of each row's stages; the paper's Table 8 has calibration and fine-tuning."""
-    labels: dict[str, str] = {}
-    for table in tables:
-        for row in table.rows:
-            if row.options is not None:
-                labels.setdefault(row.key, f"{table.name}: {row.label}")
-    head = ["row", "calibration, min", "codes, min", "fine-tuning, min", "whole quantizer, min"]
-    rows = []
-    for key, label in labels.items():
-        if key in results.records:
-            seconds = results.records[key].seconds
-            stages = [_number(seconds.get(stage, 0.0) / 60, ".2f") for stage in _STAGES]
-            rows.append([label, *stages, _number(seconds["quantize"] / 60, ".2f")])
-    model = results.paper_model
-    if model in paper.TABLE8:
-        calibration, tuning = paper.TABLE8[model]
-        rows.append([f"paper, {model}", f"{calibration:.1f}", "", f"{tuning * 60:.0f}", ""])
-    return _markdown(head, rows)
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _markdown(head: list[str], rows: Sequence[Sequence[str]]) -> str:
-    ruled = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruled, *rows))
+def _group_size(widths: Mapping[str, int]) -> int:
+    """128 as in the paper, or less in a narrow model, so that each input has two groups."""
+    narrowest = min(widths[name] for name in ("hidden", "queries", "intermediate"))
+    return max(32, min(128, narrowest // 2 // 32 * 32))

@@ -9,9 +9,11 @@ import torch
 
 from mergequant import InputError, Options
 from mergequant.ablation import plots
-from mergequant.ablation.records import Measured, Record
-from mergequant.ablation.rows import Row, distinct, tables
+from mergequant.ablation.measure import Measured
+from mergequant.ablation.records import Record
+from mergequant.ablation.rows import Row
 from mergequant.ablation.survey import Survey
+from mergequant.ablation.tables import distinct, tables
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `plots` brings it")
 

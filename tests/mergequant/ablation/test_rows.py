@@ -7,7 +7,8 @@ import pytest
 
 from mergequant import Options
 from mergequant.ablation import paper
-from mergequant.ablation.rows import FULL, NAMES, Row, Table, distinct, key_of, tables, whole
+from mergequant.ablation.rows import FULL, Row, RowMaker, key_of
+from mergequant.ablation.tables import NAMES, Table, distinct, tables
 
 WIDTHS = {"hidden": 4096, "queries": 4096, "intermediate": 11008}
 BASE = Options(compensation_rank=8, split_by="step")
@@ -142,7 +143,7 @@ def test_rows_of_a_rotation_are_reconstructed_as_was_decided() -> None:
         assert row.options.model_dump(include=set(shape)) == shape
     assert difference(none[0], found["table4"].rows[9]) == {}  # no more than QSM
     assert none[0].key == found["table4"].rows[9].key
-    assert found["table1"].rows[5].key == key_of(whole(BASE, "offline"))
+    assert found["table1"].rows[5].key == key_of(RowMaker(BASE, {}).whole_options("offline"))
 
 
 def test_without_compensation_its_line_is_left_out() -> None:

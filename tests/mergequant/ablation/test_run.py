@@ -1,106 +1,16 @@
 """The command, with a quantizer that only copies: what runs, what is kept, what is shared."""
 
-import gc
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from mergequant import InputError, Options, in_memory, pipeline
-from mergequant.ablation import Ablation, ablate, measure
+from mergequant.ablation import measure, study
 from mergequant.ablation.records import Record
-from mergequant.checkpoint import CONFIG, REPORT
-
-BASE = Options(
-    statistics_samples=2,
-    gptq_samples=2,
-    sequence_length=32,
-    reconstruction="prune",
-    alpha=5.0,
-    compensation_rank=2,
-    device="cpu",
-)
-SETTINGS: dict[str, Any] = {
-    "engine": "transformers",
-    "window": 32,
-    "most_windows": 2,
-    "progress": False,
-}
-
-
-class Quantizer:
-    """Copies the model instead, writes a report, and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.exported: list[Options] = []
-        self.in_memory: list[Options] = []
-        self.fails: dict[str, BaseException] = {}  # by rotation
-
-    def report(self, options: Options) -> list[dict[str, Any]]:
-        columns = {"columns": 80} if options.reconstruction != "none" else None
-        seconds = {"calibration": 1.0, "compensation": 2.0, "codes": 3.0}
-        lines = []
-        for block in range(2):
-            start = f"model.layers.{block}"
-            clip = {"lowest": 0.5, "mean": 0.8, "highest": 1.0}
-            q = {"activations": "static", "clip": clip, "reconstruction": columns}
-            down = {"activations": "dynamic", "clip": 0.7 - block / 10}
-            lines += [
-                {"linear": f"{start}.self_attn.q_proj", "seconds": seconds, **q},
-                {"linear": f"{start}.mlp.down_proj", "seconds": seconds, **down},
-            ]
-        return lines
-
-    def quantize(
-        self, model: Path, output: Path, calibration: object, options: Options, *, progress: bool
-    ) -> Path:
-        self.exported.append(options)
-        if error := self.fails.get(options.rotation):
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "half").touch()
-            raise error
-        shutil.copytree(model, output, dirs_exist_ok=True)
-        lines = self.report(options)
-        (output / REPORT).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return output
-
-    def quantize_in_memory(
-        self, model: Path, calibration: object, options: Options, *, progress: bool
-    ) -> tuple[Any, list[dict[str, Any]]]:
-        self.in_memory.append(options)
-        return Model(), self.report(options)
-
-
-class Model:
-    """Stands for a loaded model."""
-
-    def to(self, device: torch.device) -> "Model":
-        return self
-
-
-def logprobs(model: Model, windows: Tensor, progress: bool) -> Tensor:
-    return torch.full((len(windows), windows.shape[1] - 1), -1.5, dtype=torch.float64)
-
-
-@pytest.fixture
-def quantizer(monkeypatch: pytest.MonkeyPatch) -> Quantizer:
-    made = Quantizer()
-    monkeypatch.setattr(measure, "load_model", lambda *_: Model())
-    monkeypatch.setattr(measure, "reference_logprobs", logprobs)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that tests have imported
-    monkeypatch.setattr(pipeline, "quantize", made.quantize)
-    monkeypatch.setattr(in_memory, "quantize_in_memory", made.quantize_in_memory)
-    return made
-
-
-def run(model: Path, output: Path, text: Path, *paper: str, **changed: Any) -> Ablation:
-    settings = {"base": BASE, "paper": paper, "texts": [text], **SETTINGS, **changed}
-    return ablate(model, output, [text], **settings)
+from mergequant.checkpoint import CONFIG
+from tests.mergequant.ablation.conftest import BASE, Model, Quantizer, run
 
 
 def rows(output: Path) -> set[str]:
@@ -235,22 +145,6 @@ def test_without_full_precision_nothing_runs(
     assert not quantizer.exported
 
 
-def test_rows_of_another_model_or_text_are_not_mixed_in(
-    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    run(llama, out, text, "table7")
-    other = tmp_path / "other.txt"
-    other.write_text(text.read_text()[::-1])
-    with pytest.raises(InputError, match=r"another calibration text \(.*other\.txt\)"):
-        ablate(llama, out, [other], [text], paper=["table7"], base=BASE, **SETTINGS)
-    with pytest.raises(InputError, match=r"another evaluation text or windows \(text\)"):
-        run(llama, out, text, "table7", window=16)
-    with pytest.raises(InputError, match=r"another setting \(dtype\)"):
-        run(llama, out, text, "table7", dtype="bfloat16")
-    assert len(quantizer.in_memory) == 3
-
-
 def test_full_precision_is_measured_by_every_engine_that_measures_a_row(
     quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,10 +155,8 @@ def test_full_precision_is_measured_by_every_engine_that_measures_a_row(
         return bench.model(Model())[0]
 
     monkeypatch.setattr(measure.Bench, "_served", fake)
-    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        "mergequant.ablation.study.versions", lambda names: dict.fromkeys(names, "")
-    )
+    monkeypatch.setattr(measure, "require_vllm", lambda: None)
+    monkeypatch.setattr(study, "versions_of", lambda *names: dict.fromkeys(names, ""))
     run(llama, tmp_path / "out", text, "table1", engine="vllm")
     assert len(served) == 7
     full = json.loads((tmp_path / "out" / "rows" / "full.json").read_text())
@@ -280,51 +172,3 @@ def test_several_texts_are_columns(
     other.write_text(text.read_text()[::-1])
     done = run(llama, tmp_path / "out", text, "table7", texts=[text, other])
     assert "| text: loss | excess | perplexity | other: loss |" in done.markdown
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"paper": ["table2"]}, "--paper 'table2' is unknown: choose of table1, table4"),
-    ({"texts": []}, "No evaluation text"),
-    ({"texts": ["gone.txt"]}, "'gone.txt' does not exist"),
-    ({"engine": "onnx"}, "--engine 'onnx' is unknown"),
-    ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
-    ({"base": BASE.model_copy(update={"device": "abacus"})}, "Device 'abacus' cannot be used"),
-    ({"window": 1}, "A window needs 2 tokens"),
-    ({"tasks": ["piqa"], "task_folder": "/gone"}, "--task-folder /gone is not a folder"),
-]
-
-
-@pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_faults_are_told_before_the_first_row(
-    quantizer: Quantizer,
-    llama: Path,
-    text: Path,
-    tmp_path: Path,
-    changed: dict[str, Any],
-    message: str,
-) -> None:
-    with pytest.raises(InputError, match=message):
-        run(llama, tmp_path / "out", text, **changed)
-    assert not quantizer.exported and not quantizer.in_memory
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_text_given_twice_is_refused(
-    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="given twice"):
-        run(llama, tmp_path / "out", text, texts=[text, text])
-
-
-def test_no_calibration_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No calibration text"):
-        ablate(llama, tmp_path / "out", [], [text], base=BASE, **SETTINGS)
-
-
-def test_a_folder_with_other_files_is_left_alone(
-    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "letter.txt").touch()
-    with pytest.raises(InputError, match="holds other files"):
-        run(llama, tmp_path, text)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

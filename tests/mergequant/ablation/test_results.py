@@ -3,9 +3,11 @@
 import json
 
 from mergequant import Options
-from mergequant.ablation.records import Measured, Record
-from mergequant.ablation.rows import FULL, Row, Table
-from mergequant.ablation.tables import Results, as_json, as_markdown, line
+from mergequant.ablation.measure import Measured
+from mergequant.ablation.records import Record
+from mergequant.ablation.results import Results, as_json, as_markdown, line
+from mergequant.ablation.rows import FULL, Row
+from mergequant.ablation.tables import Table
 
 
 def record(key: str, losses: dict[str, float], **changed: object) -> Record:

@@ -9,7 +9,8 @@ import pytest
 from mergequant import Options
 from mergequant.ablation import ablate, reconstruction
 from mergequant.ablation.reconstruction import kept_shapes
-from mergequant.ablation.rows import Shapes, tables, whole
+from mergequant.ablation.rows import RowMaker, Shapes
+from mergequant.ablation.tables import tables
 from tests.tiny import make_model
 
 WIDTHS = {"hidden": 64, "queries": 64, "intermediate": 172}
@@ -51,7 +52,8 @@ def test_each_rotation_is_decided_once_and_kept(
 ) -> None:
     file = tmp_path / "reconstruction.json"
     first = shapes(llama, text, file, BASE, "table4")
-    assert asked == [whole(BASE, "online"), whole(BASE, "none")]
+    make = RowMaker(BASE, {})
+    assert asked == [make.whole_options("online"), make.whole_options("none")]
     room = {"max_extra_channels": 0.25}
     assert first == {
         "online": {"reconstruction": "prune", "alpha": 1.0, **room},

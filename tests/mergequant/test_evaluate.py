@@ -1,0 +1,131 @@
+"""Perplexity through the reference forward, and what is refused before an engine starts."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from mergequant import InputError, perplexity
+from mergequant.corpus import load_tokenizer
+from mergequant.evaluate import (
+    refuse_no_window,
+    require_vllm,
+    text_windows,
+    vllm_engine,
+)
+from mergequant.oracle import load_model
+
+LENGTH, WINDOWS = 32, 3
+
+
+def test_perplexity_is_that_of_cross_entropy(llama: Path, text: Path) -> None:
+    found = perplexity(
+        llama, text, engine="transformers", window=LENGTH, most_windows=WINDOWS, progress=False
+    )
+    ids = torch.tensor(load_tokenizer(llama)(text.read_text())["input_ids"])
+    windows = ids[: WINDOWS * LENGTH].reshape(WINDOWS, LENGTH)
+    with torch.no_grad():
+        logits = load_model(llama)(windows, use_cache=False).logits[:, :-1].to(torch.float64)
+    loss = float(cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+    # The same logits; each of some hundred float64 terms is rounded a few times.
+    assert math.isclose(found.loss, loss, rel_tol=1e-12)
+    assert found.perplexity == math.exp(found.loss)
+    assert (found.tokens, found.windows, found.window_length) == (93, WINDOWS, LENGTH)
+
+
+def test_windows_are_the_first_of_a_text(llama: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    every = text_windows(text, tokenizer, LENGTH, None)
+    assert len(every) > WINDOWS
+    assert torch.equal(text_windows(text, tokenizer, LENGTH, WINDOWS), every[:WINDOWS])
+
+
+@pytest.mark.parametrize(("window", "most"), [(1, None), (0, 5), (2, 0), (2048, -1)])
+def test_no_token_to_predict_is_refused(window: int, most: int | None) -> None:
+    with pytest.raises(InputError, match=r"needs 2 tokens .* raise --window\(s\)\."):
+        refuse_no_window(window, most)
+    refuse_no_window(2, 1)
+    refuse_no_window(2, None)
+
+
+class FakeEngine:
+    """Stands for `vllm.LLM`: every token has log-probability -2."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.stopped = False
+        core = SimpleNamespace(shutdown=self.stop)
+        self.llm_engine = SimpleNamespace(engine_core=core)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def generate(self, prompts: list[Any], *_: object, use_tqdm: bool) -> list[Any]:
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        scored = [[None, *({token: SimpleNamespace(logprob=-2.0)} for token in x[1:])] for x in ids]
+        pairs = zip(ids, scored, strict=True)
+        return [SimpleNamespace(prompt_token_ids=x, prompt_logprobs=y) for x, y in pairs]
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What the engine sets in the environment, where it is not set, does not outlive the test."""
+    names = ("LOGGING_LEVEL", "LOGGING_STREAM", "CPU_KVCACHE_SPACE", "ALLOW_LONG_MAX_MODEL_LEN")
+    for name in names:
+        monkeypatch.setenv(f"VLLM_{name}", "")
+    return monkeypatch
+
+
+@pytest.fixture
+def fake(no_settings: pytest.MonkeyPatch) -> list[FakeEngine]:
+    """The engines that are started."""
+    started: list[FakeEngine] = []
+
+    def start(**arguments: Any) -> FakeEngine:
+        started.append(FakeEngine(**arguments))
+        return started[-1]
+
+    module = SimpleNamespace(LLM=start, SamplingParams=lambda **_: None)
+    no_settings.setitem(sys.modules, "vllm", module)
+    return started
+
+
+def test_a_served_model_is_asked_for_whole_windows(
+    fake: list[FakeEngine], llama: Path, text: Path
+) -> None:
+    found = perplexity(llama, text, window=LENGTH, most_windows=WINDOWS, dtype="bfloat16")
+    assert (found.loss, found.tokens, found.engine) == (2.0, WINDOWS * (LENGTH - 1), "vllm")
+    assert [engine.arguments for engine in fake] == [
+        {
+            "model": str(llama),
+            "dtype": "bfloat16",
+            "tensor_parallel_size": 1,
+            "enforce_eager": True,
+            "max_model_len": LENGTH + 1,  # one token is generated
+        }
+    ]
+    assert fake[0].stopped
+
+
+def test_an_engine_is_started_at_once_and_stopped_whatever_happens(
+    fake: list[FakeEngine], llama: Path
+) -> None:
+    context = vllm_engine(llama)
+    assert len(fake) == 1 and not fake[0].stopped
+    assert context.__enter__() is fake[0] and not fake[0].stopped
+    assert not context.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert fake[0].stopped
+
+
+def test_without_vllm_one_sentence(no_settings: pytest.MonkeyPatch, llama: Path) -> None:
+    no_settings.setitem(sys.modules, "vllm", None)
+    sentence = r'pip install "mergequant-vllm\[cuda\]" or \[cpu\], or use --engine transformers\.'
+    with pytest.raises(InputError, match=sentence):
+        require_vllm()
+    with pytest.raises(InputError, match=sentence):
+        vllm_engine(llama)
