@@ -18,7 +18,7 @@ from mergequant_vllm.kernels.quantizers import (
     CodeForm,
     StaticQuantizer,
     TokenQuantizer,
-    runs_on_gpu,
+    writer_for,
 )
 from mergequant_vllm.kernels.select import select_linear
 from mergequant_vllm.packing import codes_per_border
@@ -135,7 +135,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             bits=self.format.activation_bits,
             layout=self.kernel.layout,
             columns=layer.product.columns,
-            on_gpu=runs_on_gpu(self.spec, self.kernel),
+            writer=writer_for(self.spec, self.kernel),
         )
         if self.spec.dynamic:
             return TokenQuantizer(form, layer.input_clip.data[:1].clone(), self.format.hadamard)

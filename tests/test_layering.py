@@ -16,6 +16,8 @@ QUANTIZER = ROOT / "offline" / "mergequant"
 SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.int4_linear.reference")
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
+# `mergequant doctor` prints it.
+SHARED += ("doctor",)
 # Modules that may import vLLM as they are imported.
 TOUCHES_VLLM = {SERVER / name for name in ("config.py", "linear.py", "parameters.py")}
 

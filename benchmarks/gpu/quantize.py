@@ -18,7 +18,7 @@ from benchmarks.gpu.device import Device, runs_triton
 from benchmarks.gpu.linears import generator_on
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 
 # Large first: the compiler's choices are those for large batches, as a server's are.
@@ -107,7 +107,12 @@ def make_steps(device: Device, K: int) -> dict[str, Step]:
 
 def make_quantizers(device: Device, K: int) -> dict[str, nn.Module]:
     """As a server has them in front of a kernel that takes int8 codes."""
-    form = CodeForm(bits=BITS, layout=INT8, columns=K, on_gpu=runs_triton(device))
+    form = CodeForm(
+        bits=BITS,
+        layout=INT8,
+        columns=K,
+        writer=Writer.GPU if runs_triton(device) else Writer.REFERENCE,
+    )
     generator, there = generator_on(device, 0), torch.device(device.kind)
     index = torch.randint(K, (K,), generator=generator, device=there, dtype=torch.int32)
     offset = torch.rand(K, generator=generator, device=there) - 0.5

@@ -19,7 +19,7 @@ from benchmarks.gpu.promises import first_difference
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
 
@@ -58,7 +58,7 @@ def check_compiled(K: int, layout: CodeLayout, tokens: tuple[int, ...], device: 
     index = torch.randint(K, (K,), generator=generator, device=there, dtype=torch.int32)
     offset = torch.rand(K, generator=generator, device=there) - 0.5
     clip = torch.tensor([0.8], device=there)
-    form = CodeForm(bits=4, layout=layout, columns=K, on_gpu=True)
+    form = CodeForm(bits=4, layout=layout, columns=K, writer=Writer.GPU)
     pairs: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {
         "static": (
             StaticQuantizer(form, K, None, None, there),

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     evidence: str
 
 
-CPU = ("cpu-fp32", "reference")
+CPU = ("cpu-int4", "cpu-fp32", "reference")
 
 _UNMEASURED = "unmeasured"
 GPUS: tuple[Row, ...] = (

@@ -1,16 +1,20 @@
 """Which code turns activations into codes, decided per call by who compiles.
 
-| where                      | static                | per token (with Hadamard)              |
-|----------------------------|-----------------------|----------------------------------------|
-| GPU under torch.compile    | `norm_round.fused`    | `token_quant.fused` (`.triton`)        |
-| GPU, eager                 | `norm_round.triton`   | `token_quant.triton`                   |
-| CPU, or kernel `reference` | `reference` of either | `reference` of either                  |
+| where                           | static                | per token (with Hadamard)         |
+|---------------------------------|-----------------------|-----------------------------------|
+| GPU under torch.compile         | `norm_round.fused`    | `token_quant.fused` (`.triton`)   |
+| GPU, eager                      | `norm_round.triton`   | `token_quant.triton`              |
+| CPU `cpu-int4`, torch.compile   | `reference`           | `token_quant.native`              |
+| CPU `cpu-int4`, eager           | `norm_round.native`   | `token_quant.native`              |
+| kernel `cpu-fp32`, `reference`  | `reference`           | `reference`                       |
 
-Under torch.compile the compiler puts gather, round, clamp and packing into the kernel of the norm
-(or of the activation function) in front; in eager mode each is one Triton kernel.
+Under torch.compile the compiler puts gather, round, clamp and packing into the loop of the norm
+(or of the activation function) in front; in eager mode each is one kernel.
 """
 
 from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +23,21 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.int4_linear.triton import interpreted
 from mergequant_vllm.kernels.norm_round import fused as norm_round_fused
+from mergequant_vllm.kernels.norm_round import native as norm_round_native
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
 from mergequant_vllm.kernels.token_quant import fused as token_quant_fused
+from mergequant_vllm.kernels.token_quant import native as token_quant_native
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+
+
+class Writer(Enum):
+    """Whose code writes the codes."""
+
+    REFERENCE = "reference"
+    GPU = "gpu"
+    NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -34,20 +48,23 @@ class CodeForm:
         bits: width of an activation code.
         layout: how they are laid out.
         columns: length of a row; codes beyond the linear's K are 0.
-        on_gpu: written by the GPU forms of the quantizers.
+        writer: which forms of the quantizers write them.
     """
 
     bits: int
     layout: CodeLayout
     columns: int
-    on_gpu: bool
+    writer: Writer
 
 
-def runs_on_gpu(spec: LinearSpec, kernel: LinearKernel) -> bool:
-    """Whether the quantizers' GPU forms run; kernel `reference` asks for the definitions."""
+def writer_for(spec: LinearSpec, kernel: LinearKernel) -> Writer:
+    """Which forms of the quantizers run; kernel `reference` asks for the definitions."""
     if kernel.name == "reference":
-        return False
-    return spec.device == "cuda" or (interpreted() and kernel.name == "triton")
+        return Writer.REFERENCE
+    if kernel.name == "cpu-int4":
+        return Writer.NATIVE
+    triton = spec.device == "cuda" or (interpreted() and kernel.name == "triton")
+    return Writer.GPU if triton else Writer.REFERENCE
 
 
 class StaticQuantizer(nn.Module):
@@ -76,7 +93,7 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("index", index)
         self.register_buffer("offset", offset)
         slabs: list[norm_round_fused.Slab] = []
-        if form.on_gpu:
+        if form.writer is Writer.GPU:
             slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
         self.slabs = len(slabs)
         for number, slab in enumerate(slabs):
@@ -87,12 +104,17 @@ class StaticQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x [..., n] to codes [..., columns]; no step."""
         form = self.form
-        if form.on_gpu and torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if form.writer is Writer.GPU and compiling:
             codes = norm_round_fused.static_codes(
                 x, form.bits, form.layout, self._slabs(), form.columns
             )
             return codes, None
-        source = norm_round_triton if form.on_gpu else norm_round
+        source: ModuleType = norm_round
+        if form.writer is Writer.GPU:
+            source = norm_round_triton
+        elif form.writer is Writer.NATIVE and not compiling:
+            source = norm_round_native
         codes = source.static_codes(
             x,
             form.bits,
@@ -130,8 +152,10 @@ class TokenQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., K] to codes [..., columns] and steps float32 [..., 1]."""
         form = self.form
-        source = token_quant
-        if form.on_gpu:
+        source: ModuleType = token_quant
+        if form.writer is Writer.NATIVE:
+            source = token_quant_native
+        elif form.writer is Writer.GPU:
             fuses = torch.compiler.is_compiling() and self.hadamard is None
             source = token_quant_fused if fuses else token_quant_triton
         codes, step = source.token_codes(

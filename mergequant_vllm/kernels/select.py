@@ -9,6 +9,7 @@ from mergequant_vllm.kernels.int4_linear.cpu import CpuLinear
 from mergequant_vllm.kernels.int4_linear.cutlass import CutlassLinear
 from mergequant_vllm.kernels.int4_linear.humming import HummingInt4Linear, HummingInt8Linear
 from mergequant_vllm.kernels.int4_linear.marlin import MarlinLinear
+from mergequant_vllm.kernels.int4_linear.native import NativeLinear
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.int4_linear.triton import TritonLinear
@@ -16,6 +17,7 @@ from mergequant_vllm.kernels.int4_linear.triton import TritonLinear
 KERNEL_VARIABLE = "MERGEQUANT_KERNEL"
 
 _KERNELS: tuple[LinearKernel, ...] = (
+    NativeLinear(),
     CpuLinear(),
     HummingInt4Linear(),
     MarlinLinear(),

@@ -157,6 +157,14 @@ def inspect(
         typer.echo(as_table(summary))
 
 
+@app.command()
+def doctor() -> None:
+    """Which kernels would serve a checkpoint here, and why."""
+    from mergequant_vllm.doctor import report
+
+    typer.echo(report())
+
+
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InputError(f"{option} {value!r} is unknown: choose one of {', '.join(known)}.")

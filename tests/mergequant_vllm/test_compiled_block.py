@@ -21,7 +21,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.ir.ops import layernorm
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
 from mergequant_vllm.kernels.select import LINEAR_KERNELS
 from tests.mergequant_vllm.kernels.made import make_linear, make_spec
 
@@ -36,7 +36,9 @@ class Linear(torch.nn.Module):
         out, columns = form.shape[0], form.in_features
         spec = make_spec(in_features=columns, out_features=out, dynamic=form.norm is None)
         self.product = LINEAR_KERNELS["triton"].prepare(make_linear(spec).stored, spec)
-        code_form = CodeForm(4, LINEAR_KERNELS["triton"].layout, self.product.columns, on_gpu=False)
+        code_form = CodeForm(
+            4, LINEAR_KERNELS["triton"].layout, self.product.columns, writer=Writer.REFERENCE
+        )
         if form.norm is None:
             self.quantizer: Any = TokenQuantizer(code_form, torch.tensor([0.9]), None)
             return

@@ -124,8 +124,8 @@ def test_merged_per_token_linears_equal_the_oracle_and_must_share_their_clip(
 
 
 @pytest.mark.usefixtures("_ranks")
-@pytest.mark.parametrize("kernel", ["cpu-fp32", "reference"])
-def test_per_token_linears_equal_the_oracle_with_either_kernel(
+@pytest.mark.parametrize("kernel", ["cpu-int4", "cpu-fp32", "reference"])
+def test_per_token_linears_equal_the_oracle_with_each_kernel(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, kernel: str
 ) -> None:
     monkeypatch.setenv("MERGEQUANT_KERNEL", kernel)

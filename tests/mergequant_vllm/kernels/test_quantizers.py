@@ -8,7 +8,7 @@ import torch
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out, nibble_order, read_codes
 from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, Writer
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 
 INT8 = CodeLayout.INT8
@@ -22,8 +22,11 @@ def test_static_codes_round_and_clamp() -> None:
 
 def test_what_only_the_compiler_reads_is_planned_for_gpus_only() -> None:
     offset, device = torch.zeros(80), torch.device("cpu")
-    for on_gpu, planned in ((False, set()), (True, {"slab_0_offset", "slab_1_offset"})):
-        form = CodeForm(4, INT8, 128, on_gpu=on_gpu)
+    for writer, planned in (
+        (Writer.REFERENCE, set()),
+        (Writer.GPU, {"slab_0_offset", "slab_1_offset"}),
+    ):
+        form = CodeForm(4, INT8, 128, writer=writer)
         quantizer = StaticQuantizer(form, 64, torch.arange(80) % 64, offset, device)
         buffers = {name for name, _ in quantizer.named_buffers()}
         assert {"index", "offset"} <= buffers

@@ -1,0 +1,15 @@
+// The kernels in portable C++, for the baseline of the platform.
+
+#if 1
+
+#include "linear.h"
+#include "rows.h"
+#include "vectors_portable.h"
+
+extern const Kernels kernels_portable;
+const Kernels kernels_portable = {
+    "portable",         linear_bytes<Portable>, linear_pack<Portable>, linear<Portable>,
+    rows_token_quant, rows_static_round,     rows_hadamard,
+};
+
+#endif

@@ -1,0 +1,54 @@
+// What one instruction set implements: the table that each isa_*.cpp fills and dispatch.cpp reads.
+// Arguments were checked by dispatch.cpp; their meaning is in mergequant.h.
+
+#pragma once
+
+#include <stdint.h>
+
+struct LinearArguments {
+    const int8_t *codes;
+    int64_t stride, m;
+    const uint8_t *packed;
+    const float *weight_step;
+    const int8_t *zero_points;
+    const float *token_step;
+    const void *bias;
+    void *y;
+    int type;
+    int64_t n, k, group;
+    int weight_bits, activation_bits;
+};
+
+struct TokenArguments {
+    const void *x;
+    int type;
+    int64_t stride, m, k;
+    float clip;
+    int bits;
+    int64_t block;
+    int8_t *codes;
+    int64_t columns;
+    float *step;
+};
+
+struct StaticArguments {
+    const void *x;
+    int type;
+    int64_t stride, m, n;
+    const int32_t *index;
+    const float *offset;
+    int bits;
+    int8_t *codes;
+    int64_t k, columns;
+};
+
+struct Kernels {
+    const char *name;
+    int64_t (*linear_bytes)(int64_t n, int64_t k, int64_t group, int weight_bits);
+    void (*linear_pack)(const int8_t *codes, int64_t n, int64_t k, int64_t group, int weight_bits,
+                        uint8_t *packed);
+    int (*linear)(const LinearArguments &);
+    int (*token_quant)(const TokenArguments &);
+    int (*static_round)(const StaticArguments &);
+    int (*hadamard)(const float *x, float *y, int64_t m, int64_t k, int64_t block);
+};

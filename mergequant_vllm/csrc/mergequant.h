@@ -1,0 +1,70 @@
+// C interface of the native CPU kernels; mergequant_vllm/kernels/native/ calls it through ctypes.
+//
+// Every function returns 0, or one of the MQ_ERROR values if its arguments are wrong. No function
+// allocates anything that outlives the call. `isa` is an index below mq_isa_count().
+//
+// Activation codes: int8, one row a token, `stride` bytes from row to row.
+// Weight codes: int8 [n, k] row-major before they are packed, in the range of `weight_bits`
+// (3, 4 or 8 bits, two's complement); packed, the layout is the instruction set's own (linear.h).
+// Groups: runs of `group` input channels that share a weight step, the last one may be short;
+// group = 0: one step for each output channel.
+
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MQ_OK = 0, MQ_ERROR_ISA = 1, MQ_ERROR_ARGUMENT = 2, MQ_ERROR_MEMORY = 3 };
+
+// Element types of activations in floating point, outputs and biases.
+enum { MQ_FLOAT32 = 0, MQ_BFLOAT16 = 1, MQ_FLOAT16 = 2 };
+
+// Instruction sets that were compiled in, slowest first, and whether this machine has them.
+int mq_isa_count(void);
+const char *mq_isa_name(int isa);
+int mq_isa_runs(int isa);
+
+// Packed weights: their size, and the packing.
+int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits);
+int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t group,
+                   int weight_bits, uint8_t *packed);
+
+// y[t, j] as defined in kernels/int4_linear/reference.py, bit for bit.
+//   codes       [m, k], of `activation_bits` (4 or 8)
+//   weight_step float32 [n, groups]
+//   zero_points int8 [n, groups], or null
+//   token_step  float32 [m], or null
+//   bias        [n] of type `type`, or null
+//   y           [m, n] of type `type`, contiguous
+int mq_linear(int isa, const int8_t *codes, int64_t stride, int64_t m, const uint8_t *packed,
+              const float *weight_step, const int8_t *zero_points, const float *token_step,
+              const void *bias, void *y, int type, int64_t n, int64_t k, int64_t group,
+              int weight_bits, int activation_bits);
+
+// Codes and steps of each token, as defined in kernels/token_quant/reference.py, bit for bit.
+//   x     [m, k] of type `type`, `stride` elements from row to row
+//   clip  float32 [1]
+//   block of the Hadamard rotation, or 0
+//   codes [m, columns], contiguous; those beyond k are 0
+//   step  float32 [m]
+int mq_token_quant(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t k,
+                   const float *clip, int bits, int64_t block, int8_t *codes, int64_t columns,
+                   float *step);
+
+// Codes of a migrated norm's output, as in kernels/norm_round/reference.py, bit for bit.
+//   x      [m, n] of type `type`, `stride` elements from row to row
+//   index  int32 [k] below n, or null: the identity, k = n
+//   offset float32 [k], or null
+int mq_static_round(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t n,
+                    const int32_t *index, const float *offset, int bits, int8_t *codes, int64_t k,
+                    int64_t columns);
+
+// Block-diagonal rotation, as kernels/hadamard/reference.py's `rotate`, bit for bit: float32 [m, k].
+int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t block);
+
+#ifdef __cplusplus
+}
+#endif

