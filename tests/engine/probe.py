@@ -51,9 +51,9 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def integer_sums(product: Any, codes: Tensor) -> Tensor:
-    """The prepared linear's own sums: its product with steps of 1 and no rounding after."""
+    """The prepared linear's own sums: its product with steps of 1, which float32 holds exactly."""
     plain = copy.copy(product)
-    plain.spec = dataclasses.replace(product.spec, dtype=torch.float64)
+    plain.spec = dataclasses.replace(product.spec, dtype=torch.float32)
     plain._buffers = {**product._buffers, "weight_step": torch.ones_like(product.weight_step)}
     y: Tensor = plain(codes, None, False)
     return y
