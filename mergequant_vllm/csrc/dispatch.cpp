@@ -30,12 +30,14 @@ bool always() { return true; }
 
 // The compiler's tests of the vector sets include the system's saving of their registers. That of
 // F16C, whose registers are AVX's, is not known to every compiler.
-bool has_avx2() {
+bool has_avx2()
+{
     unsigned a, b, c, d;
     return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-bool has_avx512() {
+bool has_avx512()
+{
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
@@ -44,10 +46,11 @@ bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnn
 
 #elif defined(__aarch64__)
 
-bool has_dotprod() {
+bool has_dotprod()
+{
 #if defined(__linux__)
-    constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP
-    return (getauxval(AT_HWCAP) & asimddp) != 0;
+    constexpr unsigned long ASIMDDP = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
 #elif defined(__APPLE__)
     return true;  // every 64-bit processor of theirs that runs a desktop system
 #else
@@ -63,7 +66,7 @@ struct Isa {
 };
 
 // Slowest first.
-const Isa isas[] = {
+const Isa ISAS[] = {
     {&kernels_portable, always},
 #if defined(__x86_64__)
     {&kernels_avx2, has_avx2},
@@ -74,63 +77,76 @@ const Isa isas[] = {
 #endif
 };
 
-constexpr int isa_count = sizeof(isas) / sizeof(isas[0]);
+constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 
 // Integer sums are exact in 32 bits for this many channels: 255 * 128 * 65536 < 2^31.
-constexpr int64_t most_channels = 65536;
-constexpr int64_t most_outputs = int64_t(1) << 31;
+constexpr int64_t MOST_CHANNELS = 65536;
+constexpr int64_t MOST_OUTPUTS = int64_t(1) << 31;
 
 // The kernels of a set that this machine runs, or null.
-const Kernels *find(int isa) { return mq_isa_runs(isa) ? isas[isa].kernels : nullptr; }
+const Kernels *find(int isa) { return mq_isa_runs(isa) ? ISAS[isa].kernels : nullptr; }
 
 bool is_type(int type) { return type == MQ_FLOAT32 || type == MQ_BFLOAT16 || type == MQ_FLOAT16; }
 
-bool is_block(int64_t block, int64_t k) {
+bool is_block(int64_t block, int64_t k)
+{
     return block > 0 && (block & (block - 1)) == 0 && k % block == 0;
 }
 
-bool is_weight(int64_t n, int64_t k, int64_t group, int weight_bits) {
-    const bool sized = n > 0 && n <= most_outputs && k > 0 && k <= most_channels;
+bool is_weight(int64_t n, int64_t k, int64_t group, int weight_bits)
+{
+    const bool sized = n > 0 && n <= MOST_OUTPUTS && k > 0 && k <= MOST_CHANNELS;
     const bool grouped = group == 0 || (group > 0 && group % 32 == 0);
     return sized && grouped && (weight_bits == 3 || weight_bits == 4 || weight_bits == 8);
 }
 
-bool are_codes(const int8_t *codes, int64_t count, int bits) {
+bool are_codes(const int8_t *codes, int64_t count, int bits)
+{
     const int largest = (1 << (bits - 1)) - 1;
     bool inside = true;
-    for (int64_t i = 0; i < count; i++) inside &= codes[i] >= -largest - 1 && codes[i] <= largest;
+    for (int64_t i = 0; i < count; ++i)
+        inside &= codes[i] >= -largest - 1 && codes[i] <= largest;
     return inside;
 }
 
-bool is_index(const int32_t *index, int64_t count, int64_t n) {
+bool is_index(const int32_t *index, int64_t count, int64_t n)
+{
     bool inside = true;
-    for (int64_t i = 0; i < count; i++) inside &= index[i] >= 0 && index[i] < n;
+    for (int64_t i = 0; i < count; ++i)
+        inside &= index[i] >= 0 && index[i] < n;
     return inside;
 }
 
 }  // namespace
 
-int mq_isa_count(void) { return isa_count; }
+int mq_isa_count(void) { return ISA_COUNT; }
 
-const char *mq_isa_name(int isa) {
-    return isa >= 0 && isa < isa_count ? isas[isa].kernels->name : nullptr;
+const char *mq_isa_name(int isa)
+{
+    return isa >= 0 && isa < ISA_COUNT ? ISAS[isa].kernels->name : nullptr;
 }
 
-int mq_isa_runs(int isa) { return isa >= 0 && isa < isa_count && isas[isa].runs(); }
+int mq_isa_runs(int isa) { return isa >= 0 && isa < ISA_COUNT && ISAS[isa].runs(); }
 
 // 0 if the arguments are wrong.
-int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits) {
+int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels || !is_weight(n, k, group, weight_bits)) return 0;
+    if (!kernels || !is_weight(n, k, group, weight_bits))
+        return 0;
     return kernels->linear_bytes(n, k, group, weight_bits);
 }
 
 int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t group,
-                   int weight_bits, uint8_t *packed) {
+                   int weight_bits, uint8_t *packed)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels) return MQ_ERROR_ISA;
-    if (!codes || !packed || !is_weight(n, k, group, weight_bits)) return MQ_ERROR_ARGUMENT;
-    if (!are_codes(codes, n * k, weight_bits)) return MQ_ERROR_ARGUMENT;
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (!codes || !packed || !is_weight(n, k, group, weight_bits))
+        return MQ_ERROR_ARGUMENT;
+    if (!are_codes(codes, n * k, weight_bits))
+        return MQ_ERROR_ARGUMENT;
     kernels->linear_pack(codes, n, k, group, weight_bits, packed);
     return MQ_OK;
 }
@@ -138,49 +154,73 @@ int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t g
 int mq_linear(int isa, const int8_t *codes, int64_t stride, int64_t m, const uint8_t *packed,
               const float *weight_step, const int8_t *zero_points, const float *token_step,
               const void *bias, void *y, int type, int64_t n, int64_t k, int64_t group,
-              int weight_bits, int activation_bits) {
+              int weight_bits, int activation_bits)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels) return MQ_ERROR_ISA;
-    if (m < 0 || !is_weight(n, k, group, weight_bits) || !is_type(type)) return MQ_ERROR_ARGUMENT;
-    if (activation_bits != 4 && activation_bits != 8) return MQ_ERROR_ARGUMENT;
-    if (m == 0) return MQ_OK;
-    if (!codes || !packed || !weight_step || !y) return MQ_ERROR_ARGUMENT;
-    if (m > 1 && stride < k) return MQ_ERROR_ARGUMENT;
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (m < 0 || !is_weight(n, k, group, weight_bits) || !is_type(type))
+        return MQ_ERROR_ARGUMENT;
+    if (activation_bits != 4 && activation_bits != 8)
+        return MQ_ERROR_ARGUMENT;
+    if (m == 0)
+        return MQ_OK;
+    if (!codes || !packed || !weight_step || !y)
+        return MQ_ERROR_ARGUMENT;
+    if (m > 1 && stride < k)
+        return MQ_ERROR_ARGUMENT;
     return kernels->linear({codes, stride, m, packed, weight_step, zero_points, token_step, bias, y,
                             type, n, k, group, weight_bits, activation_bits});
 }
 
 int mq_token_quant(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t k,
                    const float *clip, int bits, int64_t block, int8_t *codes, int64_t columns,
-                   float *step) {
+                   float *step)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels) return MQ_ERROR_ISA;
-    if (m < 0 || k <= 0 || columns < k || !is_type(type) || !clip) return MQ_ERROR_ARGUMENT;
-    if (bits < 2 || bits > 8 || (block != 0 && !is_block(block, k))) return MQ_ERROR_ARGUMENT;
-    if (m == 0) return MQ_OK;
-    if (!x || !codes || !step || (m > 1 && stride < k)) return MQ_ERROR_ARGUMENT;
-    return kernels->token_quant(
-        {x, type, stride, m, k, *clip, bits, block, codes, columns, step});
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (m < 0 || k <= 0 || columns < k || !is_type(type) || !clip)
+        return MQ_ERROR_ARGUMENT;
+    if (bits < 2 || bits > 8 || (block != 0 && !is_block(block, k)))
+        return MQ_ERROR_ARGUMENT;
+    if (m == 0)
+        return MQ_OK;
+    if (!x || !codes || !step || (m > 1 && stride < k))
+        return MQ_ERROR_ARGUMENT;
+    return kernels->token_quant({x, type, stride, m, k, *clip, bits, block, codes, columns, step});
 }
 
 int mq_static_round(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t n,
                     const int32_t *index, const float *offset, int bits, int8_t *codes, int64_t k,
-                    int64_t columns) {
+                    int64_t columns)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels) return MQ_ERROR_ISA;
-    if (m < 0 || n <= 0 || k <= 0 || columns < k || !is_type(type)) return MQ_ERROR_ARGUMENT;
-    if (bits < 2 || bits > 8) return MQ_ERROR_ARGUMENT;
-    if (index ? !is_index(index, k, n) : k != n) return MQ_ERROR_ARGUMENT;
-    if (m == 0) return MQ_OK;
-    if (!x || !codes || (m > 1 && stride < n)) return MQ_ERROR_ARGUMENT;
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (m < 0 || n <= 0 || k <= 0 || columns < k || !is_type(type))
+        return MQ_ERROR_ARGUMENT;
+    if (bits < 2 || bits > 8)
+        return MQ_ERROR_ARGUMENT;
+    if (index ? !is_index(index, k, n) : k != n)
+        return MQ_ERROR_ARGUMENT;
+    if (m == 0)
+        return MQ_OK;
+    if (!x || !codes || (m > 1 && stride < n))
+        return MQ_ERROR_ARGUMENT;
     return kernels->static_round({x, type, stride, m, n, index, offset, bits, codes, k, columns});
 }
 
-int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t block) {
+int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t block)
+{
     const Kernels *const kernels = find(isa);
-    if (!kernels) return MQ_ERROR_ISA;
-    if (m < 0 || k <= 0 || !is_block(block, k)) return MQ_ERROR_ARGUMENT;
-    if (m == 0) return MQ_OK;
-    if (!x || !y) return MQ_ERROR_ARGUMENT;
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (m < 0 || k <= 0 || !is_block(block, k))
+        return MQ_ERROR_ARGUMENT;
+    if (m == 0)
+        return MQ_OK;
+    if (!x || !y)
+        return MQ_ERROR_ARGUMENT;
     return kernels->hadamard(x, y, m, k, block);
 }

@@ -1,4 +1,4 @@
-// The kernels for AVX2: compiled with -mavx2 -mf16c.
+// The kernels for AVX2 and F16C.
 
 #if defined(__x86_64__)
 
@@ -8,8 +8,13 @@
 
 extern const Kernels kernels_avx2;
 const Kernels kernels_avx2 = {
-    "avx2",         linear_bytes<Avx2>, linear_pack<Avx2>, linear<Avx2>,
-    rows_token_quant, rows_static_round,     rows_hadamard,
+    "avx2",
+    linear_bytes<Avx2>,
+    linear_pack<Avx2>,
+    linear<Avx2>,
+    rows_token_quant,
+    rows_static_round,
+    rows_hadamard,
 };
 
 #endif

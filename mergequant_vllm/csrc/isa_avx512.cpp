@@ -8,8 +8,13 @@
 
 extern const Kernels kernels_avx512;
 const Kernels kernels_avx512 = {
-    "avx512",         linear_bytes<Avx512>, linear_pack<Avx512>, linear<Avx512>,
-    rows_token_quant, rows_static_round,     rows_hadamard,
+    "avx512",
+    linear_bytes<Avx512>,
+    linear_pack<Avx512>,
+    linear<Avx512>,
+    rows_token_quant,
+    rows_static_round,
+    rows_hadamard,
 };
 
 #endif

@@ -1,4 +1,4 @@
-// The kernels for NEON with dot products: compiled with -march=armv8.2-a+dotprod.
+// The kernels for NEON with ARMv8.2's dot products.
 
 #if defined(__aarch64__)
 
@@ -8,8 +8,13 @@
 
 extern const Kernels kernels_neon;
 const Kernels kernels_neon = {
-    "neon-dotprod",         linear_bytes<NeonDotprod>, linear_pack<NeonDotprod>, linear<NeonDotprod>,
-    rows_token_quant, rows_static_round,     rows_hadamard,
+    "neon-dotprod",
+    linear_bytes<NeonDotprod>,
+    linear_pack<NeonDotprod>,
+    linear<NeonDotprod>,
+    rows_token_quant,
+    rows_static_round,
+    rows_hadamard,
 };
 
 #endif

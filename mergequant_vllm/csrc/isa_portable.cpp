@@ -1,6 +1,4 @@
-// The kernels in portable C++, for the baseline of the platform.
-
-#if 1
+// The kernels for any processor of the platform.
 
 #include "linear.h"
 #include "rows.h"
@@ -8,8 +6,11 @@
 
 extern const Kernels kernels_portable;
 const Kernels kernels_portable = {
-    "portable",         linear_bytes<Portable>, linear_pack<Portable>, linear<Portable>,
-    rows_token_quant, rows_static_round,     rows_hadamard,
+    "portable",
+    linear_bytes<Portable>,
+    linear_pack<Portable>,
+    linear<Portable>,
+    rows_token_quant,
+    rows_static_round,
+    rows_hadamard,
 };
-
-#endif

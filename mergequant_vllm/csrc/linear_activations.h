@@ -56,12 +56,13 @@ template <class Set, int Rows = Set::rows> Gather gather_of(int64_t rows)
     return gather_tile<Rows>;
 }
 
-template <class Set>
-void sum_token(const int8_t *codes, const Shape<Set> &shape, int32_t *sums) {
-    for (int64_t group = 0; group < shape.groups; group++) {
+template <class Set> void sum_token(const int8_t *codes, const Shape<Set> &shape, int32_t *sums)
+{
+    for (int64_t group = 0; group < shape.groups; ++group) {
         const int64_t end = smaller((group + 1) * shape.span, shape.k);
         int32_t sum = 0;
-        for (int64_t channel = group * shape.span; channel < end; channel++) sum += codes[channel];
+        for (int64_t channel = group * shape.span; channel < end; ++channel)
+            sum += codes[channel];
         sums[group] = sum;
     }
 }

@@ -2,8 +2,10 @@
 // kernels/int4_linear/reference.py: integer sums to float32 once, products and sums in float32,
 // rounded once to the type of the output.
 //
-// What is missing (token steps, bias) is replaced by what changes no bit: 1 and -0. Vectors are the
-// compilers' own (vector_size), of the width of the instruction set's registers.
+//   without groups   y = sum * token_step * step + bias
+//   with groups      y = (sum_0 * step_0 + sum_1 * step_1 + ...) * token_step + bias
+//
+// A missing token step or bias is replaced by what changes no bit: 1 and -0.
 
 #pragma once
 
@@ -16,82 +18,113 @@
 
 namespace {
 
-// Per output of one block, `lanes` apart from group to group; unused lanes are 0.
+// Per output of one block, `lanes` apart from group to group.
 struct OutputValues {
     float *step;    // [groups][lanes]
-    int32_t *zero;  // [groups][lanes], the weights' offset included
+    int32_t *zero;  // [groups][lanes], the weights' offset included; null without zero points
     float *bias;    // [lanes]
     int64_t first;  // output
     int64_t count;  // outputs, fewer in the last block
 };
+
+// [count, groups] to [groups, Lanes], with 0 where there are no outputs.
+template <int Lanes> void turn_steps(const float *from, int64_t count, int64_t groups, float *to)
+{
+    const int64_t fours = count == Lanes ? groups / 4 * 4 : 0;
+    for (int64_t i = 0; i < Lanes; i += 4) {
+        for (int64_t group = 0; group < fours; group += 4)
+            transpose(from + i * groups + group, groups, Lanes, to + group * Lanes + i);
+    }
+    for (int64_t group = fours; group < groups; ++group) {
+        for (int64_t i = 0; i < Lanes; ++i)
+            to[group * Lanes + i] = i < count ? from[i * groups + group] : 0.0f;
+    }
+}
+
+// Likewise, with the weights' offset added.
+template <int Lanes>
+void turn_zeros(const int8_t *from, int64_t count, int64_t groups, int32_t offset, int32_t *to)
+{
+    for (int64_t i = 0; i < Lanes; ++i) {
+        for (int64_t group = 0; group < groups; ++group)
+            to[group * Lanes + i] = i < count ? offset + *from++ : 0;
+    }
+}
 
 template <class Set>
 void load_outputs(const LinearArguments &a, const Shape<Set> &shape, int64_t block,
                   OutputValues &values)
 {
     constexpr int lanes = Shape<Set>::lanes;
-    const int32_t offset = shape.planes == 2 ? 128 : 8;
     values.first = block * shape.outputs;
     values.count = smaller(shape.outputs, shape.n - values.first);
+    const int64_t at = values.first * shape.groups;
+    turn_steps<lanes>(a.weight_step + at, values.count, shape.groups, values.step);
+    if (a.zero_points) {
+        turn_zeros<lanes>(a.zero_points + at, values.count, shape.groups, shape.offset(),
+                          values.zero);
+    } else {
+        values.zero = nullptr;
+    }
     for (int64_t i = 0; i < lanes; ++i) {
-        const bool inside = i < values.count;
-        const int64_t row = (values.first + i) * shape.groups;
-        for (int64_t group = 0; group < shape.groups; ++group) {
-            const int32_t zero = inside && a.zero_points ? a.zero_points[row + group] : 0;
-            values.step[group * lanes + i] = inside ? a.weight_step[row + group] : 0.0f;
-            values.zero[group * lanes + i] = offset + zero;
-        }
-        const bool biased = inside && a.bias;
+        const bool biased = a.bias && i < values.count;
         values.bias[i] = biased ? load_element(a.bias, values.first + i, a.type) : -0.0f;
     }
 }
 
-// One register of sums of (weight code - zero point) * activation code, from output `at` of a block
-// on: both nibbles of a weight together, without their offset. Unsigned, because what is subtracted
-// may pass 2^31 where the difference does not.
-template <class Set, int Planes>
-inline typename Set::Floats centred(const int32_t *sums, const int32_t *zero, int32_t token_sum,
-                                    int at)
+// One register of float32(sum of (weight code - zero point) * activation code), from output `at` of
+// a block on. Its integers are unsigned, because what is subtracted may pass 2^31 where the
+// difference does not; so may the two nibbles' sum.
+template <class Set, int Planes, bool Zeros>
+MQ_INLINE typename Set::Floats centred(const int32_t *sums, const int32_t *zero, int32_t token_sum,
+                                       int at)
 {
     using Words = typename Set::Words;
     const int32_t *const low = sums + at / Set::outputs * Planes * Set::outputs + at % Set::outputs;
     Words both = load_vector<Words>(low);
     if (Planes == 2)
         both += 16 * load_vector<Words>(low + Set::outputs);
-    both -= load_vector<Words>(zero + at) * uint32_t(token_sum);
+    if (Zeros)
+        both -= load_vector<Words>(zero + at) * uint32_t(token_sum);
+    else
+        both -= uint32_t(token_sum) * (Planes == 2 ? 128 : 8);
     return __builtin_convertvector(reinterpret_vector<typename Set::Integers>(both),
                                    typename Set::Floats);
 }
 
-// A finished group of input channels: its sums times its steps are added to `floats`.
-template <class Set, int Planes>
-void add_group(const int32_t *sums, const int32_t *zero, const float *step, int32_t token_sum,
-               float *floats)
+// A finished group: the sums of one token times the group's steps are the first, or are added.
+template <class Set, int Planes, bool Zeros>
+MQ_INLINE void add_group(const int32_t *sums, const OutputValues &values, int64_t group,
+                         int32_t token_sum, float *floats)
 {
     using Floats = typename Set::Floats;
-    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
-        const Floats product =
-            centred<Set, Planes>(sums, zero, token_sum, i) * load_vector<Floats>(step + i);
-        store_vector<Floats>(load_vector<Floats>(floats + i) + product, floats + i);
+    constexpr int lanes = Shape<Set>::lanes;
+    const float *const step = values.step + group * lanes;
+    const int32_t *const zero = Zeros ? values.zero + group * lanes : nullptr;
+    for (int i = 0; i < lanes / Planes; i += Set::width) {
+        Floats sum =
+            centred<Set, Planes, Zeros>(sums, zero, token_sum, i) * load_vector<Floats>(step + i);
+        if (group > 0)
+            sum = load_vector<Floats>(floats + i) + sum;
+        store_vector(sum, floats + i);
     }
 }
 
-// Without groups: the token's step first.
-template <class Set, int Planes>
-void scale_sums(const int32_t *sums, const OutputValues &values, int32_t token_sum,
-                float token_step, float *y)
+template <class Set, int Planes, bool Zeros>
+MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, int32_t token_sum,
+                          float token_step, float *y)
 {
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
-        const Floats scaled = centred<Set, Planes>(sums, values.zero, token_sum, i) * token_step *
-                              load_vector<Floats>(values.step + i);
+        const Floats scaled = centred<Set, Planes, Zeros>(sums, values.zero, token_sum, i) *
+                              token_step * load_vector<Floats>(values.step + i);
         store_vector<Floats>(scaled + load_vector<Floats>(values.bias + i), y + i);
     }
 }
 
-// With groups: the token's step last.
 template <class Set, int Planes>
-void scale_floats(const float *floats, const OutputValues &values, float token_step, float *y)
+MQ_INLINE void scale_floats(const float *floats, const OutputValues &values, float token_step,
+                            float *y)
 {
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
@@ -102,7 +135,7 @@ void scale_floats(const float *floats, const OutputValues &values, float token_s
 
 // Rounds a block's outputs of one token and writes the `count` of them that exist.
 template <class Set, int Planes>
-void store_outputs(const float *y, const OutputValues &values, int type, void *row)
+void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *row)
 {
     constexpr int outputs = Shape<Set>::lanes / Planes;
     uint16_t half[outputs];
@@ -114,7 +147,7 @@ void store_outputs(const float *y, const OutputValues &values, int type, void *r
     else
         Set::template store_float16<outputs>(y, half);
     const int64_t bytes = element_bytes(type);
-    memcpy(static_cast<uint8_t *>(row) + values.first * bytes, from, size_t(values.count * bytes));
+    memcpy(row + values.first * bytes, from, size_t(values.count * bytes));
 }
 
 }  // namespace

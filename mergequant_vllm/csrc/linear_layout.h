@@ -29,14 +29,15 @@ template <class Set> struct Shape {
     static constexpr int lanes = Set::panels * Set::outputs;
 
     int64_t n, k;
-    int planes;        // nibbles of a weight
-    int64_t outputs;   // of a block
+    int planes;       // nibbles of a weight
+    int64_t outputs;  // of a block
     int64_t blocks;
     int64_t channels;  // k, padded
     int64_t span;      // channels that share a step
     int64_t groups;
 
-    Shape(int64_t n, int64_t k, int64_t group, int weight_bits) : n(n), k(k) {
+    Shape(int64_t n, int64_t k, int64_t group, int weight_bits) : n(n), k(k)
+    {
         planes = weight_bits == 8 ? 2 : 1;
         outputs = lanes / planes;
         blocks = ceil_div(n, outputs);
@@ -45,11 +46,12 @@ template <class Set> struct Shape {
         groups = ceil_div(channels, span);
     }
 
+    int32_t offset() const { return planes == 2 ? 128 : 8; }
     int64_t block_bytes() const { return channels * lanes / 2; }
 };
 
-template <class Set>
-int64_t linear_bytes(int64_t n, int64_t k, int64_t group, int weight_bits) {
+template <class Set> int64_t linear_bytes(int64_t n, int64_t k, int64_t group, int weight_bits)
+{
     const Shape<Set> shape(n, k, group, weight_bits);
     return shape.blocks * shape.block_bytes();
 }
@@ -57,23 +59,25 @@ int64_t linear_bytes(int64_t n, int64_t k, int64_t group, int weight_bits) {
 // The nibble of one weight; beyond the matrix that of code 0 (its products are never used, or 0).
 template <class Set>
 uint8_t nibble(const int8_t *codes, const Shape<Set> &shape, int64_t output, int64_t channel,
-               int plane) {
+               int plane)
+{
     const bool inside = output < shape.n && channel < shape.k;
     const int code = inside ? codes[output * shape.k + channel] : 0;
-    if (shape.planes == 1) return uint8_t((code + 8) & 15);
+    if (shape.planes == 1)
+        return uint8_t((code + 8) & 15);
     return uint8_t((code + 128) >> (4 * plane) & 15);
 }
 
 template <class Set>
-void pack_block(const int8_t *codes, const Shape<Set> &shape, int64_t block, uint8_t *packed) {
+void pack_block(const int8_t *codes, const Shape<Set> &shape, int64_t block, uint8_t *packed)
+{
     const int panels_of_outputs = Set::panels / shape.planes;
     for (int64_t channel = 0; channel < shape.channels; channel += 8) {
-        for (int panel = 0; panel < Set::panels; panel++) {
+        for (int panel = 0; panel < Set::panels; ++panel) {
             const int plane = panel % shape.planes;
-            const int64_t first =
-                (block * panels_of_outputs + panel / shape.planes) * Set::outputs;
-            for (int i = 0; i < Set::outputs; i++) {
-                for (int c = 0; c < 4; c++) {
+            const int64_t first = (block * panels_of_outputs + panel / shape.planes) * Set::outputs;
+            for (int i = 0; i < Set::outputs; ++i) {
+                for (int c = 0; c < 4; ++c) {
                     const uint8_t low = nibble(codes, shape, first + i, channel + c, plane);
                     const uint8_t high = nibble(codes, shape, first + i, channel + 4 + c, plane);
                     packed[Set::place(i, c)] = uint8_t(low | high << 4);
@@ -86,10 +90,11 @@ void pack_block(const int8_t *codes, const Shape<Set> &shape, int64_t block, uin
 
 template <class Set>
 void linear_pack(const int8_t *codes, int64_t n, int64_t k, int64_t group, int weight_bits,
-                 uint8_t *packed) {
+                 uint8_t *packed)
+{
     const Shape<Set> shape(n, k, group, weight_bits);
 #pragma omp parallel for schedule(static) if (n * k > 1 << 16)
-    for (int64_t block = 0; block < shape.blocks; block++) {
+    for (int64_t block = 0; block < shape.blocks; ++block) {
         pack_block(codes, shape, block, packed + block * shape.block_bytes());
     }
 }

@@ -12,6 +12,15 @@
 #include "floats.h"
 #include "mergequant.h"
 
+#if defined(__clang__)
+#define MQ_UNROLL _Pragma("unroll")
+#define MQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MQ_UNROLL _Pragma("GCC unroll 32")
+#define MQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vectors<4>::Integers{__VA_ARGS__})
+#endif
+#define MQ_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 // `Count` numbers of 32 bits.
@@ -46,6 +55,21 @@ template <class To, class From> inline To reinterpret_vector(const From &from)
 {
     static_assert(sizeof(To) == sizeof(From), "vectors of one size");
     return load_vector<To>(&from);
+}
+
+// The transpose of 4 rows of `from` by 4, rows `stride` apart, into rows `step` apart.
+MQ_INLINE void transpose(const float *from, int64_t stride, int64_t step, float *to)
+{
+    using Floats = Vectors<4>::Floats;
+    const Floats a = load_vector<Floats>(from), b = load_vector<Floats>(from + stride);
+    const Floats c = load_vector<Floats>(from + 2 * stride);
+    const Floats d = load_vector<Floats>(from + 3 * stride);
+    const Floats ab01 = MQ_SHUFFLE(a, b, 0, 4, 1, 5), ab23 = MQ_SHUFFLE(a, b, 2, 6, 3, 7);
+    const Floats cd01 = MQ_SHUFFLE(c, d, 0, 4, 1, 5), cd23 = MQ_SHUFFLE(c, d, 2, 6, 3, 7);
+    store_vector<Floats>(MQ_SHUFFLE(ab01, cd01, 0, 1, 4, 5), to);
+    store_vector<Floats>(MQ_SHUFFLE(ab01, cd01, 2, 3, 6, 7), to + step);
+    store_vector<Floats>(MQ_SHUFFLE(ab23, cd23, 0, 1, 4, 5), to + 2 * step);
+    store_vector<Floats>(MQ_SHUFFLE(ab23, cd23, 2, 3, 6, 7), to + 3 * step);
 }
 
 template <class Set, int Count> void store_bfloat16(const float *from, uint16_t *to)

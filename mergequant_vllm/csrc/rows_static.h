@@ -12,8 +12,8 @@
 namespace {
 namespace rows {
 
-// Values are gathered as they are stored, then widened and rounded in vectors. One load a value:
-// gather instructions are no faster, much slower on some processors, and do not know 16 bits.
+// Values are gathered as they are stored, one load each, then widened and rounded in vectors: gather
+// instructions do not know 16 bits.
 template <class Stored>
 inline void gather(const Stored *__restrict x, const int32_t *__restrict index, int64_t count,
                    Stored *__restrict gathered)

@@ -20,11 +20,13 @@ struct Avx2 : X86<8> {
     // 32768 / 3840 = 8.5.
     static int64_t run(int activation_bits) { return activation_bits == 8 ? 4 : 68; }
 
-    static Weights load(const uint8_t *from) {
+    static Weights load(const uint8_t *from)
+    {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
     }
 
-    static void store(Weights weights, uint8_t *to) {
+    static void store(Weights weights, uint8_t *to)
+    {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), weights);
     }
 
@@ -39,17 +41,21 @@ struct Avx2 : X86<8> {
     static void keep_order(Sums &sums) { __asm__("" : "+x"(sums)); }
 
     template <int Rows>
-    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row) {
+    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row)
+    {
         const __m256i four = _mm256_set1_epi32(four_channels(activations + 4 * row));
         sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, four));
         keep_order(sums);
         return sums;
     }
 
-    static void add(Sums sums, int32_t *to) {
+    template <bool Replace> static void widen(Sums sums, int32_t *to)
+    {
         __m256i *const at = reinterpret_cast<__m256i *>(to);
-        const __m256i wide = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-        _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), wide));
+        __m256i wide = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+        if (!Replace)
+            wide = _mm256_add_epi32(_mm256_loadu_si256(at), wide);
+        _mm256_storeu_si256(at, wide);
     }
 };
 

@@ -26,14 +26,18 @@ struct Avx512Vectors : X86<16> {
 
     static Sums zero() { return _mm512_setzero_si512(); }
 
-    static __m512i broadcast(const int8_t *activations) {
+    static __m512i broadcast(const int8_t *activations)
+    {
         return _mm512_set1_epi32(four_channels(activations));
     }
 
     static void keep_order(__m512i &sums) { __asm__("" : "+v"(sums)); }
 
-    static void add_wide(__m512i sums, int32_t *to) {
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sums));
+    template <bool Replace> static void store_sums(__m512i sums, int32_t *to)
+    {
+        if (!Replace)
+            sums = _mm512_add_epi32(_mm512_loadu_si512(to), sums);
+        _mm512_storeu_si512(to, sums);
     }
 };
 
@@ -43,13 +47,17 @@ struct Avx512Vnni : Avx512Vectors {
     static int64_t run(int) { return INT64_MAX; }
 
     template <int Rows>
-    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row) {
+    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row)
+    {
         sums = _mm512_dpbusd_epi32(sums, weights, broadcast(activations + 4 * row));
         keep_order(sums);
         return sums;
     }
 
-    static void add(Sums sums, int32_t *to) { add_wide(sums, to); }
+    template <bool Replace> static void widen(Sums sums, int32_t *to)
+    {
+        store_sums<Replace>(sums, to);
+    }
 };
 
 #else
@@ -59,15 +67,17 @@ struct Avx512 : Avx512Vectors {
     static int64_t run(int activation_bits) { return activation_bits == 8 ? 4 : 68; }
 
     template <int Rows>
-    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row) {
+    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row)
+    {
         const __m512i four = broadcast(activations + 4 * row);
         sums = _mm512_add_epi16(sums, _mm512_maddubs_epi16(weights, four));
         keep_order(sums);
         return sums;
     }
 
-    static void add(Sums sums, int32_t *to) {
-        add_wide(_mm512_madd_epi16(sums, _mm512_set1_epi16(1)), to);
+    template <bool Replace> static void widen(Sums sums, int32_t *to)
+    {
+        store_sums<Replace>(_mm512_madd_epi16(sums, _mm512_set1_epi16(1)), to);
     }
 };
 

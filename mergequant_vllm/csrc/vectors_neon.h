@@ -37,15 +37,20 @@ struct NeonDotprod : Vectors<4> {
     // `Rows` tokens a step: whole fours by their lane, the rest one by one, so that nothing is read
     // beyond the last token's four bytes.
     template <int Rows>
-    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row) {
+    static Sums step(Sums sums, Weights weights, const int8_t *activations, int row)
+    {
         const int8x16_t bytes = vreinterpretq_s8_u8(weights);
         if (row < Rows / 4 * 4) {
             const int8x16_t four = vld1q_s8(activations + row / 4 * 16);
             switch (row % 4) {
-            case 0: return vdotq_laneq_s32(sums, bytes, four, 0);
-            case 1: return vdotq_laneq_s32(sums, bytes, four, 1);
-            case 2: return vdotq_laneq_s32(sums, bytes, four, 2);
-            default: return vdotq_laneq_s32(sums, bytes, four, 3);
+            case 0:
+                return vdotq_laneq_s32(sums, bytes, four, 0);
+            case 1:
+                return vdotq_laneq_s32(sums, bytes, four, 1);
+            case 2:
+                return vdotq_laneq_s32(sums, bytes, four, 2);
+            default:
+                return vdotq_laneq_s32(sums, bytes, four, 3);
             }
         }
         int32_t one;
@@ -53,10 +58,15 @@ struct NeonDotprod : Vectors<4> {
         return vdotq_s32(sums, bytes, vreinterpretq_s8_s32(vdupq_n_s32(one)));
     }
 
-    static void add(Sums sums, int32_t *to) { vst1q_s32(to, vaddq_s32(vld1q_s32(to), sums)); }
+    template <bool Replace> static void widen(Sums sums, int32_t *to)
+    {
+        vst1q_s32(to, Replace ? sums : vaddq_s32(vld1q_s32(to), sums));
+    }
 
-    template <int Count> static void store_float16(const float *from, uint16_t *to) {
-        for (int i = 0; i < Count; i++) to[i] = to_float16(from[i]);
+    template <int Count> static void store_float16(const float *from, uint16_t *to)
+    {
+        for (int i = 0; i < Count; ++i)
+            to[i] = to_float16(from[i]);
     }
 };
 

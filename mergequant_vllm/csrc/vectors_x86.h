@@ -15,13 +15,15 @@ namespace {
 template <int Width> struct X86 : Vectors<Width> {
     static constexpr int place(int output, int channel) { return 4 * output + channel; }
 
-    static int32_t four_channels(const int8_t *activations) {
+    static int32_t four_channels(const int8_t *activations)
+    {
         int32_t four;
         memcpy(&four, activations, 4);
         return four;
     }
 
-    template <int Count> static void store_float16(const float *from, uint16_t *to) {
+    template <int Count> static void store_float16(const float *from, uint16_t *to)
+    {
         for (int i = 0; i < Count; i += 8) {
             const __m128i half =
                 _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);

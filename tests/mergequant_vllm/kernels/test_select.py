@@ -8,6 +8,7 @@ import torch
 
 from mergequant_vllm.kernels import defaults, select
 from mergequant_vllm.kernels.int4_linear import cutlass, humming, marlin
+from mergequant_vllm.kernels.int4_linear.native import NativeLinear
 from tests.mergequant_vllm.kernels.made import make_spec
 
 SPEC = make_spec(in_features=64, out_features=8)
@@ -103,7 +104,8 @@ def test_a_requested_kernel_that_refuses_is_an_error_with_the_reason(
 
 
 def test_on_a_cpu_the_cpus_kernel_is_chosen() -> None:
-    assert select.select_linear(SPEC, None).name == "cpu-fp32"
+    native = NativeLinear().refusal(SPEC) is None
+    assert select.select_linear(SPEC, None).name == ("cpu-int4" if native else "cpu-fp32")
 
 
 def test_a_requested_kernel_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,5 +138,5 @@ def test_the_environment_names_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(select.KERNEL_VARIABLE, "")
     assert select.requested_kernel() is None
     monkeypatch.setenv(select.KERNEL_VARIABLE, "fast")
-    with pytest.raises(ValueError, match=r"'fast' is not a kernel: choose one of cpu-fp32"):
+    with pytest.raises(ValueError, match=r"'fast' is not a kernel: choose one of cpu-int4"):
         select.requested_kernel()
