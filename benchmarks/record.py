@@ -33,12 +33,17 @@ def environment() -> dict[str, Any]:
 
 
 def save(
-    name: str, command: str, rows: list[dict[str, Any]], table: str, where: dict[str, Any]
+    name: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    table: str,
+    where: dict[str, Any],
+    folder: Path = RESULTS,
 ) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write NAME.json and NAME.md into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     record = {"command": command, **where, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
     text = f"{where['date']}, {where['device']}; {versions}\n\n`{command}`\n\n{table}\n"
-    (RESULTS / f"{name}.md").write_text(text)
+    (folder / f"{name}.md").write_text(text)

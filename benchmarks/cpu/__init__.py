@@ -1,0 +1,1 @@
+"""Everything that is measured on CPUs: `python -m benchmarks.cpu linear|serve|profile`."""

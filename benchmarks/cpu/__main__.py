@@ -1,0 +1,114 @@
+"""Our kernels on a CPU: single linears, whole models in vLLM, and where the time goes.
+
+    python -m benchmarks.cpu linear  [--models NAME...] [--tokens M...] [--kernel NAME]
+    python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--llama-path FOLDER]
+    python -m benchmarks.cpu profile [--method NAME] [--layers L]
+
+All take --isa NAME (everybody is held to that instruction set where it is AVX2; above, nothing is
+restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER. Before anything
+is timed the kernels' tests must pass (--no-tests leaves them out). Results go to
+FOLDER/PART-ISA-THREADSt.json and .md; losses are there like wins.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.cpu import levels, machine
+from benchmarks.shapes import MODELS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+TESTS = [
+    f"tests/mergequant_vllm/kernels/test_native_{name}.py" for name in ("linear", "quantizers")
+]
+LINEAR_MODELS = ("Llama-2-7B", "Llama-3-8B", "TinyLlama-1.1B", "Qwen3-0.6B")
+REFUSED = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    if options.worker:
+        return work(options, given)
+    cores = machine.cores()
+    threads = options.threads or len(cores)
+    if threads > len(cores):
+        print(f"--threads {threads}: this process may use {len(cores)} cores", file=sys.stderr)
+        return REFUSED
+    os.sched_setaffinity(0, cores[:threads])
+    environment = levels.environment(options.isa, threads, cores, amx=not options.no_amx)
+    paths = (str(ROOT), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if options.part != "serve":  # whose engines write logs
+        environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not options.no_tests and not tests_pass(environment):
+        print("The kernels' tests fail: nothing is timed.", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "benchmarks.cpu", *given, "--worker"]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def tests_pass(environment: dict[str, str]) -> bool:
+    """Run the tests of the native kernels at the level that is to be timed."""
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    print("\n".join(done.stdout.splitlines()[-1 if done.returncode == 0 else -40 :]), flush=True)
+    return done.returncode == 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts = found.add_subparsers(dest="part", required=True)
+    linear = parts.add_parser("linear", help="single linears")
+    linear.add_argument("--models", nargs="+", choices=MODELS, default=list(LINEAR_MODELS))
+    linear.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512])
+    linear.add_argument("--kernel", default="cpu-int4", help="ours; another one to try this out")
+    serve = parts.add_parser("serve", help="whole models")
+    serve.add_argument("--methods", nargs="+", help="see benchmarks/cpu/contenders.py")
+    serve.add_argument("--llama-path", type=Path, help="where llama-cpp-python and gguf are")
+    profile = parts.add_parser("profile", help="where the time of ours goes")
+    profile.add_argument("--method", default="mergequant")
+    for part in (serve, profile):
+        part.add_argument("--model", choices=MODELS, default="TinyLlama-1.1B")
+        part.add_argument("--layers", type=int, help="fewer than the model has")
+        part.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
+        part.add_argument("--decode", type=int, default=64, help="tokens that are generated")
+    for part, rounds in ((linear, 9), (serve, 3), (profile, 3)):
+        part.add_argument("--isa", help="instruction set of ours; default: the fastest")
+        part.add_argument("--threads", type=int, help="default: all cores")
+        part.add_argument("--rounds", type=int, default=rounds)
+        part.add_argument("--results", type=Path, default=RESULTS)
+        part.add_argument("--no-amx", action="store_true", help="nobody uses AMX")
+        part.add_argument("--no-tests", action="store_true", help="do not run the tests first")
+        part.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def work(options: argparse.Namespace, given: list[str]) -> int:
+    """Run a part in this process, whose environment is prepared."""
+    from benchmarks.cpu.parts import PARTS
+
+    threads = options.threads or len(machine.cores())
+    words = [word for word in given if word not in ("--worker", "--no-tests")]
+    command = " ".join(["python -m benchmarks.cpu", *words])
+    try:
+        PARTS[options.part](options, threads, command)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The CPU that a figure comes from: its name, cores, caches; memory of a process."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu.levels import find_level
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNKNOWN_CACHE = 64 * 2**20
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def cores() -> list[int]:
+    """Those that this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def cpu_name(text: str | None = None) -> str:
+    """As its maker calls it; `text` in place of /proc/cpuinfo."""
+    found = Path("/proc/cpuinfo").read_text() if text is None else text
+    for line in found.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return "unknown CPU"
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies matrices in tiles."""
+    return "amx_int8" in Path("/proc/cpuinfo").read_text()
+
+
+def cache_bytes(folder: Path = CACHES) -> int:
+    """Size of the last-level cache; 64 MiB where the kernel does not tell."""
+    sizes = [to_bytes(path.read_text().strip()) for path in folder.glob("index*/size")]
+    return max(sizes, default=UNKNOWN_CACHE)
+
+
+def to_bytes(size: str) -> int:
+    """`107520K` in bytes."""
+    unit = UNITS.get(size[-1:].upper(), 0)
+    return int(size[:-1]) * unit if unit else int(size)
+
+
+def status_bytes(key: str) -> int:
+    """`VmRSS` and the like of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
+
+
+def where(isa: str, threads: int, *, amx: bool) -> dict[str, Any]:
+    """Date, CPU, instruction set, versions, for `benchmarks.record.save`."""
+    from benchmarks.record import environment
+
+    found = environment()
+    off = not amx or find_level(isa).environment
+    tiles = f", AMX {'switched off' if off else 'left to the others'}" if has_amx() else ""
+    waiting = os.environ.get("OMP_WAIT_POLICY", "as OpenMP chooses").lower()
+    found["device"] = (
+        f"{cpu_name()}, {threads} of {os.cpu_count()} cores, {isa}{tiles}, "
+        f"last-level cache {cache_bytes() / 2**20:.0f} MiB, waiting threads {waiting}"
+    )
+    return found

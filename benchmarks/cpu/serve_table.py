@@ -1,0 +1,135 @@
+"""Tables of part `serve`: speeds, ratios in the same round, memory."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.cpu.contenders import CONTENDERS, Contender
+from benchmarks.cpu.serve import BATCHES, SHORT_PROMPT
+from benchmarks.cpu.timing import quartiles
+from benchmarks.shapes import MODELS, Model
+
+Row = Mapping[str, Any]
+Rounds = Sequence[Mapping[str, float]]
+MIB = 2**20
+
+HEAD = """\
+{model}'s shape, {layers} blocks, random weights. Tokens a second. Prefill: a prompt of {prefill}
+tokens until its first token. Decoding: {decode} tokens after a prompt of {short}, the time of the
+first token taken off. Ours and each other one run in turns, one other at a time; speedups are ours
+over theirs within a round, median, in brackets the quartiles. vLLM: prefix caching off, key-value
+cache of 1 GiB in the dtype of its name, compiled; its int8 and w4a16 are compressed-tensors
+checkpoints on the kernels that vLLM chooses. llama.cpp: cache in float16."""
+
+
+def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """Markdown."""
+    model = MODELS[options.model]
+    layers = options.layers or model.num_hidden_layers
+    head = HEAD.format(
+        model=model.name,
+        layers=layers,
+        prefill=options.prefill,
+        decode=options.decode,
+        short=SHORT_PROMPT,
+    )
+    done = [row for row in rows if "theirs" in row]
+    parts = [head, _speeds(done, options), _speedups(done, options), _memory(done, model, layers)]
+    parts.append("\n".join(_troubles(rows)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def speeds(rounds: Rounds, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens a second of each round, by phase."""
+    found = {"prefill": [options.prefill / one["prefill"] for one in rounds]}
+    for batch in BATCHES:
+        seconds = [one[f"decode {batch}"] - one[f"first {batch}"] for one in rounds]
+        found[f"decode, batch {batch}"] = [batch * options.decode / max(x, 1e-9) for x in seconds]
+    return found
+
+
+def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
+    """Ours over theirs, by phase: median and quartiles over the rounds."""
+    ours, theirs = (speeds(row[who]["rounds"], options) for who in ("ours", "theirs"))
+    return {
+        phase: quartiles([a / b for a, b in zip(ours[phase], theirs[phase], strict=True)])
+        for phase in ours
+    }
+
+
+def expected_bytes(contender: Contender, model: Model, layers: int) -> dict[str, float]:
+    """What weights, embedding and head, and the cache must take at least, in bytes."""
+    weights = layers * sum(linear.n * linear.k for linear in model.linears())
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return {
+        "weights": weights * contender.bits / 8,
+        "embedding and head": tables * contender.table_bits / 8,
+    }
+
+
+def _speeds(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    phases: list[str] = []
+    lines: list[str] = []
+    for name, engine, rounds in _everybody(rows):
+        found = speeds(rounds, options)
+        if not lines:
+            phases = list(found)
+            lines = [f"| tokens/s | {' | '.join(phases)} | rounds | engine |"]
+            lines.append("|---" * (len(phases) + 3) + "|")
+        cells = [f"{quartiles(found[phase])[0]:.2f}" for phase in phases]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(rounds)} | {engine} |")
+    return "\n".join(lines)
+
+
+def _everybody(rows: Sequence[Row]) -> list[tuple[str, str, Rounds]]:
+    """Name, engine and rounds of ours (all that it took part in) and of each rival."""
+    found: list[tuple[str, str, Rounds]] = []
+    if rows:
+        ours = rows[0]["ours"]
+        rounds = [one for row in rows for one in row["ours"]["rounds"]]
+        found.append((ours["name"], ours["facts"]["engine"], rounds))
+    for row in rows:
+        if row["name"] != row["ours"]["name"]:
+            found.append((row["name"], row["theirs"]["facts"]["engine"], row["theirs"]["rounds"]))
+    return found
+
+
+def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    rivals = [row for row in rows if row["name"] != row["ours"]["name"]]
+    if not rivals:
+        return ""
+    phases = list(speedups(rivals[0], options))
+    lines = [f"| ours against | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for row in rivals:
+        found = speedups(row, options)
+        cells = (f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in found.values())
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
+    """Resident memory beside what must be there."""
+    lines = [
+        "| MiB | resident | of it, before the model | the model and the cache | must be "
+        "| weights | embedding and head | cache | tensors of the model |",
+        "|---" * 9 + "|",
+    ]
+    facts = {row["ours"]["name"]: row["ours"]["facts"] for row in rows}
+    facts |= {row["name"]: row["theirs"]["facts"] for row in rows}
+    for name, found in facts.items():
+        parts = expected_bytes(CONTENDERS[name], model, layers)
+        must = sum(parts.values()) + found["cache_bytes"]
+        sizes = [found["resident"], found["imports"], found["resident"] - found["imports"], must]
+        sizes += [*parts.values(), found["cache_bytes"], found.get("model_bytes")]
+        cells = ("-" if size is None else f"{size / MIB:.0f}" for size in sizes)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if rows else ""
+
+
+def _troubles(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"- {word.upper()} {row['name']}: {row[word]}"
+        for row in rows
+        for word in ("refused", "failed")
+        if word in row
+    ]

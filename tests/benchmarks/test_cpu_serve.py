@@ -1,0 +1,175 @@
+"""Part `serve` without an engine: turns, children that answer or die, tables, llama.cpp's file."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.cpu import dialogue, llama_engine, llama_file, serve, serve_table
+from benchmarks.cpu.contenders import CONTENDERS, DEFAULT
+from benchmarks.gpu.methods import find_method
+from benchmarks.shapes import MODELS
+
+OPTIONS = argparse.Namespace(
+    model="TinyLlama-1.1B", layers=None, prefill=512, decode=64, rounds=2, no_amx=False
+)
+CHILD = """
+import sys
+from benchmarks.cpu.dialogue import answer, questions
+print("noise")
+answer({"facts": 1})
+for question in questions():
+    if question == "die":
+        raise RuntimeError("as it was told")
+    if question == "sleep":
+        import time
+        time.sleep(60)
+    answer({"heard": question})
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> dialogue.Dialogue:
+    (tmp_path / "answering.py").write_text(CHILD)
+    environment = {**os.environ, "PYTHONPATH": dialogue.python_path(tmp_path, serve.ROOT)}
+    return dialogue.Dialogue("answering", [], environment, tmp_path / "logs" / "child.log")
+
+
+def test_a_child_answers_and_ends(child: dialogue.Dialogue, tmp_path: Path) -> None:
+    assert child.listen(60) == {"facts": 1}
+    assert child.ask("1 2 3", 60) == {"heard": "1 2 3"}
+    child.close()
+    assert child.child.returncode == 0
+    assert "noise" in (tmp_path / "logs" / "child.log").read_text()
+
+
+def test_a_dead_child_says_why(child: dialogue.Dialogue) -> None:
+    child.listen(60)
+    with pytest.raises(dialogue.DiedError, match="RuntimeError: as it was told"):
+        child.ask("die", 60)
+    with pytest.raises(dialogue.DiedError, match="exit status 1"):
+        child.ask("anything", 60)
+    child.close()
+
+
+def test_a_child_that_takes_too_long_is_ended(child: dialogue.Dialogue) -> None:
+    child.listen(60)
+    with pytest.raises(dialogue.DiedError, match="exit status -9"):
+        child.ask("sleep", 0.2)
+    child.close()
+
+
+class Fake:
+    """An opponent whose phases take as long as it is told; the second round dies if asked."""
+
+    order: list[str] = []  # noqa: RUF012
+
+    def __init__(self, name: str, *others: object) -> None:
+        self.name, self.facts = name, {"engine": name, "cache_bytes": 0}
+        self.seconds = {"mergequant": 1.0, "vllm-float32": 2.0, "vllm-bfloat16": 40.0}[name]
+        self.closed = False
+
+    def round(self, options: argparse.Namespace) -> dict[str, float]:
+        Fake.order.append(self.name)
+        return dict.fromkeys(serve.phases(options), self.seconds)
+
+    def close(self) -> None:
+        Fake.order.append(f"{self.name} closed")
+
+
+def test_two_play_in_turns_and_long_ones_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "Opponent", Fake)
+    monkeypatch.setattr(Fake, "order", [])
+    methods = ["mergequant", "vllm-float32", "vllm-bfloat16", "llama.cpp-q4_0"]
+    given = argparse.Namespace(**vars(OPTIONS), methods=methods, llama_path=None)
+    seen: list[Any] = []
+    serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: seen.append(len(rows)))
+    one, two = "mergequant", "vllm-float32"
+    assert Fake.order[:5] == [one, two, two, one, f"{two} closed"]
+    assert Fake.order[5:] == [one, "vllm-bfloat16", "vllm-bfloat16 closed", f"{one} closed"]
+    assert seen == [1, 2, 3]
+    given.methods = ["mergequant", "nobody"]
+    with pytest.raises(ValueError, match="nobody: choose from mergequant"):
+        serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: None)
+
+
+def row(name: str, ours: float, theirs: float) -> dict[str, Any]:
+    """Decoding takes `ours` or `theirs` seconds, first tokens and prefill 1 s."""
+
+    def rounds(seconds: float) -> list[dict[str, float]]:
+        return [
+            {phase: 1.0 + seconds * phase.startswith("decode") for phase in serve.phases(OPTIONS)}
+        ] * 2
+
+    facts = {"engine": "x", "imports": 2**20, "resident": 3 * 2**20, "cache_bytes": 2**20}
+    mine = {"name": "mergequant", "facts": facts, "rounds": rounds(ours)}
+    return {"name": name, "ours": mine, "theirs": {"facts": facts, "rounds": rounds(theirs)}}
+
+
+def test_speeds_take_the_first_token_off() -> None:
+    found = serve_table.speeds(row("vllm-float32", 2.0, 4.0)["ours"]["rounds"], OPTIONS)
+    assert found["prefill"] == [512.0] * 2
+    assert found["decode, batch 1"] == [32.0] * 2 and found["decode, batch 8"] == [256.0] * 2
+
+
+def test_the_tables_show_speedups_memory_and_troubles() -> None:
+    refused = {"name": "llama.cpp-q4_0", "ours": {}, "refused": "no folder"}
+    rows = [row("vllm-float32", 2.0, 4.0), row("vllm-bfloat16", 2.0, 1.0), refused]
+    text = serve_table.table(rows, OPTIONS)
+    assert "| vllm-float32 | 512.00 | 16.00 | 128.00 | 2 | x |" in text
+    assert "| vllm-bfloat16 | 1.00 (1.00-1.00) | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) |" in text
+    assert "- REFUSED llama.cpp-q4_0: no folder" in text
+    # TinyLlama: 22 blocks of 44040192 weights and two tables of 32000 x 2048.
+    parts = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
+    assert parts == {"weights": 22 * 44040192 / 2, "embedding and head": 2 * 32000 * 2048 * 4}
+    assert "| mergequant | 3 | 1 | 2 | 963 | 462 | 500 | 1 | - |" in text
+    tied = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["Qwen3-0.6B"], 1)
+    assert tied["embedding and head"] == 151936 * 1024 * 4
+
+
+def test_every_contender_is_known_to_its_engine() -> None:
+    assert set(DEFAULT) <= set(CONTENDERS)
+    for contender in CONTENDERS.values():
+        assert contender.file in ("Q4_0", "F32") if contender.method is None else True
+        if contender.method is not None:
+            find_method(contender.method)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "size", "at"),
+    [("Q4_0", 32, 18, 0), ("Q8_0", 32, 34, 0), ("Q6_K", 256, 210, 208)],
+)
+def test_blocks_of_llama_have_their_size_and_their_step(
+    form: str, weights: int, size: int, at: int
+) -> None:
+    rows = llama_file.random_rows(form, 3, 512, np.random.default_rng(0))
+    assert rows.dtype == np.uint8
+    blocks = rows.reshape(3, 512 // weights, size)
+    steps = blocks[..., at : at + 2].copy().view(np.float16)
+    assert (steps == steps[0, 0, 0]).all() and steps[0, 0, 0] > 0
+
+
+def test_a_file_of_llama_has_the_models_tensors() -> None:
+    model = MODELS["TinyLlama-1.1B"]
+    found = {name: (n, k) for name, n, k in llama_file.tensors(model, 2)}
+    assert len(found) == 3 + 2 * 9
+    assert found["blk.1.attn_k.weight"] == (256, 2048)
+    assert found["blk.0.ffn_down.weight"] == (2048, 5632)
+    linears = sum(n * k for name, (n, k) in found.items() if name.startswith("blk.0") and n > 1)
+    assert linears == sum(linear.n * linear.k for linear in model.linears())
+    assert llama_file.head_form(2048) == "Q6_K" and llama_file.head_form(128) == "Q8_0"
+    with pytest.raises(ValueError, match="Q6_K needs K a multiple of 256"):
+        llama_file.random_rows("Q6_K", 1, 128, np.random.default_rng(0))
+
+
+def test_a_llama_of_newer_instructions_is_refused() -> None:
+    newer = "CPU : AVX2 = 1 | AVX512 = 1 | AMX_INT8 = 1 |"
+    llama_engine.refuse_newer(newer, "avx512-vnni", amx=True)
+    with pytest.raises(RuntimeError, match="built for AMX"):
+        llama_engine.refuse_newer(newer, "avx512-vnni", amx=False)
+    with pytest.raises(RuntimeError, match="built for AVX512"):
+        llama_engine.refuse_newer(newer, "avx2", amx=True)
+    llama_engine.refuse_newer("CPU : AVX2 = 1 | F16C = 1 |", "avx2", amx=False)
