@@ -24,8 +24,6 @@ extern const Kernels kernels_neon;
 
 namespace {
 
-bool always() { return true; }
-
 #if defined(__x86_64__)
 
 // The compiler's tests of the vector sets include the system's saving of their registers. That of
@@ -33,6 +31,7 @@ bool always() { return true; }
 bool has_avx2()
 {
     unsigned a, b, c, d;
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
@@ -62,18 +61,19 @@ bool has_dotprod()
 
 struct Isa {
     const Kernels *kernels;
-    bool (*runs)();
+    bool runs;
 };
 
-// Slowest first.
+// Slowest first. The CPU is asked once, as the library is loaded: in a virtual machine each question
+// costs microseconds.
 const Isa ISAS[] = {
-    {&kernels_portable, always},
+    {&kernels_portable, true},
 #if defined(__x86_64__)
-    {&kernels_avx2, has_avx2},
-    {&kernels_avx512, has_avx512},
-    {&kernels_avx512vnni, has_avx512vnni},
+    {&kernels_avx2, has_avx2()},
+    {&kernels_avx512, has_avx512()},
+    {&kernels_avx512vnni, has_avx512vnni()},
 #elif defined(__aarch64__)
-    {&kernels_neon, has_dotprod},
+    {&kernels_neon, has_dotprod()},
 #endif
 };
 
@@ -126,7 +126,7 @@ const char *mq_isa_name(int isa)
     return isa >= 0 && isa < ISA_COUNT ? ISAS[isa].kernels->name : nullptr;
 }
 
-int mq_isa_runs(int isa) { return isa >= 0 && isa < ISA_COUNT && ISAS[isa].runs(); }
+int mq_isa_runs(int isa) { return isa >= 0 && isa < ISA_COUNT && ISAS[isa].runs; }
 
 // 0 if the arguments are wrong.
 int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits)
