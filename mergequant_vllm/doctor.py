@@ -5,6 +5,7 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -16,11 +17,20 @@ from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
 from mergequant_vllm.kernels.select import KERNEL_VARIABLE, LINEAR_KERNELS, requested_kernel
 from mergequant_vllm.version import unsupported_vllm
 
-# Fields of a linear of each kind: K = N = 4096 stands for any that kernels take.
-_KINDS: dict[Kind, dict[str, int]] = {
-    Kind.INT4: {},
-    Kind.INT4_BY_INT8: {"activation_bits": 8},
-    Kind.OTHER: {"weight_bits": 3, "group_size": 128},
+# K = N = 4096 stands for any that kernels take.
+_LINEAR = LinearSpec(
+    in_features=4096,
+    out_features=4096,
+    weight_bits=4,
+    activation_bits=4,
+    dynamic=False,
+    device="cpu",
+    dtype=torch.bfloat16,
+)
+_KINDS = {
+    Kind.INT4: _LINEAR,
+    Kind.INT4_BY_INT8: replace(_LINEAR, activation_bits=8),
+    Kind.OTHER: replace(_LINEAR, weight_bits=3, group_size=128),
 }
 
 
@@ -65,18 +75,8 @@ def _native() -> Iterator[str]:
 
 def _kernels(device: str) -> Iterator[str]:
     requested = requested_kernel()
-    for kind, changes in _KINDS.items():
-        spec = LinearSpec(
-            in_features=4096,
-            out_features=4096,
-            weight_bits=changes.get("weight_bits", 4),
-            activation_bits=changes.get("activation_bits", 4),
-            dynamic=False,
-            device=device,
-            dtype=torch.bfloat16,
-            group_size=changes.get("group_size"),
-            capability=current_capability(device),
-        )
+    for kind, linear in _KINDS.items():
+        spec = replace(linear, device=device, capability=current_capability(device))
         yield f"{kind.value}:"
         names = default_kernels(spec)
         if requested is not None:

@@ -17,8 +17,8 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.device import Device, runs_triton
 from benchmarks.gpu.linears import generator_on
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
-from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 
 # Large first: the compiler's choices are those for large batches, as a server's are.

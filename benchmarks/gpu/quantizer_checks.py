@@ -16,10 +16,10 @@ from benchmarks.gpu.cells import Record, Refused
 from benchmarks.gpu.device import Device, runs_triton
 from benchmarks.gpu.linears import generator_on
 from benchmarks.gpu.promises import first_difference
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
 

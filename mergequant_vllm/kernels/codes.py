@@ -29,6 +29,14 @@ class CodeLayout(Enum):
     NIBBLES = "nibbles"
 
 
+class Writer(Enum):
+    """Whose code writes the codes that a kernel takes, see `quantizers`."""
+
+    REFERENCE = "reference"
+    GPU = "gpu"
+    NATIVE = "native"
+
+
 def lay_out(codes: Tensor, layout: CodeLayout, columns: int) -> Tensor:
     """Integer-valued `codes` [..., K], any dtype, in `layout` with K padded to `columns`."""
     if columns != codes.shape[-1]:
@@ -42,7 +50,7 @@ def lay_out(codes: Tensor, layout: CodeLayout, columns: int) -> Tensor:
 
 
 def as_rows(codes: Tensor, alignment: int = 16) -> Tensor:
-    """Codes [..., columns] as [M, columns] for a GPU kernel, copied only where they must be.
+    """Codes [..., columns] as [M, columns] for a kernel, copied only where they must be.
 
     Args:
         alignment: bytes; a row must begin at a multiple of it for loads of that width.

@@ -118,9 +118,10 @@ def current_isa() -> int:
 
 @functools.cache
 def _default_isa() -> int:
-    name = _choose(instruction_sets())
+    found = instruction_sets()
+    name = _choose(found)
     logger.info("The native CPU kernels run on %s", name)
-    return instruction_sets()[name]
+    return found[name]
 
 
 def _choose(found: dict[str, int]) -> str:

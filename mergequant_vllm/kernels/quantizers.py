@@ -13,13 +13,12 @@ Under torch.compile the compiler puts gather, round, clamp and packing into the 
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.int4_linear.triton import interpreted
 from mergequant_vllm.kernels.norm_round import fused as norm_round_fused
@@ -30,14 +29,6 @@ from mergequant_vllm.kernels.token_quant import fused as token_quant_fused
 from mergequant_vllm.kernels.token_quant import native as token_quant_native
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
-
-
-class Writer(Enum):
-    """Whose code writes the codes."""
-
-    REFERENCE = "reference"
-    GPU = "gpu"
-    NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -58,13 +49,10 @@ class CodeForm:
 
 
 def writer_for(spec: LinearSpec, kernel: LinearKernel) -> Writer:
-    """Which forms of the quantizers run; kernel `reference` asks for the definitions."""
-    if kernel.name == "reference":
+    """The kernel's, but Triton's forms of the quantizers need a GPU or their interpreter."""
+    if kernel.writer is Writer.GPU and spec.device != "cuda" and not interpreted():
         return Writer.REFERENCE
-    if kernel.name == "cpu-int4":
-        return Writer.NATIVE
-    triton = spec.device == "cuda" or (interpreted() and kernel.name == "triton")
-    return Writer.GPU if triton else Writer.REFERENCE
+    return kernel.writer
 
 
 class StaticQuantizer(nn.Module):

@@ -21,7 +21,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.ir.ops import layernorm
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer, Writer
+from mergequant_vllm.kernels.codes import Writer
+from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.select import LINEAR_KERNELS
 from tests.mergequant_vllm.kernels.made import make_linear, make_spec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergequant.quantized_linear import QuantizedLinear
 from mergequant_vllm.format import FormatError, LinearFormat
-from mergequant_vllm.kernels.quantizers import Writer
+from mergequant_vllm.kernels.codes import Writer
 from mergequant_vllm.packing import pack
 from tests.mergequant_vllm.kernels.made import random_codes
 

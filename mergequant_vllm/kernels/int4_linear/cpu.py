@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.reference import CentredLinear, group_slices
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 
@@ -32,12 +33,11 @@ class CpuLinear:
 
     name = "cpu-fp32"
     layout = CodeLayout.FLOAT32
+    writer = Writer.REFERENCE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other devices."""
-        if spec.device != "cpu":
-            return f"it runs on the CPU and the layer is on {spec.device}"
-        return None
+        return refusals.cpu(spec)
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """float32 [N, K]."""

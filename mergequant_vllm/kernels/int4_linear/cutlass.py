@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
@@ -36,6 +36,7 @@ class CutlassLinear:
 
     name = "cutlass-int8"
     layout = CodeLayout.INT8
+    writer = Writer.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernels cannot hold, GPUs they are not for and a vLLM without them."""

@@ -26,7 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout, lay_out
+from mergequant_vllm.kernels.codes import CodeLayout, Writer, lay_out
 from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.humming_library import (
     code_bits,
@@ -293,6 +293,7 @@ class HummingInt4Linear(_HummingLinear):
 
     name = "humming-int4"
     layout = CodeLayout.NIBBLES
+    writer = Writer.GPU
     weight_widths = (3, 4)
     activation_widths = (4,)
 
@@ -311,6 +312,7 @@ class HummingInt8Linear(_HummingLinear):
 
     name = "humming-int8"
     layout = CodeLayout.INT8
+    writer = Writer.GPU
     weight_widths = (3, 4, 8)
     activation_widths = (4, 8)
 

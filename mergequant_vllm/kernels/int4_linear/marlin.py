@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, as_rows
+from mergequant_vllm.kernels.codes import CodeLayout, Writer, as_rows
 from mergequant_vllm.kernels.int4_linear import refusals
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.operators import define_operator
@@ -158,6 +158,7 @@ class MarlinLinear:
 
     name = "marlin-int8"
     layout = CodeLayout.INT8
+    writer = Writer.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernel cannot hold, old GPUs and a vLLM without it."""

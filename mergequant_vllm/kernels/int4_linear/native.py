@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels import native
-from mergequant_vllm.kernels.codes import CodeLayout, as_rows
+from mergequant_vllm.kernels.codes import CodeLayout, Writer, as_rows
+from mergequant_vllm.kernels.int4_linear import refusals
+from mergequant_vllm.kernels.int4_linear.packed import PackedLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.operators import define_operator
 from mergequant_vllm.packing import unpack
@@ -23,11 +25,13 @@ class NativeLinear:
 
     name = "cpu-int4"
     layout = CodeLayout.INT8
+    writer = Writer.NATIVE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other devices, and machines where the library does not run."""
-        if spec.device != "cpu":
-            return f"it runs on the CPU and the layer is on {spec.device}"
+        reason = refusals.cpu(spec)
+        if reason is not None:
+            return reason
         if spec.dtype not in native.TYPES:
             return f"it computes in float32, bfloat16 and float16, not {spec.dtype_name}"
         if spec.in_features > LARGEST_K:
@@ -36,42 +40,22 @@ class NativeLinear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """uint8 [bytes]."""
-        return _Prepared(stored, spec)
-
-
-class _Prepared(PreparedLinear):
-    weight: Tensor
-    weight_step: Tensor
-    zero_points: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.columns = spec.in_features
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
-        self.register_buffer("weight", pack_weight(codes, spec.weight_bits, spec.group_size))
-        self.register_buffer("weight_step", stored.weight_step.contiguous())
-        self.register_buffer("zero_points", stored.zero_points)
-        self.register_buffer("bias", stored.bias)
-
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
-        """See `reference`."""
-        spec = self.spec
-        y: Tensor = int4_linear_native(
-            codes,
-            self.weight,
-            self.weight_step,
-            self.zero_points,
-            token_step,
-            self.bias if add_bias else None,
+        return PackedLinear(
             spec.in_features,
-            spec.weight_bits,
-            spec.activation_bits,
-            spec.group_size,
-            spec.dtype,
+            pack_weight(codes, spec.weight_bits, spec.group_size),
+            stored.weight_step.contiguous(),
+            stored.zero_points,
+            stored.bias,
+            int4_linear_native,
+            (
+                spec.in_features,
+                spec.weight_bits,
+                spec.activation_bits,
+                spec.group_size,
+                spec.dtype,
+            ),
         )
-        return y
 
 
 def pack_weight(codes: Tensor, bits: int, group_size: int | None) -> Tensor:

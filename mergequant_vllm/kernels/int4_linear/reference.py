@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
 
@@ -150,6 +150,7 @@ class ReferenceLinear:
 
     name = "reference"
     layout = CodeLayout.INT8
+    writer = Writer.REFERENCE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Nothing is refused."""

@@ -1,4 +1,4 @@
-"""Why a GPU's kernel cannot serve a linear, where several kernels say it alike.
+"""Why a kernel cannot serve a linear, where several kernels say it alike.
 
 Each function gives a clause about the kernel, or None. A clause is never empty, so that a kernel's
 `refusal` is these with `or` between them: the first reason counts.
@@ -15,6 +15,11 @@ def device(spec: LinearSpec) -> str | None:
     if spec.device == "cuda":
         return None
     return f"it runs on NVIDIA GPUs and the layer is on {spec.device}"
+
+
+def cpu(spec: LinearSpec) -> str | None:
+    """The layer is not on the CPU."""
+    return None if spec.device == "cpu" else f"it runs on the CPU and the layer is on {spec.device}"
 
 
 def capability(found: int | None, oldest: int) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,12 @@ class LinearKernel(Protocol):
     Attributes:
         name: how users ask for it.
         layout: how it takes activation codes.
+        writer: whose code writes them.
     """
 
     name: str
     layout: CodeLayout
+    writer: Writer
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot serve `spec`, as a clause; None if it can."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import current_capability
-from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.int4_linear import refusals
+from mergequant_vllm.kernels.int4_linear.packed import PackedLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.int4_linear.tile_tables import tile_for
 from mergequant_vllm.kernels.int4_linear.tiles import LinearShape
@@ -32,6 +33,7 @@ class TritonLinear:
 
     name = "triton"
     layout = CodeLayout.INT8
+    writer = Writer.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other widths, a missing Triton and, unless interpreted, CPUs and old GPUs."""
@@ -47,46 +49,20 @@ class TritonLinear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """See the module's docstring."""
-        return _Prepared(stored, spec)
-
-
-class _Prepared(PreparedLinear):
-    weight: Tensor
-    weight_step: Tensor
-    zero_points: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
-        super().__init__()
-        self.spec = spec
         shape = LinearShape(spec.out_features, spec.in_features, spec.weight_bits, spec.group_size)
-        self.columns = shape.layout.columns
         tile_for(shape, 1, stored.weight_packed.device)  # a broken table stops loading, not serving
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
         zeros = stored.zero_points
-        self.register_buffer("weight", to_kernel_layout(codes, shape.layout))
-        # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
-        self.register_buffer("weight_step", groups_first(stored.weight_step, shape, -1))
-        zeros = None if zeros is None else groups_first(zeros, shape, 0)
-        self.register_buffer("zero_points", zeros)
-        self.register_buffer("bias", stored.bias)
-
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
-        """As `reference`, bit for bit."""
-        spec = self.spec
-        y: Tensor = int4_linear_triton(
-            codes,
-            self.weight,
-            self.weight_step,
-            self.zero_points,
-            token_step,
-            self.bias if add_bias else None,
-            spec.in_features,
-            spec.weight_bits,
-            spec.group_size,
-            spec.dtype,
+        return PackedLinear(
+            shape.layout.columns,
+            to_kernel_layout(codes, shape.layout),
+            # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
+            groups_first(stored.weight_step, shape, -1),
+            None if zeros is None else groups_first(zeros, shape, 0),
+            stored.bias,
+            int4_linear_triton,
+            (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
         )
-        return y
 
 
 def groups_first(per_group: Tensor, shape: LinearShape, padding: float) -> Tensor:
