@@ -19,9 +19,6 @@ from tests.mergequant_vllm.kernels.made import (
     random_codes,
     run,
 )
-from tests.mergequant_vllm.kernels.native_sets import isa
-
-__all__ = ["isa"]  # a fixture
 
 KERNEL = NativeLinear()
 TOKENS = [1, 2, 3, 5, 7, 8, 9, 64, 127, 128, 129]
@@ -156,7 +153,7 @@ def test_the_operator_is_traced_by_the_compiler() -> None:
     torch.library.opcheck(int4_linear_native, arguments)
 
 
-def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_do_is_refused() -> None:
     assert KERNEL.refusal(make_spec()) is None
     assert KERNEL.layout is CodeLayout.INT8
     refusals: dict[str, dict[str, object]] = {

@@ -13,9 +13,6 @@ from mergequant_vllm.kernels.norm_round import native as norm_round_native
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.token_quant import native as token_quant_native
 from mergequant_vllm.kernels.token_quant import reference as token_quant
-from tests.mergequant_vllm.kernels.native_sets import isa
-
-__all__ = ["isa"]  # a fixture
 
 INT8 = CodeLayout.INT8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
