@@ -6,7 +6,6 @@ MERGEQUANT_NATIVE=skip does not try. CXX names the compiler, CXXFLAGS is added t
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -62,7 +61,7 @@ class BuildNative(build_ext):
         scratch.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         units = {"isa_portable": "", "dispatch": ""}
-        units |= {f"isa_{name}": x for name, x in UNITS.get(platform.machine(), {}).items()}
+        units |= {f"isa_{name}": x for name, x in UNITS.get(_machine(compiler), {}).items()}
         common = [*compiler, *shlex.split(FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
         def compile_unit(unit: str) -> str:
@@ -100,6 +99,11 @@ def _compiler() -> list[str]:
     if not found:
         raise FileNotFoundError(f"none of {', '.join(COMPILERS)} is installed")
     return found
+
+
+def _machine(compiler: list[str]) -> str:
+    """What is compiled for, which need not be what compiles: `x86_64`, `aarch64`."""
+    return _run([*compiler, "-dumpmachine"]).split("-")[0]
 
 
 def _openmp(compiler: list[str]) -> list[str]:
