@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, environment, save
+from benchmarks.reference_loss import Yardstick
 from mergequant import Options
-from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
-from mergequant.evaluate import reference_logprobs
-from mergequant.in_memory import quantize_in_memory
-from mergequant.oracle import load_model
 
 FAST: Mapping[str, Any] = {"compensation_rank": 0}
 WITHOUT_COMPENSATION: tuple[Mapping[str, Any], ...] = (
@@ -105,10 +102,7 @@ def main() -> None:
     rows = known(RESULTS / f"{name}.json", command)
     finished = {(row.compensated, row.changed) for row in rows}
 
-    tokenizer = load_tokenizer(model)
-    source = read_source(str(given.text))
-    windows = evaluation_windows(source, tokenizer, given.length)[: given.windows]
-    full = -float(reference_logprobs(load_model(model), windows).mean())
+    yardstick = Yardstick(model, given.text, given.length, given.windows)
     plan = [(False, changes) for changes in WITHOUT_COMPENSATION]
     plan += [(True, changes) for changes in WITH_COMPENSATION if not given.fast]
     for compensated, changes in plan:
@@ -118,10 +112,9 @@ def main() -> None:
             {**({} if compensated else FAST), "sequence_length": given.length, **changes}
         )
         began = time.monotonic()
-        quantized, _ = quantize_in_memory(model, given.calibration, options, progress=False)
+        quantized = yardstick.quantize(given.calibration, options)
         seconds = time.monotonic() - began
-        loss = -float(reference_logprobs(quantized, windows).mean())
-        rows.append(Row(compensated, label(changes), loss - full, seconds))
+        rows.append(Row(compensated, label(changes), yardstick.excess(quantized.model), seconds))
         print(rows[-1], flush=True)
         save(name, command, [asdict(row) for row in rows], table(rows), environment())
 

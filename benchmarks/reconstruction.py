@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, environment, save
+from benchmarks.reference_loss import Yardstick
 from mergequant import Options
-from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
-from mergequant.evaluate import reference_logprobs
-from mergequant.in_memory import quantize_in_memory
-from mergequant.oracle import load_model
 
 PLAIN = Options(reconstruction="none", compensation_rank=0, weight_search="minmax")
 ALPHAS = {"prune": (5.0, 3.0, 2.0, 1.0), "pad": (5.0, 2.0, 1.0, 0.5, 0.0)}
@@ -51,16 +48,13 @@ def measure(
     model: Path, calibration: list[Path], text: Path, base: Options, most: int
 ) -> list[Row]:
     """All rows of one model."""
-    tokenizer = load_tokenizer(model)
-    windows = evaluation_windows(read_source(str(text)), tokenizer, base.sequence_length)[:most]
-    full = -float(reference_logprobs(load_model(model), windows).mean())
-    print(f"full precision {full:.4f}", flush=True)
+    yardstick = Yardstick(model, text, base.sequence_length, most)
+    print(f"full precision {yardstick.full_precision:.4f}", flush=True)
     rows = []
     for changes in variants():
         options = Options.model_validate({**base.model_dump(), **changes})
-        quantized, report = quantize_in_memory(model, calibration, options, progress=False)
-        loss = -float(reference_logprobs(quantized, windows).mean())
-        shapes = [line["reconstruction"] for line in report if line.get("reconstruction")]
+        quantized = yardstick.quantize(calibration, options)
+        shapes = [line["reconstruction"] for line in quantized.report if line.get("reconstruction")]
         row = Row(
             mode=options.reconstruction,
             split_by=options.split_by,
@@ -68,7 +62,7 @@ def measure(
             alpha=float(options.alpha),
             copies=sum(x["copies"] for x in shapes) / max(1, len(shapes)),
             growth=max((x["growth"] for x in shapes), default=0.0),
-            excess=loss - full,
+            excess=yardstick.excess(quantized.model),
         )
         print(row, flush=True)
         rows.append(row)

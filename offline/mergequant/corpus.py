@@ -56,6 +56,13 @@ def read_source(name: str, default_split: str = "train") -> Source:
     return source
 
 
+def calibration_sources(names: Sequence[str | Path]) -> list[Source]:
+    """The sources to calibrate on; raises InputError if none is named."""
+    if not names:
+        raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
+    return [read_source(str(name)) for name in names]
+
+
 def _read_file(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mergequant.errors import InputError
+
 logger = logging.getLogger("mergequant")
 
 
@@ -38,6 +40,27 @@ def lock(path: Path) -> int | None:
     os.ftruncate(file, 0)
     os.pwrite(file, str(os.getpid()).encode(), 0)
     return file
+
+
+def hold(path: Path, output: Path) -> int:
+    """Lock `path`, whose folder is made if need be, on behalf of `output`: the open descriptor.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock(path)
+        except HeldError as error:
+            raise InputError(
+                f"Another run (process {error}) is writing {output}: wait for it, or choose "
+                "another output."
+            ) from error
+        except FileNotFoundError:  # its folder was removed by a run that has just ended
+            continue
+        if held is not None:
+            return held
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+DTYPES = ("float32", "bfloat16", "float16")
 PUBLISHED_WINDOW = 2048
 _TOKENS_A_BATCH = 4096
 _NO_VLLM = (
@@ -75,6 +77,7 @@ def perplexity(
         dtype: of everything that is not quantized.
         tensor_parallel_size: ranks; the reference forward reproduces their arithmetic.
     """
+    refuse_unknown(engine, dtype)
     refuse_no_window(window, most_windows)
     reader = Reader(locate(model))
     folder = reader.folder
@@ -96,7 +99,22 @@ def perplexity(
         reference = load_model(folder, getattr(torch, dtype), tensor_parallel_size).to(device)
         logprobs = reference_logprobs(reference, windows.to(device), progress)
     loss = -float(logprobs.mean())
-    return Perplexity(math.exp(loss), loss, logprobs.numel(), len(windows), length, engine)
+    return Perplexity(perplexity_of(loss), loss, logprobs.numel(), len(windows), length, engine)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def refuse_unknown(engine: str, dtype: str) -> None:
+    """Raise InputError unless there is such an engine and such a dtype."""
+    for option, value, known in (("--engine", engine, ENGINES), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise InputError(f"{option} {value!r} is unknown: choose one of {', '.join(known)}.")
 
 
 def refuse_no_window(window: int, most_windows: int | None) -> None:

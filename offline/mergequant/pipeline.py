@@ -14,9 +14,9 @@ from mergequant.architectures import find
 from mergequant.checkpoint import Reader, Writer, locate
 from mergequant.contract import checkpoint_format
 from mergequant.corpus import (
+    calibration_sources,
     calibration_windows,
     load_tokenizer,
-    read_source,
     sha256_of,
     window_length,
 )
@@ -120,9 +120,7 @@ def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: O
     Raises:
         InputError: there is no text, or too little.
     """
-    if not calibration:
-        raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
-    sources = [read_source(str(name)) for name in calibration]
+    sources = calibration_sources(calibration)
     context = reader.config.get("max_position_embeddings")
     samples = options.statistics_samples
     if options.weights == "gptq":

@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from mergequant.durable import HeldError, lock, sync, write_json
+from mergequant.durable import hold, sync, write_json
 from mergequant.errors import InputError
 from mergequant.fingerprint import Fingerprint, file_sha256
 
@@ -63,17 +63,8 @@ class Staging:
 
     def acquire(self) -> None:
         """Make the folder and lock it; raises InputError if another run holds it."""
-        while self._lock is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock = lock(self.folder / _LOCK)
-            except HeldError as error:
-                raise InputError(
-                    f"Another run (process {error}) is writing {self.folder.parent}: "
-                    "wait for it, or choose another output."
-                ) from error
-            except FileNotFoundError:  # removed by a run that has just ended
-                continue
+        if self._lock is None:
+            self._lock = hold(self.folder / _LOCK, self.folder.parent)
 
     def release(self) -> None:
         """Let other runs have the folder."""

@@ -1,7 +1,6 @@
 """A model's losses on the texts and its accuracies on the tasks."""
 
 import gc
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from mergequant.ablation.tasks import Tasks
 from mergequant.corpus import load_tokenizer, window_length
 from mergequant.errors import InputError
 from mergequant.evaluate import (
+    ENGINES,
+    perplexity_of,
     prompt_logprobs,
     reference_logprobs,
     refuse_no_window,
+    refuse_unknown,
     require_vllm,
     text_windows,
     vllm_engine,
@@ -25,8 +27,7 @@ from mergequant.evaluate import (
 from mergequant.oracle import load_model
 from mergequant.pipeline import find_device
 
-VLLM, REFERENCE = "vllm", "transformers"
-_DTYPES = ("float32", "bfloat16", "float16")
+VLLM, REFERENCE = ENGINES
 
 
 class Measured(BaseModel):
@@ -41,10 +42,7 @@ class Measured(BaseModel):
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,7 @@ def open_bench(
         folder: of the model, for its tokenizer.
         context: tokens that the model can take.
     """
-    if engine not in (VLLM, REFERENCE):
-        raise InputError(f"--engine {engine!r} is unknown: choose {VLLM} or {REFERENCE}.")
-    if dtype not in _DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(_DTYPES)}.")
+    refuse_unknown(engine, dtype)
     if engine == VLLM:
         require_vllm()
     if not texts:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from mergequant.ablation.measure import Measured
 from mergequant.ablation.study import Study
-from mergequant.durable import HeldError, lock, write_json
+from mergequant.durable import hold, write_json
 from mergequant.errors import InputError
 
 _LOCK, _STUDY, _ROWS = "lock", "study.json", "rows"
@@ -119,18 +119,11 @@ def _acquire(output: Path) -> int:
         raise InputError(f"Output {output} is a file: choose another name.")
     if output.is_dir() and any(output.iterdir()) and not (output / _LOCK).exists():
         raise InputError(f"Output folder {output} holds other files: choose another or a new one.")
-    held = None
-    while held is None:
-        try:
-            (output / _ROWS).mkdir(parents=True, exist_ok=True)
-            held = lock(output / _LOCK)
-        except HeldError as error:
-            raise InputError(
-                f"Another run (process {error}) is writing {output}: wait for it, or choose "
-                "another output."
-            ) from error
-        except OSError as error:
-            raise InputError(f"{output} cannot be written ({error}): choose another.") from error
+    try:
+        held = hold(output / _LOCK, output)
+        (output / _ROWS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error}): choose another.") from error
     return held
 
 

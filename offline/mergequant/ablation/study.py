@@ -11,8 +11,7 @@ from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
 from mergequant.architecture import Architecture, widths
 from mergequant.checkpoint import Reader
-from mergequant.corpus import read_source, sha256_of
-from mergequant.errors import InputError
+from mergequant.corpus import Source, calibration_sources, sha256_of
 from mergequant.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.options import Options
 from mergequant.pipeline import open_model
@@ -20,12 +19,13 @@ from mergequant.pipeline import open_model
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under study, and where its calibration text is.
+    """The model under study, and its calibration text.
 
     Attributes:
         name: what tables call it.
         paper_model: which model of the paper it has the shape of, or None.
         widths: of its spaces, see `mergequant.architecture.widths`.
+        calibration: names of the text's sources, each of `sources` in turn.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Subject:
     architecture: Architecture
     widths: Mapping[str, int]
     calibration: Sequence[str | Path]
+    sources: Sequence[Source]
 
     @property
     def folder(self) -> Path:
@@ -43,8 +44,7 @@ class Subject:
 
 def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
     """Find a model and check that it can be quantized."""
-    if not calibration:
-        raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
+    sources = calibration_sources(calibration)
     reader, architecture, _ = open_model(model, Options(rotation="none"))
     return Subject(
         name=Path(model).resolve().name if Path(model).is_dir() else str(model),
@@ -53,6 +53,7 @@ def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
         architecture=architecture,
         widths=widths(reader.config),
         calibration=calibration,
+        sources=sources,
     )
 
 
@@ -95,7 +96,6 @@ class Study(BaseModel):
 
 def study_of(subject: Subject, bench: Bench) -> Study:
     """What the rows of this run have in common."""
-    texts = {str(name): read_source(str(name)).text() for name in subject.calibration}
     tasks = bench.tasks
     extras = ["vllm"] * (bench.engine == VLLM) + ["lm-eval"] * bool(tasks)
     return Study(
@@ -103,7 +103,8 @@ def study_of(subject: Subject, bench: Bench) -> Study:
         config_sha256=config_sha256(subject.reader.config),
         weights_sha256=weights_sha256(subject.reader.weight_files()),
         calibration_sha256={
-            name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
+            source.name: hashlib.sha256(source.text().encode()).hexdigest()
+            for source in subject.sources
         },
         texts_sha256={name: sha256_of(windows) for name, windows in bench.windows.items()},
         settings={
