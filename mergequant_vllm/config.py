@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from mergequant_vllm.format import (
@@ -88,6 +89,9 @@ class MergeQuantConfig(QuantizationConfig):
         """The method of one layer; linears outside the contract stay in the model's dtype."""
         refuse_lora()
         refuse_offload()
+        if isinstance(layer, ParallelLMHead):
+            head = self.checkpoint.outer.get(prefix)
+            return None if head is None else MergeQuantLinearMethod(prefix, [head], self.kernel)
         if not isinstance(layer, LinearBase):
             return None
         merged = self._linears_behind(prefix)

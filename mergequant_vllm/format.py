@@ -121,7 +121,8 @@ class CheckpointFormat(_Strict):
 
     Attributes:
         block: name of a decoder block's module, with `{block}` for its number.
-        linears: every quantized linear, named within its block.
+        linears: every quantized linear of a block, named within it.
+        outer: quantized linears outside the blocks (the head), by full name; dynamic.
         tensors: shapes of all tensors that are stored as they are, `{block}` for each block.
     """
 
@@ -131,14 +132,22 @@ class CheckpointFormat(_Strict):
     block: str
     blocks: int = Field(ge=1)
     linears: dict[str, LinearFormat]
+    outer: dict[str, LinearFormat] = Field(default_factory=dict)
     tensors: dict[str, list[int]]
     provenance: Provenance
 
+    @model_validator(mode="after")
+    def _outer_linears_read_no_migrated_norm(self) -> Self:
+        if any(linear.activations != "dynamic" for linear in self.outer.values()):
+            raise ValueError("linears outside the blocks have dynamic activations")
+        return self
+
     def linear_names(self) -> Iterator[tuple[str, LinearFormat]]:
-        """Every quantized linear of the model with its full name, block by block."""
+        """Every quantized linear of the model with its full name, block by block, the head last."""
         for number in range(self.blocks):
             for name, linear in self.linears.items():
                 yield f"{self.block.format(block=number)}.{name}", linear
+        yield from self.outer.items()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mergequant.architecture import (
 )
 from mergequant.errors import InputError
 from mergequant.fingerprint import library_versions
+from mergequant.head import BITS, head_format
 from mergequant.options import Options
 from mergequant.rotated import online_hadamards
 from mergequant_vllm.format import (
@@ -46,7 +47,13 @@ def checkpoint_format(
                 hadamard=hadamards.get(linear.name),
             )
     quantized = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    tensors = {name: list(shape) for name, shape in outer_tensors(architecture, config).items()}
+    outer = outer_tensors(architecture, config)
+    head = f"{architecture.head.name}.weight"
+    outer_linears = {}
+    if options.head_bits == BITS:
+        vocabulary, hidden = outer.pop(head)
+        outer_linears[architecture.head.name] = head_format((vocabulary, hidden))
+    tensors = {name: list(shape) for name, shape in outer.items()}
     for name, shape in block_tensors(architecture, config).items():
         if name not in quantized:
             tensors[f"{architecture.block}.{name}"] = list(shape)
@@ -57,6 +64,7 @@ def checkpoint_format(
         block=architecture.block,
         blocks=int(str(config["num_hidden_layers"])),
         linears=linears,
+        outer=outer_linears,
         tensors=tensors,
         provenance=Provenance(
             options=options.model_dump(mode="json"),

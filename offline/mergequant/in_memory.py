@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergequant.contract import checkpoint_format
 from mergequant.corpus import sha256_of
 from mergequant.decoder import Decoder
+from mergequant.head import quantize_head
 from mergequant.options import Options
 from mergequant.pilot import resolve_reconstruction
 from mergequant.pipeline import (
@@ -18,6 +21,7 @@ from mergequant.pipeline import (
     progress_bar,
 )
 from mergequant.quantize_block import quantize_block
+from mergequant.quantized_linear import from_stored
 
 
 def quantize_in_memory(
@@ -53,4 +57,8 @@ def quantize_in_memory(
                 )
                 report += lines
                 go_behind(block, activations, targets)
-    return decoder.whole_model(), report
+    whole = decoder.whole_model()
+    for name, form in contract.outer.items():
+        found = quantize_head(reader.read(f"{name}.weight"))
+        setattr(whole, name, from_stored(form, found.__getitem__, torch.float32).to(decoder.device))
+    return whole, report

@@ -344,11 +344,15 @@ def _host_outer(shapes: _Shapes) -> int:
     """Bytes of the embedding and the head, when checked, looked up in, or written at the end."""
     width, size = shapes.width, _source_bytes(shapes.config)
     table = width["vocabulary"] * width["hidden"]
-    if shapes.options.rotation == "none":
-        return 2 * (size + 1) * table  # checked: itself, its absolute values and two masks
     rows = min(ROWS_AT_ONCE, width["vocabulary"])
-    # The embedding is written beside the head, which is there as stored, in parts, and as a whole.
-    return 4 * size * table + 4 * _F64 * rows * width["hidden"]
+    part = 4 * _F64 * rows * width["hidden"]
+    if shapes.options.rotation != "none":
+        # The embedding is written beside the head, there as stored, in parts, and as a whole.
+        return 4 * size * table + part
+    checked = 2 * (size + 1) * table  # itself, its absolute values and two masks
+    if shapes.options.head_bits == 16:
+        return checked
+    return max(checked, 2 * size * table + 2 * table + part)  # packed in parts, and as a whole
 
 
 def _source_bytes(config: Mapping[str, Any]) -> int:

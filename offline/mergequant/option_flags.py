@@ -28,6 +28,7 @@ HELP = {
     "group_size": "Channels that share a weight step.",
     "asymmetric": "Weights with zero points.",
     "weight_search": "Weight steps: minmax or mse.",
+    "head_bits": "8 or 16: as it is.",
     "clipping": "none, channel or adaptive.",
     "compensation_rank": "Rank of the trained low-rank matrices; 0: none.",
     "compensation_epochs": "Most passes of the training.",

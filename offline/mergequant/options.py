@@ -36,6 +36,8 @@ class Options(BaseModel):
         group_size: input channels that share a weight step; None: one step per output channel.
         asymmetric: weights have zero points.
         weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
+        head_bits: width of the head's weight codes: 8, with a step per token for its 8-bit input;
+            16: the head stays as it is.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
         compensation_rank: r of the low-rank matrices that are trained and merged (paper 4.3); 0:
@@ -73,6 +75,7 @@ class Options(BaseModel):
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
     asymmetric: bool = False
     weight_search: Literal["minmax", "mse"] = "mse"
+    head_bits: Literal[8, 16] = 16
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
     compensation_rank: int = Field(default=64, ge=0)
     compensation_epochs: int = Field(default=8, ge=1)

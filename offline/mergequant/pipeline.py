@@ -24,6 +24,7 @@ from mergequant.decoder import Activations, Block, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short
+from mergequant.head import BITS, UntiedReader, quantize_head
 from mergequant.memory import needed_memory
 from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
@@ -86,12 +87,25 @@ def quantize(
         contract = checkpoint_format(reader.config, architecture, options, text)
         writer.remember(decided)
         _quantize_blocks(decoder, windows, options, contract, writer, progress)
-        names = outer_tensors(architecture, reader.config)
-        outer = {name: reader.read_in_source_dtype(name) for name in names}
-        writer.write_shard(blocks, outer)
+        writer.write_shard(blocks, _around_the_blocks(reader, architecture, contract))
         check_tensors(contract, writer.headers())
         writer.finish(reader, contract.model_dump(mode="json"))
     return Path(output)
+
+
+def _around_the_blocks(
+    reader: Reader, architecture: Architecture, contract: CheckpointFormat
+) -> dict[str, Tensor]:
+    """What is stored beside the blocks: the embedding, the last norm, the head."""
+    tensors = {}
+    for name in outer_tensors(architecture, reader.config):
+        owner = name.rpartition(".")[0]
+        if owner in contract.outer:
+            found = quantize_head(reader.read(name))
+            tensors.update({f"{owner}.{suffix}": tensor for suffix, tensor in found.items()})
+        else:
+            tensors[name] = reader.read_in_source_dtype(name)
+    return tensors
 
 
 def _decide(decoder: Decoder, windows: Tensor, options: Options, progress: bool) -> dict[str, Any]:
@@ -101,12 +115,14 @@ def _decide(decoder: Decoder, windows: Tensor, options: Options, progress: bool)
 
 
 def open_model(model: str | Path, options: Options) -> tuple[Reader, Architecture, list[Path]]:
-    """A 16-bit model as it will be quantized, rotated or not; its table; its weight files."""
+    """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files."""
     reader = Reader(locate(model))
     reader.refuse_quantized()
     architecture = find(reader.config.get("model_type"))
     validate(architecture, reader.config, reader.shapes())
     files = reader.weight_files()
+    if options.head_bits == BITS and reader.config.get("tie_word_embeddings", False):
+        reader = UntiedReader(reader, architecture)
     if options.rotation != "none":
         reader = RotatedReader(
             reader, architecture, options.rotation, options.seed, most=options.hadamard_block

@@ -1,5 +1,5 @@
 """Every stored form, served: reconstruction, offsets, groups, zero points, 3- and 8-bit weights,
-8-bit activations, both rotations; eager and compiled, on one rank and on two."""
+8-bit activations, both rotations, an 8-bit head; eager and compiled, on one rank and on two."""
 
 from pathlib import Path
 
@@ -26,6 +26,7 @@ NARROW = LITTLE.model_copy(
         "weight_bits": 3,
         "group_size": 32,
         "asymmetric": True,
+        "head_bits": 8,
     }
 )
 WIDE = LITTLE.model_copy(
