@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu import levels, linear, linear_table, machine
+from benchmarks.cpu.contenders import OURS
 from benchmarks.cpu.limits import Limits
 from benchmarks.record import save
 
@@ -59,7 +60,8 @@ def run_serve(options: argparse.Namespace, threads: int, command: str) -> None:
 
     isa, amx = level_name(options.isa), not options.no_amx
     where = machine.where(isa, threads, amx=amx)
-    name = file_name("serve", isa, threads, amx=amx)
+    variant = serve.ours_of(serve.methods_of(options)).removeprefix(OURS)
+    name = file_name(f"serve{variant}", isa, threads, amx=amx)
     log = options.results / "logs"
 
     def progress(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -28,11 +28,11 @@ Progress = Callable[[Sequence[Mapping[str, Any]]], None]
 
 def run(options: argparse.Namespace, isa: str, threads: int, log: Path, progress: Progress) -> None:
     """Measure ours with each rival; `progress` is called with all rows so far after each."""
-    methods = tuple(options.methods or DEFAULT)
+    methods = methods_of(options)
     unknown = [name for name in methods if name not in CONTENDERS]
     if unknown:
         raise ValueError(f"--methods {' '.join(unknown)}: choose from {', '.join(CONTENDERS)}")
-    ours = methods[0] if CONTENDERS[methods[0]].method == OURS else OURS
+    ours = ours_of(methods)
     rows: list[dict[str, Any]] = []
     first = Opponent(ours, options, isa, threads, log)
     print(f"  {ours} is up: {first.facts}", flush=True)
@@ -43,6 +43,17 @@ def run(options: argparse.Namespace, isa: str, threads: int, log: Path, progress
             print(f"  {line(rows[-1])}", flush=True)
     finally:
         first.close()
+
+
+def methods_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the contenders."""
+    return tuple(options.methods or DEFAULT)
+
+
+def ours_of(methods: Sequence[str]) -> str:
+    """The one that stays: the first, if it is one of ours."""
+    known = CONTENDERS.get(methods[0])
+    return methods[0] if known is not None and known.ours else OURS
 
 
 def duel(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.cpu.contenders import CONTENDERS, Contender
+from benchmarks.cpu.contenders import BASELINE, CONTENDERS, Contender
 from benchmarks.cpu.serve import BATCHES, SHORT_PROMPT
 from benchmarks.cpu.timing import quartiles
 from benchmarks.shapes import MODELS, Model
@@ -20,6 +20,9 @@ first token taken off. Ours and each other one run in turns, one other at a time
 over theirs within a round, median, in brackets the quartiles. vLLM: prefix caching off, key-value
 cache of 1 GiB in the dtype of its name, compiled; its int8 and w4a16 are compressed-tensors
 checkpoints on the kernels that vLLM chooses. llama.cpp: cache in float16."""
+MEMORY = """\
+Weights are counted as packed, embedding, head and cache in the dtype that they are served in; vLLM
+itself is what {baseline} has resident beyond those three."""
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -60,11 +63,10 @@ def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, fl
 def expected_bytes(contender: Contender, model: Model, layers: int) -> dict[str, float]:
     """What weights, embedding and head, and the cache must take at least, in bytes."""
     weights = layers * sum(linear.n * linear.k for linear in model.linears())
-    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return {
-        "weights": weights * contender.bits / 8,
-        "embedding and head": tables * contender.table_bits / 8,
-    }
+    table = model.vocab_size * model.hidden_size
+    bits = contender.embedding_bits
+    bits += 0 if model.tie_word_embeddings else contender.head_bits
+    return {"weights": weights * contender.bits / 8, "embedding and head": table * bits / 8}
 
 
 def _speeds(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -109,21 +111,33 @@ def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
     """Resident memory beside what must be there."""
-    lines = [
-        "| MiB | resident | of it, before the model | the model and the cache | must be "
-        "| weights | embedding and head | cache | tensors of the model |",
-        "|---" * 9 + "|",
-    ]
     facts = {row["ours"]["name"]: row["ours"]["facts"] for row in rows}
     facts |= {row["name"]: row["theirs"]["facts"] for row in rows}
+    parts = {name: _parts(name, facts[name], model, layers) for name in facts}
+    own = None  # what vLLM takes for itself
+    if BASELINE in facts:
+        own = facts[BASELINE]["resident"] - sum(parts[BASELINE].values())
+    lines = [
+        "| MiB | resident | must be | more | weights | embedding and head | cache | vLLM itself |",
+        "|---" * 8 + "|",
+    ]
     for name, found in facts.items():
-        parts = expected_bytes(CONTENDERS[name], model, layers)
-        must = sum(parts.values()) + found["cache_bytes"]
-        sizes = [found["resident"], found["imports"], found["resident"] - found["imports"], must]
-        sizes += [*parts.values(), found["cache_bytes"], found.get("model_bytes")]
-        cells = ("-" if size is None else f"{size / MIB:.0f}" for size in sizes)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        itself = own if CONTENDERS[name].method is not None else None
+        must = None if itself is None else sum(parts[name].values()) + itself
+        sizes = (_mebibytes(size) for size in (*parts[name].values(), itself))
+        more = "-" if must is None else f"{found['resident'] / must - 1:+.1%}"
+        whole = f"{_mebibytes(found['resident'])} | {_mebibytes(must)} | {more}"
+        lines.append(f"| {name} | {whole} | {' | '.join(sizes)} |")
+    lines += ["", MEMORY.format(baseline=BASELINE)]
     return "\n".join(lines) if rows else ""
+
+
+def _parts(name: str, found: Mapping[str, Any], model: Model, layers: int) -> dict[str, float]:
+    return {**expected_bytes(CONTENDERS[name], model, layers), "cache": found["cache_bytes"]}
+
+
+def _mebibytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / MIB:.0f}"
 
 
 def _troubles(rows: Sequence[Row]) -> list[str]:

@@ -1,12 +1,14 @@
 """Ways to serve one model, as folders with a config.json and no tensors: weights are random.
 
-`mergequant` is ours with the default kernels; `mergequant:KERNEL` asks for one by name. Any name
+`mergequant` is ours with the default kernels, `mergequant-head8` has its head in 8 bits too;
+`mergequant:KERNEL` asks for a kernel by name. Any name
 may end in `+fp8-cache`: keys and values in 8 bits.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ class Method:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _mergequant(model: Model, blocks: int) -> Config:
+def _mergequant(model: Model, blocks: int, head: bool = False) -> Config:
+    """`head`: in 8 bits too."""
     hidden, inner = model.hidden_size, model.intermediate_size
     static = {
         "self_attn.q_proj": (model.query_size, hidden, "input_layernorm"),
@@ -50,12 +53,16 @@ def _mergequant(model: Model, blocks: int) -> Config:
     linears |= {
         name: LinearFormat(shape=shape, activations="dynamic") for name, shape in dynamic.items()
     }
+    head_format = LinearFormat(
+        shape=(model.vocab_size, hidden), weight_bits=8, activation_bits=8, activations="dynamic"
+    )
     checkpoint = CheckpointFormat(
         quant_method="mergequant",
         format_version=1,
         block="model.layers.{block}",
         blocks=blocks,
         linears=linears,
+        outer={"lm_head": head_format} if head else {},
         tensors={},
         provenance=Provenance(options={}, versions={}, calibration_sha256=""),
     )
@@ -110,6 +117,7 @@ METHODS = {
         weight_step=0.02,
     ),
     "mergequant": Method(_mergequant, weight_step=0.004, norm=2.0),
+    "mergequant-head8": Method(partial(_mergequant, head=True), weight_step=0.004, norm=2.0),
 }
 
 
@@ -128,7 +136,7 @@ def find_method(name: str) -> tuple[Method, str | None]:
         ValueError: there is no such method.
     """
     base, _, kernel = name.removesuffix(FP8_CACHE).partition(":")
-    if base not in METHODS or (kernel and base != "mergequant"):
+    if base not in METHODS or (kernel and not base.startswith("mergequant")):
         known = ", ".join(METHODS)
         raise ValueError(f"{name!r} is no method: choose from {known}, mergequant:KERNEL")
     method = METHODS[base]

@@ -55,7 +55,7 @@ def as_rows(codes: Tensor, alignment: int = 16) -> Tensor:
     Args:
         alignment: bytes; a row must begin at a multiple of it for loads of that width.
     """
-    rows = codes.reshape(-1, codes.shape[-1])
+    rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
     starts = (rows.storage_offset(), rows.stride(0))
     aligned = all(start * rows.element_size() % alignment == 0 for start in starts)
     return rows if rows.stride(1) == 1 and aligned else rows.contiguous()

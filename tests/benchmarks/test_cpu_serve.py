@@ -104,9 +104,12 @@ def row(name: str, ours: float, theirs: float) -> dict[str, Any]:
             {phase: 1.0 + seconds * phase.startswith("decode") for phase in serve.phases(OPTIONS)}
         ] * 2
 
-    facts = {"engine": "x", "imports": 2**20, "resident": 3 * 2**20, "cache_bytes": 2**20}
-    mine = {"name": "mergequant", "facts": facts, "rounds": rounds(ours)}
-    return {"name": name, "ours": mine, "theirs": {"facts": facts, "rounds": rounds(theirs)}}
+    def facts(resident: int) -> dict[str, object]:
+        return {"engine": "x", "resident": resident * 2**20, "cache_bytes": 2**20}
+
+    mine = {"name": "mergequant", "facts": facts(1600), "rounds": rounds(ours)}
+    others = {"facts": facts(3696 + 500 + 1 + 600), "rounds": rounds(theirs)}
+    return {"name": name, "ours": mine, "theirs": others}
 
 
 def test_speeds_take_the_first_token_off() -> None:
@@ -125,7 +128,10 @@ def test_the_tables_show_speedups_memory_and_troubles() -> None:
     # TinyLlama: 22 blocks of 44040192 weights and two tables of 32000 x 2048.
     parts = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
     assert parts == {"weights": 22 * 44040192 / 2, "embedding and head": 2 * 32000 * 2048 * 4}
-    assert "| mergequant | 3 | 1 | 2 | 963 | 462 | 500 | 1 | - |" in text
+    assert "| mergequant | 1600 | 1563 | +2.4% | 462 | 500 | 1 | 600 |" in text
+    assert "| vllm-float32 | 4797 | 4797 | +0.0% | 3696 | 500 | 1 | 600 |" in text
+    eight = serve_table.expected_bytes(CONTENDERS["mergequant-head8"], MODELS["TinyLlama-1.1B"], 22)
+    assert eight["embedding and head"] == 32000 * 2048 * 5
     tied = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["Qwen3-0.6B"], 1)
     assert tied["embedding and head"] == 151936 * 1024 * 4
 
