@@ -21,7 +21,7 @@ BATCHES = (1, 8)
 SHORT_PROMPT = 16
 START_SECONDS = 1800.0  # compiling takes minutes on a slow machine
 ASK_SECONDS = 900.0
-LONG_SECONDS = 60.0  # a rival whose round takes longer is asked only once
+LONG_SECONDS = 120.0  # a rival whose round takes longer is asked only once
 
 Progress = Callable[[Sequence[Mapping[str, Any]]], None]
 
