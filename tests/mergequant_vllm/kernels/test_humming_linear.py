@@ -4,9 +4,6 @@ What the library itself computes is compared with `humming_reference` on a GPU, 
 """
 
 import dataclasses
-import importlib
-import inspect
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -16,20 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, lay_out, nibble_order
-from mergequant_vllm.kernels.int4_linear import humming, humming_library
+from mergequant_vllm.kernels.codes import CodeLayout, lay_out
+from mergequant_vllm.kernels.int4_linear import humming
 from mergequant_vllm.kernels.int4_linear.humming import (
     HummingInt4Linear,
-    HummingInt8Linear,
     HummingPrepared,
     humming_linear,
 )
 from mergequant_vllm.kernels.int4_linear.humming_library import (
     library_tensors,
-    padded_columns,
 )
 from mergequant_vllm.kernels.int4_linear.humming_reference import (
     emulate,
@@ -40,7 +34,6 @@ from mergequant_vllm.kernels.int4_linear.humming_reference import (
     power_of_two,
 )
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
 from tests.mergequant_vllm.kernels.emulated_humming import (
     RANGES,
     VERSIONS,
@@ -48,23 +41,24 @@ from tests.mergequant_vllm.kernels.emulated_humming import (
     install,
     read_bits,
 )
+from tests.mergequant_vllm.kernels.humming_cases import (
+    FORMS,
+    IDS,
+    INT4,
+    INT8,
+    Kernel,
+    gpu_spec,
+    in_order,
+)
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     make_linear,
-    make_spec,
     make_token_step,
     random_codes,
     run,
 )
 
-Kernel = HummingInt4Linear | HummingInt8Linear
-INT4, INT8 = HummingInt4Linear(), HummingInt8Linear()
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-def gpu_spec(**changes: object) -> LinearSpec:
-    """A spec that both kernels serve, with other fields."""
-    return make_spec(**{"device": "cuda", "dtype": torch.bfloat16, **changes})
 
 
 @pytest.fixture
@@ -81,22 +75,6 @@ def cold() -> Iterator[None]:
     yield
     humming._warm.clear()
     humming._warm.update(before)
-
-
-FORMS: list[tuple[Kernel, dict[str, object]]] = [
-    (INT4, {"weight_bits": 4}),
-    (INT4, {"weight_bits": 3}),
-    (INT4, {"weight_bits": 3, "zero_points": True}),
-    (INT4, {"weight_bits": 4, "group_size": 512}),  # one group: a step per output channel
-    (INT8, {"weight_bits": 4}),
-    (INT8, {"weight_bits": 3, "activation_bits": 8}),
-    (INT8, {"weight_bits": 8, "activation_bits": 8}),
-    (INT8, {"weight_bits": 4, "zero_points": True}),
-    (INT8, {"weight_bits": 4, "group_size": 32, "zero_points": True, "activation_bits": 8}),
-    (INT8, {"weight_bits": 3, "group_size": 128}),
-    (INT8, {"weight_bits": 8, "group_size": 128}),
-]
-IDS = [f"{k.name}-{'-'.join(f'{a[0]}{b}' for a, b in form.items())}" for k, form in FORMS]
 
 
 # Tokens, N, K, whether there is a bias, whether tokens have steps: on and off the tiles.
@@ -164,14 +142,6 @@ def test_it_equals_the_reference_where_nothing_rounds(
         assert expected.unique().numel() > 9
         y = run(kernel, dataclasses.replace(made, stored=stored), x, step, True)
         assert torch.equal(y, expected)
-
-
-def in_order(weight: Tensor, kernel: Kernel) -> Tensor:
-    """Columns [N, columns] as the library counts them, in the order of the linear's channels."""
-    if kernel.layout is not CodeLayout.NIBBLES:
-        return weight
-    order = nibble_order(weight.shape[1])
-    return torch.empty_like(weight).index_copy_(1, order, weight)
 
 
 @pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
@@ -515,114 +485,3 @@ def test_a_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = str(INT4.refusal(gpu_spec()))
     assert reason.startswith("humming-kernels cannot be imported (")
     assert reason.endswith("); install vLLM for CUDA")
-
-
-def real_library(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The installed library, without the build that importing it starts in the background."""
-    monkeypatch.setenv("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-    return pytest.importorskip("humming", reason="humming-kernels is not installed")
-
-
-def signatures() -> dict[str, list[str]]:
-    """Parameters of what is called, and fields of the schemas, of the `humming` to be imported."""
-    schema = humming_library.library("schema")
-    found = {
-        name: sorted(each.name for each in dataclasses.fields(getattr(schema, name)))
-        for name in ("HummingWeightSchema", "HummingInputSchema")
-    }
-    functions = {"gemm": humming_library.library("ops").humming_gemm}
-    if Version(importlib.import_module("humming").__version__) >= Version("0.1.17"):
-        functions["prepare"] = humming_library.library(
-            "transform"
-        ).prepare_and_transform_humming_tensors
-    else:
-        method = humming_library.library("layer").HummingMethod
-        functions["meta"] = method.prepare_layer_meta
-        functions["transform"] = method.transform_humming_layer
-    for name, function in functions.items():
-        found[name] = parameters(function)
-    return {
-        name: [each for each in names if each != "quant_method"] for name, names in found.items()
-    }
-
-
-def parameters(function: Any) -> list[str]:
-    """Names, of a function or of an operation registered with PyTorch."""
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        return [argument.name for argument in function.default._schema.arguments]
-    return list(inspect.signature(function).parameters)
-
-
-def test_the_installed_library_has_the_emulated_signatures(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    version = real_library(monkeypatch).__version__
-    if version not in VERSIONS:
-        pytest.skip(f"there is no emulation of humming-kernels {version}")
-    real = signatures()
-    kernels = humming_library.library("kernel.humming").HummingKernel
-    assert parameters(kernels.prepare_kernels)[:3] == [
-        "layer_config",
-        "compute_config",
-        "tuning_config",
-    ]
-    install(monkeypatch, version, tmp_path)
-    assert signatures() == real
-
-
-@pytest.mark.parametrize(("kernel", "form"), FORMS, ids=IDS)
-def test_the_installed_library_documents_the_layouts(
-    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, form: dict[str, object]
-) -> None:
-    real_library(monkeypatch)
-    spec = gpu_spec(in_features=300, out_features=43, **form)
-    if (reason := kernel.refusal(spec)) is not None:
-        pytest.skip(reason)
-    tensors = library_tensors(make_linear(spec, bias=True).stored, spec, kernel.layout, 0)
-    schema = humming_library.library("schema").HummingWeightSchema(
-        b_dtype=f"uint{spec.weight_bits}",
-        weight_scale_group_size=0 if spec.groups == 1 else spec.group_size,
-        has_zero_point=spec.zero_points,
-    )
-    documented = schema.get_tensors_attrs(
-        shape_n=tensors["weight"].shape[0],
-        shape_k=padded_columns(spec),
-        param_dtype=spec.dtype,
-        has_bias=True,
-    )
-    assert documented.keys() == tensors.keys()
-    for name, form_ in documented.items():
-        assert tuple(tensors[name].shape) == form_["shape"]
-        assert tensors[name].dtype == form_["dtype"]
-
-
-class StandIn:
-    """What the library asks of a GPU before it compiles anything."""
-
-    sm_version, sm_major, sm_minor, is_ppu = 80, 8, 0, False
-
-
-def test_the_installed_library_reads_the_weights_as_they_are_meant(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if Version(real_library(monkeypatch).__version__) < Version("0.1.17"):
-        pytest.skip("this version transforms on a GPU only")
-    monkeypatch.setattr("humming.transform.DeviceInfo", lambda device: StandIn)
-    monkeypatch.setattr("humming.device.DeviceInfo._get_value", lambda self: StandIn)
-    for dynamic in (False, True):
-        spec = gpu_spec(in_features=300, out_features=43, dynamic=dynamic)
-        made = make_linear(spec, bias=True)
-        prepared: Any = INT4.prepare(made.stored, spec)
-        config = json.loads(prepared.layer_config)
-        assert config["input_quant_mode"] == ("dynamic_token" if dynamic else "static_tensor")
-        assert (config["shape_n"], config["shape_k"]) == (256, 384)
-        assert (config["pad_shape_n"], config["pad_shape_k"]) == (208, 64)
-        assert config["weight_scale_type"] == "channel" and config["c_dtype"] == "bfloat16"
-        # Flat layout: 64 outputs by 32 codes, along N first.
-        words = prepared.weight.reshape(384 // 32, 256 // 64, 64, 4).permute(1, 2, 0, 3)
-        codes = read_bits(words.reshape(256, 384 // 8), 4)
-        codes = torch.where(codes < 8, codes, codes - 16)[:48, :320]
-        codes = in_order(codes, INT4)
-        assert torch.equal(codes[:43, :300], made.codes.to(torch.int64))
-        assert not codes[43:].any() and not codes[:, 300:].any()
-        assert prepared.weight_scale.shape == (1, 256) and prepared.bias.shape == (256,)
