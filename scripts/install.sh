@@ -44,5 +44,7 @@ if [ $device = cuda ]; then install; else install_for_cpu; fi || {
     exit 1
 }
 remove_broken
+[ -e mergequant_vllm/libmergequant.so ] ||
+    echo "No C++ compiler built the native CPU kernels: on CPUs linears run in PyTorch, which is slower (install g++, then make clean)."
 "$venv/bin/python" scripts/name_vllm.py
 touch "$venv/installed"
