@@ -133,21 +133,32 @@ MQ_INLINE void scale_floats(const float *floats, const OutputValues &values, flo
     }
 }
 
-// Rounds a block's outputs of one token and writes the `count` of them that exist.
+// The outputs of a block that exist; all but the last block's are a copy of known size.
+template <int Outputs, class Element>
+MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uint8_t *row)
+{
+    uint8_t *const to = row + values.first * int64_t(sizeof(Element));
+    if (values.count == Outputs)
+        memcpy(to, from, Outputs * sizeof(Element));
+    else
+        memcpy(to, from, size_t(values.count) * sizeof(Element));
+}
+
+// Rounds a block's outputs of one token and writes them.
 template <class Set, int Planes>
-void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *row)
+MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *row)
 {
     constexpr int outputs = Shape<Set>::lanes / Planes;
+    if (type == MQ_FLOAT32) {
+        copy_outputs<outputs>(y, values, row);
+        return;
+    }
     uint16_t half[outputs];
-    const void *from = half;
-    if (type == MQ_FLOAT32)
-        from = y;
-    else if (type == MQ_BFLOAT16)
+    if (type == MQ_BFLOAT16)
         store_bfloat16<Set, outputs>(y, half);
     else
         Set::template store_float16<outputs>(y, half);
-    const int64_t bytes = element_bytes(type);
-    memcpy(row + values.first * bytes, from, size_t(values.count * bytes));
+    copy_outputs<outputs>(half, values, row);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ constexpr int64_t MOST_ROWS = 256;
 // Twice what 16-bit sums of products of 4-bit codes hold.
 constexpr int64_t UNPACKED_CHANNELS = 1088;
 // Outputs of a task, from which on whole cache lines of a token's outputs are written in a row.
-constexpr int64_t UNPACKED_LANES = 128;
+constexpr int64_t UNPACKED_LANES = 256;
 // Tiles of tokens that read weights as they are stored, rather than unpacked.
 constexpr int64_t NIBBLE_TILES = 2;
 // Products below which one thread does it all.
