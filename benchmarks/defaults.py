@@ -31,6 +31,7 @@ WITHOUT_COMPENSATION: tuple[Mapping[str, Any], ...] = (
     {"staggered": False},
     {"rotation": "offline"},
     {"rotation": "online"},
+    {"head_bits": 8},
 )
 WITH_COMPENSATION: tuple[Mapping[str, Any], ...] = (
     {},
@@ -105,6 +106,7 @@ def main() -> None:
     yardstick = Yardstick(model, given.text, given.length, given.windows)
     plan = [(False, changes) for changes in WITHOUT_COMPENSATION]
     plan += [(True, changes) for changes in WITH_COMPENSATION if not given.fast]
+    order = [(compensated, label(changes)) for compensated, changes in plan]
     for compensated, changes in plan:
         if (compensated, label(changes)) in finished:
             continue
@@ -116,6 +118,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         rows.append(Row(compensated, label(changes), yardstick.excess(quantized.model), seconds))
         print(rows[-1], flush=True)
+        rows.sort(key=lambda row: order.index((row.compensated, row.changed)))
         save(name, command, [asdict(row) for row in rows], table(rows), environment())
 
 
