@@ -105,10 +105,10 @@ def main() -> None:
 
     yardstick = Yardstick(model, given.text, given.length, given.windows)
     plan = [(False, changes) for changes in WITHOUT_COMPENSATION]
-    plan += [(True, changes) for changes in WITH_COMPENSATION if not given.fast]
+    plan += [(True, changes) for changes in WITH_COMPENSATION]
     order = [(compensated, label(changes)) for compensated, changes in plan]
     for compensated, changes in plan:
-        if (compensated, label(changes)) in finished:
+        if (compensated, label(changes)) in finished or (compensated and given.fast):
             continue
         options = Options.model_validate(
             {**({} if compensated else FAST), "sequence_length": given.length, **changes}
