@@ -46,7 +46,7 @@ class _Strict(BaseModel):
 
 
 class LinearFormat(_Strict):
-    """How one linear of every block is stored and what its activations are.
+    """How one linear of every block, or the head, is stored and what its activations are.
 
     Attributes:
         shape: (out, in) of the source model's weight.

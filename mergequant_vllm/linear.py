@@ -115,6 +115,8 @@ class MergeQuantLinearMethod(LinearMethodBase):
                 f"{self.prefix}: the weights of a mergequant checkpoint cannot be loaded again "
                 "into a running server: restart it."
             )
+        if layer.weight_packed.is_meta:  # a head in a server that embeds or classifies
+            return
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)
         bias = getattr(layer, "bias", None)

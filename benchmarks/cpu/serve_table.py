@@ -22,7 +22,7 @@ cache of 1 GiB in the dtype of its name, compiled; its int8 and w4a16 are compre
 checkpoints on the kernels that vLLM chooses. llama.cpp: cache in float16."""
 MEMORY = """\
 Weights are counted as packed, embedding, head and cache in the dtype that they are served in; vLLM
-itself is what {baseline} has resident beyond those three."""
+itself is what {baseline} has resident beyond those three, a second copy of its head among it."""
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -65,7 +65,8 @@ def expected_bytes(contender: Contender, model: Model, layers: int) -> dict[str,
     weights = layers * sum(linear.n * linear.k for linear in model.linears())
     table = model.vocab_size * model.hidden_size
     bits = contender.embedding_bits
-    bits += 0 if model.tie_word_embeddings else contender.head_bits
+    has_head = not model.tie_word_embeddings or contender.head_bits != contender.embedding_bits
+    bits += contender.head_bits if has_head else 0
     return {"weights": weights * contender.bits / 8, "embedding and head": table * bits / 8}
 
 

@@ -151,6 +151,8 @@ def write_checkpoint(folder: Path, name: str, model: Model, blocks: int, context
     config = model.config(context, blocks)
     if method.quantization is not None:
         config["quantization_config"] = method.quantization(model, blocks)
+        if config["quantization_config"].get("outer"):
+            config["tie_word_embeddings"] = False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder

@@ -347,8 +347,10 @@ def _host_outer(shapes: _Shapes) -> int:
     rows = min(ROWS_AT_ONCE, width["vocabulary"])
     part = 4 * _F64 * rows * width["hidden"]
     if shapes.options.rotation != "none":
-        # The embedding is written beside the head, there as stored, in parts, and as a whole.
-        return 4 * size * table + part
+        # The embedding is written beside the head, there as stored, in parts, and as a whole; one
+        # that is to be quantized is rotated in float32.
+        turned = size if shapes.options.head_bits == 16 else _F32
+        return 2 * (size + turned) * table + part
     checked = 2 * (size + 1) * table  # itself, its absolute values and two masks
     if shapes.options.head_bits == 16:
         return checked

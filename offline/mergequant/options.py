@@ -37,7 +37,7 @@ class Options(BaseModel):
         asymmetric: weights have zero points.
         weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
         head_bits: width of the head's weight codes: 8, with a step per token for its 8-bit input;
-            16: the head stays as it is.
+            16: the head stays as it is. A head tied to the embedding becomes a tensor of its own.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
         compensation_rank: r of the low-rank matrices that are trained and merged (paper 4.3); 0:

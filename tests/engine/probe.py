@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.codes import read_codes
+from mergequant_vllm.kernels.int4_linear.packed import PackedLinear
 
 # Prefix in vLLM -> what went in and came out of it, in the last step that was watched.
 SEEN: dict[str, tuple[Tensor, Tensor]] = {}
@@ -53,7 +54,10 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
 def integer_sums(product: Any, codes: Tensor) -> Tensor:
     """The prepared linear's own sums: its product with steps of 1, which float32 holds exactly."""
     plain = copy.copy(product)
-    plain.spec = dataclasses.replace(product.spec, dtype=torch.float32)
+    if isinstance(product, PackedLinear):
+        plain._form = (*product._form[:-1], torch.float32)
+    else:
+        plain.spec = dataclasses.replace(product.spec, dtype=torch.float32)
     plain._buffers = {**product._buffers, "weight_step": torch.ones_like(product.weight_step)}
     y: Tensor = plain(codes, None, False)
     return y

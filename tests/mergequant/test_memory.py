@@ -81,6 +81,22 @@ def test_training_a_wide_batch_by_hand() -> None:
     assert found.parts["compensation"] == work
 
 
+@pytest.mark.parametrize(
+    ("rotation", "head_bits", "bytes_an_element"),
+    [
+        ("none", 16, 6),  # read, its absolute values and two masks
+        ("none", 8, 6),  # the embedding, the head as stored, packed in parts and whole
+        ("offline", 16, 8),  # the embedding, the head as stored, rotated in parts and whole
+        ("offline", 8, 12),  # likewise, in float32
+    ],
+)
+def test_a_wide_vocabulary_by_hand(rotation: str, head_bits: int, bytes_an_element: int) -> None:
+    fields = {**ON_CPU.model_dump(), "rotation": rotation, "head_bits": head_bits}
+    found = need(Options(**fields), vocab_size=2**20)
+    part = 4 * 8 * 8192 * 64 if (rotation, head_bits) != ("none", 16) else 0
+    assert found.parts["host: embedding and head"] == bytes_an_element * 2**20 * 64 + part
+
+
 def test_parts_add_up() -> None:
     for update in ({}, {"rotation": "online"}, {"activations": "dynamic"}, {"group_size": 32}):
         for rank in (0, 4):

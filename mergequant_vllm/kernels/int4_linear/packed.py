@@ -19,7 +19,7 @@ class PackedLinear(PreparedLinear):
         bias: [N] in the model's dtype, or None.
         operator: called with the codes, these tensors with the token's step before the bias, and
             `form`.
-        form: the operator's other arguments.
+        form: the operator's other arguments, the output's dtype last.
     """
 
     weight: Tensor

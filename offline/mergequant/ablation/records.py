@@ -107,6 +107,7 @@ def open_shelf(output: Path, study: Study) -> Iterator[Shelf]:
     """
     held = _acquire(output)
     try:
+        _make_rows(output)
         _refuse_another(output, study)
         write_json(output / _STUDY, study.model_dump(mode="json"))
         yield Shelf(output)
@@ -120,11 +121,20 @@ def _acquire(output: Path) -> int:
     if output.is_dir() and any(output.iterdir()) and not (output / _LOCK).exists():
         raise InputError(f"Output folder {output} holds other files: choose another or a new one.")
     try:
-        held = hold(output / _LOCK, output)
+        return hold(output / _LOCK, output)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _make_rows(output: Path) -> None:
+    try:
         (output / _ROWS).mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}): choose another.") from error
-    return held
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> InputError:
+    return InputError(f"{output} cannot be written ({error}): choose another.")
 
 
 def _refuse_another(output: Path, study: Study) -> None:

@@ -11,7 +11,7 @@ from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
 from mergequant.architecture import Architecture, widths
 from mergequant.checkpoint import Reader
-from mergequant.corpus import Source, calibration_sources, sha256_of
+from mergequant.corpus import calibration_sources, sha256_of
 from mergequant.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.options import Options
 from mergequant.pipeline import open_model
@@ -25,7 +25,8 @@ class Subject:
         name: what tables call it.
         paper_model: which model of the paper it has the shape of, or None.
         widths: of its spaces, see `mergequant.architecture.widths`.
-        calibration: names of the text's sources, each of `sources` in turn.
+        calibration: names of the text's sources.
+        calibration_sha256: of each source, by name.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Subject:
     architecture: Architecture
     widths: Mapping[str, int]
     calibration: Sequence[str | Path]
-    sources: Sequence[Source]
+    calibration_sha256: Mapping[str, str]
 
     @property
     def folder(self) -> Path:
@@ -53,7 +54,9 @@ def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
         architecture=architecture,
         widths=widths(reader.config),
         calibration=calibration,
-        sources=sources,
+        calibration_sha256={
+            source.name: hashlib.sha256(source.text().encode()).hexdigest() for source in sources
+        },
     )
 
 
@@ -102,10 +105,7 @@ def study_of(subject: Subject, bench: Bench) -> Study:
         versions=versions_of("torch", "transformers", *extras),
         config_sha256=config_sha256(subject.reader.config),
         weights_sha256=weights_sha256(subject.reader.weight_files()),
-        calibration_sha256={
-            source.name: hashlib.sha256(source.text().encode()).hexdigest()
-            for source in subject.sources
-        },
+        calibration_sha256=dict(subject.calibration_sha256),
         texts_sha256={name: sha256_of(windows) for name, windows in bench.windows.items()},
         settings={
             "engine": bench.engine,

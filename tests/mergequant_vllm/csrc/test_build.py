@@ -16,7 +16,7 @@ def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", *places],
         cwd=ROOT,
-        env={**os.environ, **variables},
+        env={**os.environ, "MERGEQUANT_NATIVE": "", **variables},
         capture_output=True,
         text=True,
         check=False,
