@@ -72,9 +72,9 @@ def test_the_table_shows_losses_like_wins() -> None:
     limits = Limits(bandwidth=1e9, float32=1e9, codes=2e9, clock=1e9)
     rows = [row_of([1e-3, 1e-3], [2e-3, 4e-3]), row_of([1e-3, 1e-3], [0.5e-3, 0.5e-3])]
     text = linear_table.table("a-kernel", "avx2", limits, 2**20, rows)
-    assert "| 10 | torch float32 | 1 of 2 | 0.50 | 1.75 | 3.00 |" in text
+    assert "| 10 | torch float32 | 1 of 2 | 0.50 | 1.75 | 3.00 | 0.50 | 1.25 | 2.00 |" in text
     assert "| a down 100x1000 | 10 | 2.0 | 50% | 1.0 | 0.3 | - | - | - | - |" in text
-    assert "| a down 100x1000 | 10 | 3.00 (2.50-3.50) | - | - | - | - |" in text
+    assert "| a down 100x1000 | 10 | 3.00 (2.50-3.50), 2.00 | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 0.50 (0.50-0.50) | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 10.0% | - |" in text
     assert "- REFUSED torch int8, a down 100x1000: it is tired" in text
