@@ -75,7 +75,7 @@ def test_the_table_shows_losses_like_wins() -> None:
     assert "| 10 | torch float32 | 1 of 2 | 0.50 | 1.75 | 3.00 | 0.50 | 1.25 | 2.00 |" in text
     assert "| a down 100x1000 | 10 | 2.0 | 50% | 1.0 | 0.3 | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 3.00 (2.50-3.50), 2.00 | - | - | - | - |" in text
-    assert "| a down 100x1000 | 10 | 0.50 (0.50-0.50) | - | - | - | - |" in text
+    assert "| a down 100x1000 | 10 | 0.50 (0.50-0.50), 0.50 | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 10.0% | - |" in text
     assert "- REFUSED torch int8, a down 100x1000: it is tired" in text
     assert "vpmaddubsw" in text and "clock of 1.00 GHz" in text
