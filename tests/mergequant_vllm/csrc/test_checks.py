@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 SOURCES = ROOT / "mergequant_vllm" / "csrc"
-SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZED = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
 
