@@ -12,11 +12,11 @@ from torch import Tensor
 from mergequant.architecture import Architecture
 from mergequant.checkpoint import Reader
 from mergequant.methods.weights import WeightForm, weight_grid
+from mergequant.quantized_linear import stored_weight
+from mergequant.rotated import ROWS_AT_ONCE
 from mergequant_vllm.format import LinearFormat
-from mergequant_vllm.packing import pack
 
 BITS: Final = 8
-ROWS_AT_ONCE = 8192  # a whole vocabulary of float32 rows would be the largest thing in memory
 
 
 class UntiedReader(Reader):
@@ -52,14 +52,10 @@ def head_format(shape: tuple[int, int]) -> LinearFormat:
 
 def quantize_head(weight: Tensor) -> dict[str, Tensor]:
     """What a checkpoint stores of a head [vocabulary, hidden], floating point, by suffix."""
-    packed, steps = [], []
+    parts = []
     for rows in torch.split(weight, ROWS_AT_ONCE):
         rows = rows.to(torch.float32)
         grid = weight_grid(rows, WeightForm(bits=BITS))
-        packed.append(pack(grid.round_weight(rows), BITS))
-        steps.append(grid.step.to(torch.bfloat16))
-    return {
-        "weight_packed": torch.cat(packed),
-        "weight_scale": torch.cat(steps),
-        "input_clip": torch.ones(1, dtype=torch.float32),
-    }
+        parts.append(stored_weight(grid.round_weight(rows), grid))
+    whole = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+    return {**whole, "input_clip": torch.ones(1, dtype=torch.float32)}

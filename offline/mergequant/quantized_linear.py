@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.int4_linear.reference import centre, int4_linear
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
-from mergequant_vllm.packing import unpack
+from mergequant_vllm.packing import pack, unpack
 
 _FLOAT32_EXACT_BELOW = 2**24
 
@@ -116,6 +117,17 @@ def from_stored(
         offset=read("input_offset") if form.offsets else None,
         ranks=ranks,
     )
+
+
+def stored_weight(codes: Tensor, grid: WeightGrid) -> dict[str, Tensor]:
+    """What a checkpoint stores of a weight, by suffix: codes int8 [out, K] and their grid."""
+    tensors = {
+        "weight_packed": pack(codes.cpu(), grid.bits),
+        "weight_scale": grid.step.to(torch.bfloat16).cpu(),
+    }
+    if grid.zero_points is not None:
+        tensors["weight_zero_point"] = grid.zero_points.cpu()
+    return tensors
 
 
 def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:

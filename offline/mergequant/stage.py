@@ -24,13 +24,12 @@ from mergequant.methods.gptq import (
 from mergequant.methods.low_rank import trainable_elements
 from mergequant.methods.weights import WeightForm, WeightGrid, largest_weight, weight_grid
 from mergequant.options import Options
-from mergequant.quantized_linear import from_stored
+from mergequant.quantized_linear import from_stored, stored_weight
 from mergequant.simulated_linear import FixedWeight, SimulatedLinear
 from mergequant.stage_input import StageInput, refuse_infinite
 from mergequant.static_input import static_input
 from mergequant.statistics import Hessian
 from mergequant_vllm.format import LinearFormat
-from mergequant_vllm.packing import pack
 
 logger = logging.getLogger("mergequant")
 
@@ -200,14 +199,7 @@ def _refuse_unstorable(weight: Tensor, bits: int, linear: str) -> None:
 
 def stored_tensors(name: str, source: StageInput, rounding: Rounding) -> dict[str, Tensor]:
     """What a checkpoint stores of a linear, by name within the block."""
-    grid = rounding.grid
-    tensors = {
-        "weight_packed": pack(rounding.codes.cpu(), grid.bits),
-        "weight_scale": grid.step.to(torch.bfloat16).cpu(),
-        **source.stored(),
-    }
-    if grid.zero_points is not None:
-        tensors["weight_zero_point"] = grid.zero_points.cpu()
+    tensors = {**stored_weight(rounding.codes, rounding.grid), **source.stored()}
     return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 

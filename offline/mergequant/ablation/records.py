@@ -107,7 +107,6 @@ def open_shelf(output: Path, study: Study) -> Iterator[Shelf]:
     """
     held = _acquire(output)
     try:
-        _make_rows(output)
         _refuse_another(output, study)
         write_json(output / _STUDY, study.model_dump(mode="json"))
         yield Shelf(output)
@@ -121,20 +120,10 @@ def _acquire(output: Path) -> int:
     if output.is_dir() and any(output.iterdir()) and not (output / _LOCK).exists():
         raise InputError(f"Output folder {output} holds other files: choose another or a new one.")
     try:
+        (output / _ROWS).mkdir(parents=True, exist_ok=True)
         return hold(output / _LOCK, output)
     except OSError as error:
-        raise _unwritable(output, error) from error
-
-
-def _make_rows(output: Path) -> None:
-    try:
-        (output / _ROWS).mkdir(exist_ok=True)
-    except OSError as error:
-        raise _unwritable(output, error) from error
-
-
-def _unwritable(output: Path, error: OSError) -> InputError:
-    return InputError(f"{output} cannot be written ({error}): choose another.")
+        raise InputError(f"{output} cannot be written ({error}): choose another.") from error
 
 
 def _refuse_another(output: Path, study: Study) -> None:

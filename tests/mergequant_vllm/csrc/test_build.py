@@ -1,26 +1,10 @@
 """setup.py where there is no compiler: the package installs all the same, and one line says so."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-
-
-def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Build the extension alone into `folder`, with other environment variables."""
-    places = ["--build-lib", str(folder), "--build-temp", str(folder / "objects")]
-    return subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", *places],
-        cwd=ROOT,
-        env={**os.environ, "MERGEQUANT_NATIVE": "", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from tests.mergequant_vllm.csrc.building import build_extension
 
 
 @pytest.mark.parametrize(
@@ -36,13 +20,13 @@ def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_it_is_said_and_nothing_is_built(
     tmp_path: Path, variables: dict[str, str], said: str
 ) -> None:
-    done = build(tmp_path, **variables)
+    done = build_extension(tmp_path, **variables)
     assert done.returncode == 0
     assert said in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_it_is_an_error_where_the_kernels_are_required(tmp_path: Path) -> None:
-    done = build(tmp_path, CXX="no-such-compiler", MERGEQUANT_NATIVE="require")
+    done = build_extension(tmp_path, CXX="no-such-compiler", MERGEQUANT_NATIVE="require")
     assert done.returncode != 0
     assert "The native CPU kernels cannot be built" in done.stderr

@@ -3,13 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.mergequant_vllm.csrc.building import ROOT, build_extension
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 SOURCES = ROOT / "mergequant_vllm" / "csrc"
 SANITIZED = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -18,9 +18,8 @@ ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
 
 def build(folder: Path, compiler: str, flags: str = "") -> Path:
     """The library as setup.py builds it, and the checks linked with it; returns their program."""
-    environment = dict(os.environ, CXX=compiler, CXXFLAGS=flags, MERGEQUANT_NATIVE="require")
-    places = ["--build-lib", str(folder), "--build-temp", str(folder / "objects")]
-    _run([sys.executable, "setup.py", "-q", "build_ext", *places], environment)
+    done = build_extension(folder, CXX=compiler, CXXFLAGS=flags, MERGEQUANT_NATIVE="require")
+    assert done.returncode == 0, done.stderr[-3000:]
     library, program = folder / "mergequant_vllm" / "libmergequant.so", folder / "checks"
     # A product and a sum must not become one operation here either.
     options = ["-std=c++17", "-O2", "-ffp-contract=off", *flags.split(), f"-I{SOURCES}"]
