@@ -37,7 +37,6 @@ class LlamaEngine:
         form = CONTENDERS[options.contender].file
         path = write(scratch / "model.gguf", self.model_of, options.layers, options.context, form)
         self.file_bytes = path.stat().st_size
-        self.imports = status_bytes("VmRSS")
         self.tokens = options.context * options.batch
         self._load(path, options)
         path.unlink()
@@ -101,7 +100,6 @@ class LlamaEngine:
         ]
         names = [part.split("=")[0].split(":")[-1].strip() for part in switched_on]
         return {
-            "imports": self.imports,
             "resident": status_bytes("VmRSS"),
             "model_bytes": self.file_bytes,
             "cache_bytes": 2 * width * self.layers * model.key_value_size * held,

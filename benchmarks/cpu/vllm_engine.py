@@ -20,13 +20,10 @@ class VllmEngine:
 
     def __init__(self, options: argparse.Namespace, scratch: Path, **more: Any) -> None:
         hide_newer(options.isa, amx=not options.no_amx)
-        import vllm  # noqa: F401  (its memory is not the model's)
-
         from benchmarks.gpu.engine import start
 
         contender = CONTENDERS[options.contender]
         assert contender.method is not None
-        self.imports = status_bytes("VmRSS")
         self.vocabulary = MODELS[options.model].vocab_size
         self.llm = start(
             contender.method,
@@ -52,7 +49,6 @@ class VllmEngine:
         from benchmarks.gpu.engine import linear_kernels, model_bytes
 
         return {
-            "imports": self.imports,
             "resident": status_bytes("VmRSS"),
             "model_bytes": model_bytes(self.llm),
             "cache_bytes": CACHE_BYTES,

@@ -55,6 +55,7 @@ def as_rows(codes: Tensor, alignment: int = 16) -> Tensor:
     Args:
         alignment: bytes; a row must begin at a multiple of it for loads of that width.
     """
+    # `reshape` takes microseconds even where it changes nothing.
     rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
     starts = (rows.storage_offset(), rows.stride(0))
     aligned = all(start * rows.element_size() % alignment == 0 for start in starts)
