@@ -14,5 +14,8 @@ def find(model_type: str | None) -> Architecture:
     """The table of a `model_type`; raises InputError that names the known ones."""
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise InputError(f"Architecture {model_type!r} is unknown: mergequant knows {known}.")
+        raise InputError(
+            f"Architecture {model_type!r} is unknown: mergequant knows {known}; give a model of "
+            "one of these, whose config.json names it as model_type."
+        )
     return ARCHITECTURES[model_type]
