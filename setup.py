@@ -38,6 +38,14 @@ class BuildNative(build_ext):
         """Not a Python module: no tag of the interpreter in its name."""
         return fullname.replace(".", os.sep) + ".so"
 
+    def run(self) -> None:
+        """What an earlier build left must not pass for this one's."""
+        name = self.get_ext_filename(LIBRARY)
+        Path(self.build_lib, name).unlink(missing_ok=True)
+        if self.inplace or self.editable_mode:
+            Path(name).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; raises CompileError, which `optional` turns into a warning."""
         wish = os.environ.get("MERGEQUANT_NATIVE", "")

@@ -41,7 +41,7 @@ class MergeQuantConfig(QuantizationConfig):
         self.kernel = requested_kernel()
 
     def __repr__(self) -> str:
-        return f"MergeQuantConfig({len(self.checkpoint.linears)} linears a block, W4A4)"
+        return f"MergeQuantConfig({len(self.checkpoint.linears)} linears a block)"
 
     @classmethod
     def get_name(cls) -> str:

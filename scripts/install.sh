@@ -45,6 +45,7 @@ if [ $device = cuda ]; then install; else install_for_cpu; fi || {
 }
 remove_broken
 [ -e mergequant_vllm/libmergequant.so ] ||
-    echo "No C++ compiler built the native CPU kernels: on CPUs linears run in PyTorch, which is slower (install g++, then make clean)."
+    echo "The native CPU kernels were not built: on CPUs linears run in PyTorch, which is slower." \
+        "With g++ installed, MERGEQUANT_NATIVE=require $venv/bin/pip install --editable . builds them or says why not."
 "$venv/bin/python" scripts/name_vllm.py
 touch "$venv/installed"

@@ -1,4 +1,4 @@
-"""Models and texts that several tests share, made once a run."""
+"""Models and texts that several tests share, made once a process; how tests run side by side."""
 
 import gc
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 All get the same codes, which float32 and bfloat16 hold exactly, so that every result can be held
 against the definition. The two kernels of PyTorch for integers are those that torchao calls on
-CPUs: its wheels (0.18) hold none of their own. vLLM is imported inside the function that needs it; a rival that does not run here raises
-Refused.
+CPUs: its wheels (0.18) hold none of their own. vLLM is imported inside the function that needs it;
+a rival that does not run here raises Refused.
 """
 
 from collections.abc import Callable

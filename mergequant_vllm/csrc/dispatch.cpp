@@ -79,7 +79,7 @@ const Isa ISAS[] = {
 
 constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 
-// Integer sums are exact in 32 bits for this many channels: 255 * 128 * 65536 < 2^31.
+// LARGEST_K in kernels/int4_linear/native.py, which says why.
 constexpr int64_t MOST_CHANNELS = 65536;
 constexpr int64_t MOST_OUTPUTS = int64_t(1) << 31;
 

@@ -1,4 +1,4 @@
-// C interface of the native CPU kernels; mergequant_vllm/kernels/native/ calls it through ctypes.
+// C interface of the native CPU kernels; mergequant_vllm/kernels/native.py calls it through ctypes.
 //
 // Every function returns 0, or one of the MQ_ERROR values if its arguments are wrong. No function
 // allocates anything that outlives the call. `isa` is an index below mq_isa_count().

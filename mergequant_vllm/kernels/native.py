@@ -66,13 +66,16 @@ def library() -> ctypes.CDLL:
     if not LIBRARY.is_file():
         raise NativeError(
             "the native kernels were not built: install a C++ compiler (g++ or clang++) and then "
-            "this package again"
+            "this package again, with MERGEQUANT_NATIVE=require, under which pip says why it fails"
         )
     _share_openmp()
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        raise NativeError(f"the native kernels cannot be loaded: {error}") from error
+        raise NativeError(
+            f"the native kernels cannot be loaded ({error}): build them here, by installing this "
+            "package from its source"
+        ) from error
     for name, types in _SIGNATURES.items():
         getattr(loaded, name).argtypes = types
     loaded.mq_linear_bytes.argtypes = (_int, _long, _long, _long, _int)

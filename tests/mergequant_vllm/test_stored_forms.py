@@ -298,6 +298,16 @@ def test_weights_are_not_loaded_twice() -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
+def test_a_head_that_a_server_leaves_out_is_not_prepared() -> None:
+    """vLLM puts the head on the meta device where the model embeds or classifies."""
+    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    layer = row_layer(form)
+    empty = torch.empty_like(layer.weight_packed, device="meta")
+    layer.weight_packed = torch.nn.Parameter(empty, requires_grad=False)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not hasattr(layer, "product")
+
+
 def test_vllm_may_count_what_it_is_going_to_load() -> None:
     """On the meta device nothing can be compared: a reload must reach its refusal."""
     empty = torch.empty(64, dtype=torch.int32, device="meta")

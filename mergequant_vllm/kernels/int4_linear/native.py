@@ -17,7 +17,7 @@ from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear,
 from mergequant_vllm.kernels.operators import define_operator
 from mergequant_vllm.packing import unpack
 
-LARGEST_K = 32768  # sums of longer rows may leave int32
+LARGEST_K = 65536  # sums of longer rows may leave int32: 255 * 128 * 65536 < 2^31
 
 
 class NativeLinear:

@@ -67,6 +67,14 @@ def test_a_folder_with_other_files_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_a_run_that_was_killed_before_it_held_its_folder_can_be_begun_again(
+    quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "rows").mkdir(parents=True)
+    run(llama, tmp_path / "out", text, "table7")
+    assert list((tmp_path / "out" / "rows").glob("*.json"))
+
+
 def test_rows_of_another_model_or_text_are_not_mixed_in(
     quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
 ) -> None:

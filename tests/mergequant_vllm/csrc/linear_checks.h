@@ -129,7 +129,7 @@ inline void check_linears(int isa, Tally &tally)
                              isa, random, tally);
     // Where 16-bit sums of products must be widened, and the longest rows.
     for (const Codes codes : {Codes::LOW_LOW, Codes::LOW_HIGH, Codes::HIGH_LOW, Codes::HIGH_HIGH})
-        for (const int64_t k : {255, 257, 545, 4352, 4357, 32768})
+        for (const int64_t k : {255, 257, 545, 4352, 4357, 32768, 65536})
             for (const auto &width : widths)
                 check_linear({random.one_of<int64_t>({1, 9}), 5, k, random.one_of(groups), width[0],
                               width[1], random.coin(), false, false, MQ_FLOAT32, 0, codes, 1.0f},

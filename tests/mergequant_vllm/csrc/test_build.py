@@ -20,6 +20,9 @@ from tests.mergequant_vllm.csrc.building import build_extension
 def test_it_is_said_and_nothing_is_built(
     tmp_path: Path, variables: dict[str, str], said: str
 ) -> None:
+    stale = tmp_path / "mergequant_vllm" / "libmergequant.so"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an earlier build")
     done = build_extension(tmp_path, **variables)
     assert done.returncode == 0
     assert said in done.stdout + done.stderr

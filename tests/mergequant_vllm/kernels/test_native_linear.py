@@ -44,7 +44,7 @@ def test_sums_are_exact(n: int, k: int) -> None:
         assert torch.equal(prepared(x, None, False).to(torch.int64), sums)
 
 
-@pytest.mark.parametrize("k", [4095, 4096, 4352, 4353, 8704, 32768])
+@pytest.mark.parametrize("k", [4095, 4096, 4352, 4353, 8704, 32768, 65536])
 @pytest.mark.parametrize("codes", [(-8, -8), (7, -8), (-8, 7), (7, 7)])
 def test_the_largest_sums_do_not_overflow(codes: tuple[int, int], k: int) -> None:
     weight, activation = codes
@@ -57,7 +57,7 @@ def test_the_largest_sums_do_not_overflow(codes: tuple[int, int], k: int) -> Non
 
 @pytest.mark.parametrize("weight_bits", [3, 4, 8])
 @pytest.mark.parametrize("activation", [-128, 127])
-@pytest.mark.parametrize("k", [255, 256, 257, 32768])
+@pytest.mark.parametrize("k", [255, 256, 257, 32768, 65536])
 def test_the_largest_sums_of_8_bit_activations_do_not_overflow(
     weight_bits: int, activation: int, k: int
 ) -> None:
@@ -159,7 +159,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     refusals: dict[str, dict[str, object]] = {
         "runs on the CPU": {"device": "cuda"},
         "not float64": {"dtype": torch.float64},
-        "sums up to 32768": {"in_features": 32769},
+        "sums up to 65536": {"in_features": 65537},
     }
     for reason, changes in refusals.items():
         assert reason in str(KERNEL.refusal(make_spec(**changes)))
