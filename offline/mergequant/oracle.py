@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.architectures import find
 from mergequant.checkpoint import Reader, is_mergequant
+from mergequant.errors import InputError
 from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 
@@ -24,14 +25,28 @@ def load_model(
 
     Returns:
         a `PreTrainedModel` in evaluation mode.
+
+    Raises:
+        InputError: a model in 16 bits lacks weights.
     """
     reader = Reader(folder)
     if not is_mergequant(reader.config):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=False
-        )
-        return model.eval()
+        return _load_plain(folder, dtype)
     return _load_quantized(reader, dtype, tensor_parallel_size)
+
+
+def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
+    model: Any
+    model, found = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise InputError(
+            f"Model {folder} lacks {len(missing)} weights that a {model.config.model_type} has "
+            f"({missing[0]}): download it again, or correct model_type in its config.json."
+        )
+    return model.eval()
 
 
 def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:

@@ -1,6 +1,8 @@
 """Perplexity through the reference forward, and what is refused before an engine starts."""
 
+import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,14 @@ def test_perplexity_is_that_of_cross_entropy(llama: Path, text: Path) -> None:
     assert math.isclose(found.loss, loss, rel_tol=1e-12)
     assert found.perplexity == math.exp(found.loss)
     assert (found.tokens, found.windows, found.window_length) == (93, WINDOWS, LENGTH)
+
+
+def test_a_model_that_lacks_weights_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"lacks 9 weights that a llama has \(model\.layers\.2\."):
+        perplexity(folder, text, engine="transformers", window=LENGTH, progress=False)
 
 
 def test_windows_are_the_first_of_a_text(llama: Path, text: Path) -> None:

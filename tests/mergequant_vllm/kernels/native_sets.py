@@ -2,8 +2,6 @@
 
 from mergequant_vllm.kernels import native
 
-KNOWN = ("portable", "avx2", "avx512", "avx512-vnni", "neon-dotprod")
-
 
 def runnable() -> list[str]:
     """Those that were compiled in and run on this CPU."""
