@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.cpu import levels, machine
-from benchmarks.shapes import MODELS
+from benchmarks.common.shapes import MODELS
+from benchmarks.cpu import instruction_sets, machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--threads {threads}: this process may use {len(cores)} cores", file=sys.stderr)
         return REFUSED
     os.sched_setaffinity(0, cores[:threads])
-    environment = levels.environment(options.isa, threads, cores, amx=not options.no_amx)
+    environment = instruction_sets.environment(options.isa, threads, cores, amx=not options.no_amx)
     paths = (str(ROOT), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if options.part != "serve":  # whose engines write logs
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     linear.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512])
     linear.add_argument("--kernel", default="cpu-int4", help="ours; another one to try this out")
     serve = parts.add_parser("serve", help="whole models")
-    serve.add_argument("--methods", nargs="+", help="see benchmarks/cpu/contenders.py")
+    serve.add_argument("--methods", nargs="+", help="see benchmarks/cpu/serve/baselines.py")
     serve.add_argument("--llama-path", type=Path, help="where llama-cpp-python and gguf are")
     profile = parts.add_parser("profile", help="where the time of ours goes")
     profile.add_argument("--method", default="mergequant")
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 def work(options: argparse.Namespace, given: list[str]) -> int:
     """Run a part in this process, whose environment is prepared."""
-    from benchmarks.cpu.parts import PARTS
+    from benchmarks.cpu.run_part import PARTS
 
     threads = options.threads or len(machine.cores())
     words = [word for word in given if word not in ("--worker", "--no-tests")]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.levels import find_level
+from benchmarks.cpu.instruction_sets import find_level
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 64 * 2**20
@@ -52,8 +52,8 @@ def status_bytes(key: str) -> int:
 
 
 def where(isa: str, threads: int, *, amx: bool) -> dict[str, Any]:
-    """Date, CPU, instruction set, versions, for `benchmarks.record.save`."""
-    from benchmarks.record import environment
+    """Date, CPU, instruction set, versions, for `benchmarks.common.record.save`."""
+    from benchmarks.common.record import environment
 
     found = environment()
     off = not amx or find_level(isa).environment

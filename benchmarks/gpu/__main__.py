@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.shapes import MODELS
+from benchmarks.common.shapes import MODELS
 
 PARTS = ("exact", "tune", "gemm", "quantize", "trace", "serve")
 ALL = ("exact", "gemm", "quantize", "trace", "serve")
@@ -97,7 +97,7 @@ def supervise(part: str, given: list[str], options: argparse.Namespace) -> int:
 
 def work(options: argparse.Namespace) -> int:
     """Run one part in this process."""
-    from benchmarks.gpu.parts import run_part
+    from benchmarks.gpu.run_part import run_part
 
     run, end = options.worker
     names = ("again", "smoke", "models", "kernels", "methods", "batches", "attention")

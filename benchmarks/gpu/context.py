@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import Cells, Record
-from benchmarks.gpu.device import Device, synchronize
+from benchmarks.common.device import Device, synchronize
+from benchmarks.common.result_cells import Cells, Record
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import Cells
-from benchmarks.gpu.gemm_table import derive, products
-from benchmarks.gpu.quantize_table import times
-from benchmarks.gpu.rivals import BF16
-from benchmarks.gpu.serve_table import BASE, by_method, speedups
-from benchmarks.gpu.trace_table import total
+from benchmarks.common.result_cells import Cells
+from benchmarks.gpu.gemm.baselines import BF16
+from benchmarks.gpu.gemm.table import derive, products
+from benchmarks.gpu.quantize.table import times
+from benchmarks.gpu.serve.table import BASE, by_method, speedups
+from benchmarks.gpu.trace.table import total
 
 
 def draw_all(results: Path) -> list[Path]:

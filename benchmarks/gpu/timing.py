@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.gpu.cells import Refused, SubjectDiedError, sentence
-from benchmarks.gpu.device import Device, synchronize
+from benchmarks.common.device import Device, synchronize
+from benchmarks.common.result_cells import Refused, SubjectDiedError, sentence
 
 Call = Callable[[], object]
 _event: Any = torch.cuda.Event  # which PyTorch does not type

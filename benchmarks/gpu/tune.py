@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cells import Cells, Record, Refused
+from benchmarks.common.device import KERNELS, Device, synchronize
+from benchmarks.common.result_cells import Cells, Record, Refused
+from benchmarks.common.shapes import GPU_MODELS, Linear, distinct
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.device import KERNELS, Device, synchronize
-from benchmarks.gpu.gemm import Subjects, make_spec
+from benchmarks.gpu.gemm.measure import Subjects, make_spec
 from benchmarks.gpu.timing import ROUND_SECONDS, make_runner, repeats
-from benchmarks.shapes import GPU_MODELS, Linear, distinct
 from mergequant_vllm.kernels.int4_linear import tile_tables, triton_operator
 from mergequant_vllm.kernels.int4_linear.tiles import (
     LinearShape,

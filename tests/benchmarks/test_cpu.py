@@ -8,18 +8,23 @@ import pytest
 import torch
 
 from benchmarks.cpu import __main__ as command
-from benchmarks.cpu import levels, parts, profile, profile_table
+from benchmarks.cpu import instruction_sets, run_part
+from benchmarks.cpu.profile import measure as profile
+from benchmarks.cpu.profile import table as profile_table
 
 
 def test_avx2_holds_everybody_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    found = levels.environment("avx2", 2, [4, 5, 6], amx=True)
+    found = instruction_sets.environment("avx2", 2, [4, 5, 6], amx=True)
     names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-    assert [found[name].lower() for name in (*names, levels.OURS)] == ["avx2"] * 4
+    assert [found[name].lower() for name in (*names, instruction_sets.OURS)] == ["avx2"] * 4
     assert (found["OMP_NUM_THREADS"], found["GOMP_CPU_AFFINITY"]) == ("2", "4 5")
-    free = levels.environment("avx512-vnni", 1, [0], amx=True)
-    assert "ONEDNN_MAX_CPU_ISA" not in free and free[levels.OURS] == "avx512-vnni"
-    assert levels.environment(None, 1, [0], amx=False)["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_FP16"
+    free = instruction_sets.environment("avx512-vnni", 1, [0], amx=True)
+    assert "ONEDNN_MAX_CPU_ISA" not in free and free[instruction_sets.OURS] == "avx512-vnni"
+    assert (
+        instruction_sets.environment(None, 1, [0], amx=False)["ONEDNN_MAX_CPU_ISA"]
+        == "AVX512_CORE_FP16"
+    )
 
 
 @pytest.mark.parametrize(
@@ -33,14 +38,14 @@ def test_vllm_sees_no_more_than_the_level(
     names = [f"_is_{name}_supported" for name in beyond]
     for name in names:
         monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
-    levels.hide_newer(isa, amx=amx)
+    instruction_sets.hide_newer(isa, amx=amx)
     assert [getattr(torch.cpu, name)() for name in names].count(False) == hidden
     assert torch.cpu._is_avx2_supported()
 
 
 def test_files_are_named_after_the_level() -> None:
-    assert parts.file_name("linear", "avx2", 2, amx=True) == "linear-avx2-2t"
-    assert parts.file_name("serve", "avx512-vnni", 1, amx=False) == "serve-avx512-vnni-noamx-1t"
+    assert run_part.file_name("linear", "avx2", 2, amx=True) == "linear-avx2-2t"
+    assert run_part.file_name("serve", "avx512-vnni", 1, amx=False) == "serve-avx512-vnni-noamx-1t"
 
 
 def test_nothing_is_timed_while_the_tests_fail(
@@ -50,7 +55,7 @@ def test_nothing_is_timed_while_the_tests_fail(
 
     def run(words: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
         ran.append(words)
-        assert given["env"][levels.OURS] == "avx2"
+        assert given["env"][instruction_sets.OURS] == "avx2"
         return subprocess.CompletedProcess(words, len(ran) == 1, stdout="1 failed")
 
     monkeypatch.setattr(command.os, "sched_setaffinity", lambda process, cores: None)

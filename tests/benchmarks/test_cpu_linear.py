@@ -5,42 +5,44 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cpu import linear, linear_table, rivals
-from benchmarks.cpu.limits import Limits
-from benchmarks.gpu.linears import make_codes
-from benchmarks.shapes import Linear
+from benchmarks.common.random_linears import make_codes
+from benchmarks.common.shapes import Linear
+from benchmarks.cpu.linear import baselines
+from benchmarks.cpu.linear import measure as linear
+from benchmarks.cpu.linear import table as linear_table
+from benchmarks.cpu.linear.limits import Limits
 
 SHAPE = Linear("down", 64, 256, True)
 PLAN = linear.Plan("cpu-fp32", ("tiny",), (1, 3), 2, 2**16)
 
 
-@pytest.mark.parametrize("name", rivals.RIVALS)
+@pytest.mark.parametrize("name", baselines.RIVALS)
 @pytest.mark.parametrize("m", [1, 5])
 def test_every_rival_computes_the_product_of_the_codes(name: str, m: int) -> None:
-    if name == rivals.ONEDNN:
+    if name == baselines.ONEDNN:
         pytest.importorskip("vllm", reason="vLLM is not installed")
     generator = torch.Generator().manual_seed(m)
     weight = make_codes((SHAPE.n, SHAPE.k), 4, "random", generator)
     codes = make_codes((m, SHAPE.k), 4, "random", generator)
     exact = codes.to(torch.float32) @ weight.to(torch.float32).t()
-    rival = rivals.RIVALS[name]
+    rival = baselines.RIVALS[name]
     multiply = rival.make(weight)
     weight.zero_()  # it keeps weights of its own
     linear.check_product(name, multiply(rival.inputs(codes)), exact)
 
 
 def test_a_wrong_result_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rivals.RIVALS[rivals.FLOAT32]
+    right = baselines.RIVALS[baselines.FLOAT32]
     wrong = replace(right, make=lambda codes: right.make(codes + 1))
-    monkeypatch.setattr(rivals, "RIVALS", {rivals.FLOAT32: wrong})
-    monkeypatch.setattr(linear, "RIVALS", rivals.RIVALS)
+    monkeypatch.setattr(baselines, "RIVALS", {baselines.FLOAT32: wrong})
+    monkeypatch.setattr(linear, "RIVALS", baselines.RIVALS)
     row = linear.measure_shape(PLAN, "a down", SHAPE)[0]
-    assert "its result is wrong by" in row["subjects"][rivals.FLOAT32]["failed"]
+    assert "its result is wrong by" in row["subjects"][baselines.FLOAT32]["failed"]
     assert row["subjects"][linear.OURS]["seconds"]
 
 
 def test_a_shape_is_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: rivals.RIVALS[name] for name in (rivals.FLOAT32, rivals.INT8)}
+    few = {name: baselines.RIVALS[name] for name in (baselines.FLOAT32, baselines.INT8)}
     monkeypatch.setattr(linear, "RIVALS", few)
     rows = linear.measure_shape(PLAN, "a down", SHAPE)
     assert [row["m"] for row in rows] == [1, 3]
@@ -50,7 +52,7 @@ def test_a_shape_is_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(len(seconds) == 2 for seconds in times.values())
     # float32 has 65536 bytes of weights, which is what was asked for; int8 a quarter.
     copies = {name: rows[0]["subjects"][name]["copies"] for name in few}
-    assert copies == {rivals.FLOAT32: 1, rivals.INT8: 4}
+    assert copies == {baselines.FLOAT32: 1, baselines.INT8: 4}
     # The kernel in our place holds float32 weights and a step for each of 64 outputs.
     assert rows[0]["packed_bytes"] == 4 * SHAPE.n * (SHAPE.k + 1)
 
@@ -58,8 +60,8 @@ def test_a_shape_is_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch) -> N
 def row_of(ours: list[float], theirs: list[float]) -> dict[str, object]:
     subjects = {
         linear.OURS: {"seconds": ours},
-        rivals.FLOAT32: {"seconds": theirs},
-        rivals.INT8: {"refused": "it is tired"},
+        baselines.FLOAT32: {"seconds": theirs},
+        baselines.INT8: {"refused": "it is tired"},
         linear.QUANTIZE: {"seconds": [seconds / 10 for seconds in ours]},
         linear.ROTATE: {"failed": "Error: no"},
     }

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.cpu import dialogue, llama_engine, llama_file, serve, serve_table
-from benchmarks.cpu.contenders import CONTENDERS, DEFAULT
-from benchmarks.gpu.methods import find_method
-from benchmarks.shapes import MODELS
+from benchmarks.common.served_variants import find_method
+from benchmarks.common.shapes import MODELS
+from benchmarks.cpu.serve import child_dialogue, llama_engine, llama_file
+from benchmarks.cpu.serve import measure as serve
+from benchmarks.cpu.serve import table as serve_table
+from benchmarks.cpu.serve.baselines import CONTENDERS, DEFAULT
 
 OPTIONS = argparse.Namespace(
     model="TinyLlama-1.1B", layers=None, prefill=512, decode=64, rounds=2, no_amx=False
 )
 CHILD = """
 import sys
-from benchmarks.cpu.dialogue import answer, questions
+from benchmarks.cpu.serve.child_dialogue import answer, questions
 print("noise")
 answer({"facts": 1})
 for question in questions():
@@ -32,13 +34,13 @@ for question in questions():
 
 
 @pytest.fixture
-def child(tmp_path: Path) -> dialogue.Dialogue:
+def child(tmp_path: Path) -> child_dialogue.Dialogue:
     (tmp_path / "answering.py").write_text(CHILD)
-    environment = {**os.environ, "PYTHONPATH": dialogue.python_path(tmp_path, serve.ROOT)}
-    return dialogue.Dialogue("answering", [], environment, tmp_path / "logs" / "child.log")
+    environment = {**os.environ, "PYTHONPATH": child_dialogue.python_path(tmp_path, serve.ROOT)}
+    return child_dialogue.Dialogue("answering", [], environment, tmp_path / "logs" / "child.log")
 
 
-def test_a_child_answers_and_ends(child: dialogue.Dialogue, tmp_path: Path) -> None:
+def test_a_child_answers_and_ends(child: child_dialogue.Dialogue, tmp_path: Path) -> None:
     assert child.listen(60) == {"facts": 1}
     assert child.ask("1 2 3", 60) == {"heard": "1 2 3"}
     child.close()
@@ -46,18 +48,18 @@ def test_a_child_answers_and_ends(child: dialogue.Dialogue, tmp_path: Path) -> N
     assert "noise" in (tmp_path / "logs" / "child.log").read_text()
 
 
-def test_a_dead_child_says_why(child: dialogue.Dialogue) -> None:
+def test_a_dead_child_says_why(child: child_dialogue.Dialogue) -> None:
     child.listen(60)
-    with pytest.raises(dialogue.DiedError, match="RuntimeError: as it was told"):
+    with pytest.raises(child_dialogue.DiedError, match="RuntimeError: as it was told"):
         child.ask("die", 60)
-    with pytest.raises(dialogue.DiedError, match="exit status 1"):
+    with pytest.raises(child_dialogue.DiedError, match="exit status 1"):
         child.ask("anything", 60)
     child.close()
 
 
-def test_a_child_that_takes_too_long_is_ended(child: dialogue.Dialogue) -> None:
+def test_a_child_that_takes_too_long_is_ended(child: child_dialogue.Dialogue) -> None:
     child.listen(60)
-    with pytest.raises(dialogue.DiedError, match="exit status -9"):
+    with pytest.raises(child_dialogue.DiedError, match="exit status -9"):
         child.ask("sleep", 0.2)
     child.close()
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cpu import limits, machine, timing
-from benchmarks.gpu.cells import Refused
+from benchmarks.common.result_cells import Refused
+from benchmarks.cpu import machine
+from benchmarks.cpu.linear import limits, timing
 
 
 class Clock:

@@ -18,7 +18,7 @@ PARTS = ("exact", "gemm", "quantize", "tune")
 TWICE = """
 import sys, time
 from pathlib import Path
-from benchmarks.gpu.parts import run_part
+from benchmarks.gpu.run_part import run_part
 for run, part in [(run, part) for run in "12" for part in sys.argv[2:]]:
     status = run_part(part, Path(sys.argv[1]), "a test", run, time.time() + 300, smoke=True)
     print(f"STATUS {run} {part} {status}", flush=True)

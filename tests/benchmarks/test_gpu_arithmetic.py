@@ -8,22 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import (
-    gemm_table,
-    quantize_table,
-    serve_table,
-    trace_table,
-)
-from benchmarks.gpu.cells import Cells
-from benchmarks.gpu.gemm import cost
-from benchmarks.gpu.goals import Goal, worst
-from benchmarks.gpu.methods import METHODS, find_method, write_checkpoint
+from benchmarks.common.goals import Goal, worst
+from benchmarks.common.result_cells import Cells
+from benchmarks.common.served_variants import METHODS, find_method, write_checkpoint
+from benchmarks.common.shapes import MODELS, Linear, distinct
+from benchmarks.gpu.exact.error_bounds import Product, check
+from benchmarks.gpu.gemm import table as gemm_table
+from benchmarks.gpu.gemm.measure import cost
 from benchmarks.gpu.plots import draw_all
-from benchmarks.gpu.promises import Product, check
-from benchmarks.gpu.serve_child import speeds
-from benchmarks.gpu.trace import per_block
+from benchmarks.gpu.quantize import table as quantize_table
+from benchmarks.gpu.serve import table as serve_table
+from benchmarks.gpu.serve.child import speeds
+from benchmarks.gpu.trace import table as trace_table
+from benchmarks.gpu.trace.measure import per_block
 from benchmarks.gpu.tune import descend
-from benchmarks.shapes import MODELS, Linear, distinct
 from mergequant_vllm.format import parse
 from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import GRACE, main
-from benchmarks.gpu.cells import (
+from benchmarks.common.child_findings import run_child
+from benchmarks.common.device import Device, stamp
+from benchmarks.common.result_cells import (
     Cells,
     DeadDeviceError,
     OutOfTime,
     Refused,
     SubjectDiedError,
 )
-from benchmarks.gpu.children import run_child
-from benchmarks.gpu.device import Device, stamp
+from benchmarks.gpu.__main__ import GRACE, main
 from benchmarks.gpu.timing import compare, summary
 
 CPU = Device("cpu", "a CPU", None, 0, None)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks.gpu import rivals, timing
-from benchmarks.gpu.cells import Refused
-from benchmarks.gpu.device import Device
+from benchmarks.common.device import Device
+from benchmarks.common.result_cells import Refused
+from benchmarks.gpu import timing
+from benchmarks.gpu.gemm import baselines
 
 
 class FakeEvent:
@@ -97,12 +98,12 @@ def test_rivals_call_vllm_as_each_version_has_it(
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(rivals, "_needs_gpu", lambda generator: None)
+    monkeypatch.setattr(baselines, "_needs_gpu", lambda generator: None)
     generator = torch.Generator().manual_seed(0)
-    for name in (rivals.MARLIN, rivals.INT8, "vllm cutlass W8A8 FP8"):
-        rival = rivals.RIVALS[name]
+    for name in (baselines.MARLIN, baselines.INT8, "vllm cutlass W8A8 FP8"):
+        rival = baselines.RIVALS[name]
         y = rival.make(64, 256, generator)(rival.inputs(3, 256, generator))
         assert y is None or (y.shape == (3, 64) and y.dtype is torch.bfloat16)
     assert seen["weight"].shape == (16, 128) and ("g_idx" in seen) is order
     with pytest.raises(Refused, match="multiple of 64"):
-        rivals.RIVALS[rivals.MARLIN].make(63, 256, generator)
+        baselines.RIVALS[baselines.MARLIN].make(63, 256, generator)

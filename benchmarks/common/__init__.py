@@ -1,0 +1,1 @@
+"""What the measurements share: shapes, results, the device, variants that are served."""

@@ -1,0 +1,158 @@
+"""Ways to serve one model, as folders with a config.json and no tensors: weights are random.
+
+`mergequant` is ours with the default kernels, `mergequant-head8` has its head in 8 bits too;
+`mergequant:KERNEL` asks for a kernel by name. Any name
+may end in `+fp8-cache`: keys and values in 8 bits.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.shapes import Model
+from mergequant_vllm.format import CheckpointFormat, LinearFormat, Provenance
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize.
+
+    Attributes:
+        quantization: from the model and its number of blocks to `quantization_config`, or None.
+        weight_step: what stored integer or FP8 weights are multiplied with.
+        norm: the norms' multiplier; ours carries 1/s and reaches over the range of codes.
+        engine: arguments for vLLM's engine.
+    """
+
+    quantization: Callable[[Model, int], Config] | None = None
+    weight_step: float = 1.0
+    norm: float = 1.0
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _mergequant(model: Model, blocks: int, head: bool = False) -> Config:
+    """`head`: in 8 bits too."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    static = {
+        "self_attn.q_proj": (model.query_size, hidden, "input_layernorm"),
+        "self_attn.k_proj": (model.key_value_size, hidden, "input_layernorm"),
+        "self_attn.v_proj": (model.key_value_size, hidden, "input_layernorm"),
+        "mlp.gate_proj": (inner, hidden, "post_attention_layernorm"),
+        "mlp.up_proj": (inner, hidden, "post_attention_layernorm"),
+    }
+    linears = {
+        name: LinearFormat(shape=(n, k), activations="static", norm=norm)
+        for name, (n, k, norm) in static.items()
+    }
+    dynamic = {"self_attn.o_proj": (hidden, model.query_size), "mlp.down_proj": (hidden, inner)}
+    linears |= {
+        name: LinearFormat(shape=shape, activations="dynamic") for name, shape in dynamic.items()
+    }
+    head_format = LinearFormat(
+        shape=(model.vocab_size, hidden), weight_bits=8, activation_bits=8, activations="dynamic"
+    )
+    checkpoint = CheckpointFormat(
+        quant_method="mergequant",
+        format_version=1,
+        block="model.layers.{block}",
+        blocks=blocks,
+        linears=linears,
+        outer={"lm_head": head_format} if head else {},
+        tensors={},
+        provenance=Provenance(options={}, versions={}, calibration_sha256=""),
+    )
+    config: Config = checkpoint.model_dump(mode="json")
+    return config
+
+
+def _compressed_tensors(
+    form: str, weights: Config, activations: Config | None
+) -> Callable[[Model, int], Config]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    return lambda model, blocks: config
+
+
+def _arguments(bits: int, kind: str, strategy: str, **more: Any) -> Config:
+    found = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy}
+    return {**found, "dynamic": False, **more}
+
+
+METHODS = {
+    "bf16": Method(),
+    "marlin-w4a16": Method(
+        _compressed_tensors("pack-quantized", _arguments(4, "int", "group", group_size=128), None),
+        weight_step=0.004,
+        engine={"linear_backend": "marlin"},  # on Hopper vLLM itself would choose Machete
+    ),
+    "w4a16": Method(  # with the kernel that vLLM chooses
+        _compressed_tensors("pack-quantized", _arguments(4, "int", "group", group_size=128), None),
+        weight_step=0.004,
+    ),
+    "int8": Method(
+        _compressed_tensors(
+            "int-quantized",
+            _arguments(8, "int", "channel"),
+            _arguments(8, "int", "token", dynamic=True),
+        ),
+        weight_step=0.0003,
+    ),
+    "fp8": Method(
+        _compressed_tensors(
+            "float-quantized",
+            _arguments(8, "float", "channel"),
+            _arguments(8, "float", "token", dynamic=True),
+        ),
+        weight_step=0.02,
+    ),
+    "mergequant": Method(_mergequant, weight_step=0.004, norm=2.0),
+    "mergequant-head8": Method(partial(_mergequant, head=True), weight_step=0.004, norm=2.0),
+}
+
+
+FP8_CACHE = "+fp8-cache"
+
+
+def base_name(name: str) -> str:
+    """The method alone: without a kernel or a cache."""
+    return name.removesuffix(FP8_CACHE).partition(":")[0]
+
+
+def find_method(name: str) -> tuple[Method, str | None]:
+    """The method called `name` and, after a colon, the kernel asked for.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    base, _, kernel = name.removesuffix(FP8_CACHE).partition(":")
+    if base not in METHODS or (kernel and not base.startswith("mergequant")):
+        known = ", ".join(METHODS)
+        raise ValueError(f"{name!r} is no method: choose from {known}, mergequant:KERNEL")
+    method = METHODS[base]
+    if name.endswith(FP8_CACHE):
+        method = replace(method, engine={**method.engine, "kv_cache_dtype": "fp8"})
+    return method, kernel or None
+
+
+def write_checkpoint(folder: Path, name: str, model: Model, blocks: int, context: int) -> Path:
+    """A folder that vLLM loads with `load_format="dummy"`."""
+    method, _ = find_method(name)
+    config = model.config(context, blocks)
+    if method.quantization is not None:
+        config["quantization_config"] = method.quantization(model, blocks)
+        if config["quantization_config"].get("outer"):
+            config["tie_word_embeddings"] = False
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder

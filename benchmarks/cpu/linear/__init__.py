@@ -1,0 +1,1 @@
+"""One linear on a CPU, beside what a user would otherwise pick."""

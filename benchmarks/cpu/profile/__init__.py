@@ -1,0 +1,1 @@
+"""Where a served token's time goes on a CPU."""

@@ -1,0 +1,150 @@
+"""Tables of part `serve`: speeds, ratios in the same round, memory."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.common.shapes import MODELS, Model
+from benchmarks.cpu.linear.timing import quartiles
+from benchmarks.cpu.serve.baselines import BASELINE, CONTENDERS, Contender
+from benchmarks.cpu.serve.measure import BATCHES, SHORT_PROMPT
+
+Row = Mapping[str, Any]
+Rounds = Sequence[Mapping[str, float]]
+MIB = 2**20
+
+HEAD = """\
+{model}'s shape, {layers} blocks, random weights. Tokens a second. Prefill: a prompt of {prefill}
+tokens until its first token. Decoding: {decode} tokens after a prompt of {short}, the time of the
+first token taken off. Ours and each other one run in turns, one other at a time; speedups are ours
+over theirs within a round, median, in brackets the quartiles. vLLM: prefix caching off, key-value
+cache of 1 GiB in the dtype of its name, compiled; its int8 and w4a16 are compressed-tensors
+checkpoints on the kernels that vLLM chooses. llama.cpp: cache in float16."""
+MEMORY = """\
+Weights are counted as packed, embedding, head and cache in the dtype that they are served in; vLLM
+itself is what {baseline} has resident beyond those three, a second copy of its head among it."""
+
+
+def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """Markdown."""
+    model = MODELS[options.model]
+    layers = options.layers or model.num_hidden_layers
+    head = HEAD.format(
+        model=model.name,
+        layers=layers,
+        prefill=options.prefill,
+        decode=options.decode,
+        short=SHORT_PROMPT,
+    )
+    done = [row for row in rows if "theirs" in row]
+    parts = [head, _speeds(done, options), _speedups(done, options), _memory(done, model, layers)]
+    parts.append("\n".join(_troubles(rows)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def speeds(rounds: Rounds, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens a second of each round, by phase."""
+    found = {"prefill": [options.prefill / one["prefill"] for one in rounds]}
+    for batch in BATCHES:
+        seconds = [one[f"decode {batch}"] - one[f"first {batch}"] for one in rounds]
+        found[f"decode, batch {batch}"] = [batch * options.decode / max(x, 1e-9) for x in seconds]
+    return found
+
+
+def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
+    """Ours over theirs, by phase: median and quartiles over the rounds."""
+    ours, theirs = (speeds(row[who]["rounds"], options) for who in ("ours", "theirs"))
+    return {
+        phase: quartiles([a / b for a, b in zip(ours[phase], theirs[phase], strict=True)])
+        for phase in ours
+    }
+
+
+def expected_bytes(contender: Contender, model: Model, layers: int) -> dict[str, float]:
+    """What weights, embedding and head, and the cache must take at least, in bytes."""
+    weights = layers * sum(linear.n * linear.k for linear in model.linears())
+    table = model.vocab_size * model.hidden_size
+    bits = contender.embedding_bits
+    has_head = not model.tie_word_embeddings or contender.head_bits != contender.embedding_bits
+    bits += contender.head_bits if has_head else 0
+    return {"weights": weights * contender.bits / 8, "embedding and head": table * bits / 8}
+
+
+def _speeds(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    phases: list[str] = []
+    lines: list[str] = []
+    for name, engine, rounds in _everybody(rows):
+        found = speeds(rounds, options)
+        if not lines:
+            phases = list(found)
+            lines = [f"| tokens/s | {' | '.join(phases)} | rounds | engine |"]
+            lines.append("|---" * (len(phases) + 3) + "|")
+        cells = [f"{quartiles(found[phase])[0]:.2f}" for phase in phases]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(rounds)} | {engine} |")
+    return "\n".join(lines)
+
+
+def _everybody(rows: Sequence[Row]) -> list[tuple[str, str, Rounds]]:
+    """Name, engine and rounds of ours (all that it took part in) and of each rival."""
+    found: list[tuple[str, str, Rounds]] = []
+    if rows:
+        ours = rows[0]["ours"]
+        rounds = [one for row in rows for one in row["ours"]["rounds"]]
+        found.append((ours["name"], ours["facts"]["engine"], rounds))
+    for row in rows:
+        if row["name"] != row["ours"]["name"]:
+            found.append((row["name"], row["theirs"]["facts"]["engine"], row["theirs"]["rounds"]))
+    return found
+
+
+def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    rivals = [row for row in rows if row["name"] != row["ours"]["name"]]
+    if not rivals:
+        return ""
+    phases = list(speedups(rivals[0], options))
+    lines = [f"| ours against | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for row in rivals:
+        found = speedups(row, options)
+        cells = (f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in found.values())
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
+    """Resident memory beside what must be there."""
+    facts = {row["ours"]["name"]: row["ours"]["facts"] for row in rows}
+    facts |= {row["name"]: row["theirs"]["facts"] for row in rows}
+    parts = {name: _parts(name, facts[name], model, layers) for name in facts}
+    own = None  # what vLLM takes for itself
+    if BASELINE in facts:
+        own = facts[BASELINE]["resident"] - sum(parts[BASELINE].values())
+    lines = [
+        "| MiB | resident | must be | more | weights | embedding and head | cache | vLLM itself |",
+        "|---" * 8 + "|",
+    ]
+    for name, found in facts.items():
+        itself = own if CONTENDERS[name].method is not None else None
+        must = None if itself is None else sum(parts[name].values()) + itself
+        sizes = (_mebibytes(size) for size in (*parts[name].values(), itself))
+        more = "-" if must is None else f"{found['resident'] / must - 1:+.1%}"
+        whole = f"{_mebibytes(found['resident'])} | {_mebibytes(must)} | {more}"
+        lines.append(f"| {name} | {whole} | {' | '.join(sizes)} |")
+    lines += ["", MEMORY.format(baseline=BASELINE)]
+    return "\n".join(lines) if rows else ""
+
+
+def _parts(name: str, found: Mapping[str, Any], model: Model, layers: int) -> dict[str, float]:
+    return {**expected_bytes(CONTENDERS[name], model, layers), "cache": found["cache_bytes"]}
+
+
+def _mebibytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / MIB:.0f}"
+
+
+def _troubles(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"- {word.upper()} {row['name']}: {row[word]}"
+        for row in rows
+        for word in ("refused", "failed")
+        if word in row
+    ]

@@ -1,0 +1,1 @@
+"""Whether every kernel is exact on this GPU."""

@@ -1,0 +1,1 @@
+"""One linear on a GPU, beside what a user would otherwise pick."""

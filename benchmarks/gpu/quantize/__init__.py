@@ -1,0 +1,1 @@
+"""The quantizers of activations on a GPU."""

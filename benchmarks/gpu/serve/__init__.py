@@ -1,0 +1,1 @@
+"""Whole models on a GPU, served in several forms."""

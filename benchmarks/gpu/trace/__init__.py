@@ -1,0 +1,1 @@
+"""Which kernels a decoder block runs on a GPU."""

@@ -1,0 +1,75 @@
+"""Part `trace`: kernels of one decoder block, counted by the profiler in vLLM.
+
+Llama-2-7B's widths with 2 and with 4 blocks: half the difference of the counts is one block.
+"""
+
+import functools
+import time
+from typing import Any
+
+from benchmarks.common.child_findings import run_child
+from benchmarks.common.result_cells import Record
+from benchmarks.gpu.context import Context
+
+DEFAULT_METHODS = ("bf16", "int8", "mergequant")
+MODES = ("eager", "compiled")
+DEPTHS = (2, 4)
+ENGINE_SECONDS = 150.0
+
+
+def foreign(key: str) -> bool:
+    """Whether a cell has nothing of ours in it."""
+    return not key.startswith("mergequant")
+
+
+def run(context: Context) -> None:
+    """Trace every method in every mode that is not done."""
+    methods = context.options.get("methods") or DEFAULT_METHODS
+    modes = MODES[:1] if context.smoke else MODES
+    keys = {f"{method} {mode}": (method, mode) for mode in modes for method in methods}
+    for key in context.cells.pending(keys):
+        method, mode = keys[key]
+        context.measure(key, functools.partial(_trace, context, method, mode))
+
+
+def _trace(context: Context, method: str, mode: str) -> Record:
+    depths: dict[int, Any] = {}
+    for blocks in DEPTHS:
+        context.cells.check_time()
+        arguments = ["--method", method, "--model", "tiny" if context.smoke else "Llama-2-7B"]
+        arguments += ["--blocks", str(blocks)]
+        arguments += ["--eager"] if mode == "eager" else []
+        if context.options.get("attention"):
+            arguments += ["--attention", context.options["attention"]]
+
+        def found(depth: str, record: dict[str, Any]) -> None:
+            depths[int(depth)] = record
+
+        left = min(ENGINE_SECONDS, context.cells.end - time.time() + 30)
+        log = context.folder / f"trace-{method.replace(':', '-')}-{mode}-{blocks}.log"
+        fault = run_child("benchmarks.gpu.trace.child", arguments, found, left, log)
+        if fault is not None and blocks not in depths:
+            raise RuntimeError(fault)
+    return per_block(*(depths[blocks] for blocks in DEPTHS))
+
+
+def per_block(shallow: Record, deep: Record) -> Record:
+    """Kernels a block from counts at two depths.
+
+    Returns:
+        `prefill` and `decode`: for each kernel its number a block and forward pass; `kernels`.
+    """
+    blocks, steps = DEPTHS[1] - DEPTHS[0], deep["steps"]
+    prefill = _difference(deep["prefill"], shallow["prefill"])
+    whole = _difference(deep["all"], shallow["all"])
+    decode = _difference(whole, prefill)
+    return {
+        "kernels": deep["kernels"],
+        "prefill": {name: count / blocks for name, count in prefill.items()},
+        "decode": {name: count / blocks / steps for name, count in decode.items()},
+    }
+
+
+def _difference(more: dict[str, int], fewer: dict[str, int]) -> dict[str, int]:
+    found = {name: more.get(name, 0) - fewer.get(name, 0) for name in {**more, **fewer}}
+    return {name: count for name, count in found.items() if count}

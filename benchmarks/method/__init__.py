@@ -1,0 +1,1 @@
+"""What the method loses and costs: accuracy, defaults, reconstruction, memory."""
