@@ -17,7 +17,7 @@ test: install
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py $(wildcard mergequant_vllm/csrc/*) scripts/install.sh scripts/name_vllm.py
+$(VENV)/installed: pyproject.toml setup.py $(wildcard mergequant_vllm/csrc/*.* mergequant_vllm/csrc/*/*) scripts/install.sh scripts/name_vllm.py
 	@scripts/install.sh $(VENV)
 
 clean:

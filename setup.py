@@ -23,7 +23,7 @@ SOURCES = Path("mergequant_vllm/csrc")
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 FLAGS += " -fno-trapping-math -fopenmp -Wall -Wextra"
 AVX512 = "-mavx2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-# Each instruction set is a file of its own; dispatch.cpp runs on any CPU and chooses.
+# Each instruction set is a file of its own in isa/; dispatch.cpp runs on any CPU and chooses.
 UNITS = {
     "x86_64": {"avx2": "-mavx2 -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"},
     "aarch64": {"neon": "-march=armv8.2-a+dotprod"},
@@ -68,12 +68,13 @@ class BuildNative(build_ext):
         scratch = Path(self.build_temp)
         scratch.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        units = {"isa_portable": "", "dispatch": ""}
-        units |= {f"isa_{name}": x for name, x in UNITS.get(_machine(compiler), {}).items()}
-        common = [*compiler, *shlex.split(FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        units = {"isa/portable": "", "dispatch": ""}
+        units |= {f"isa/{name}": x for name, x in UNITS.get(_machine(compiler), {}).items()}
+        common = [*compiler, *shlex.split(FLAGS), f"-I{SOURCES}"]
+        common += shlex.split(os.environ.get("CXXFLAGS", ""))
 
         def compile_unit(unit: str) -> str:
-            output = str(scratch / f"{unit}.o")
+            output = str(scratch / f"{unit.replace('/', '-')}.o")
             flags = [*shlex.split(units[unit]), "-c", str(SOURCES / f"{unit}.cpp"), "-o", output]
             _run([*common, *flags])
             return output
@@ -126,8 +127,8 @@ def _run(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-headers = [str(path) for path in sorted(SOURCES.glob("*.h"))]
+sources = [str(path) for path in sorted(SOURCES.rglob("*.cpp"))]
+headers = [str(path) for path in sorted(SOURCES.rglob("*.h"))]
 setup(
     ext_modules=[Extension(LIBRARY, sources, depends=headers, optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},

@@ -25,7 +25,7 @@ from mergequant_vllm.format import (
     check_tensors,
     parse,
 )
-from mergequant_vllm.kernels.select import requested_kernel
+from mergequant_vllm.kernels.selection.linears import requested_kernel
 from mergequant_vllm.linear import MergeQuantLinearMethod
 from mergequant_vllm.version import unsupported_vllm
 

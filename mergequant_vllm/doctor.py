@@ -10,11 +10,15 @@ from dataclasses import replace
 import torch
 
 from mergequant_vllm import __version__
-from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.capability import current_capability, spell
-from mergequant_vllm.kernels.defaults import Kind, default_kernels
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
-from mergequant_vllm.kernels.select import KERNEL_VARIABLE, LINEAR_KERNELS, requested_kernel
+from mergequant_vllm.kernels.linear.spec import LinearSpec
+from mergequant_vllm.kernels.selection.first_choices import Kind, default_kernels
+from mergequant_vllm.kernels.selection.linears import (
+    KERNEL_VARIABLE,
+    LINEAR_KERNELS,
+    requested_kernel,
+)
 from mergequant_vllm.version import unsupported_vllm
 
 # K = N = 4096 stands for any that kernels take.

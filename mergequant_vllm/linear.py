@@ -13,14 +13,14 @@ from vllm.model_executor.layers.linear import (
 
 from mergequant_vllm.format import FormatError, LinearFormat
 from mergequant_vllm.kernels.capability import current_capability
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
-from mergequant_vllm.kernels.quantizers import (
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.selection.linears import select_linear
+from mergequant_vllm.kernels.selection.quantizers import (
     CodeForm,
     StaticQuantizer,
     TokenQuantizer,
     writer_for,
 )
-from mergequant_vllm.kernels.select import select_linear
 from mergequant_vllm.packing import codes_per_border
 from mergequant_vllm.parameters import STORED, check_loaded, create_parameters
 

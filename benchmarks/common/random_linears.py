@@ -5,7 +5,7 @@ from torch import Tensor
 
 from benchmarks.common.device import Device
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.packing import pack, words_per_row
 
 # `random`; all codes the smallest, which gives the largest sums; smallest and largest in turn.

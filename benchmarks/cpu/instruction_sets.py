@@ -1,6 +1,6 @@
 """Instruction sets: what holds everybody to one, and what one can multiply in a cycle.
 
-A name is one of `mergequant_vllm.kernels.native.instruction_sets()`. PyTorch, MKL, oneDNN and our
+A name is one of `kernels.native_library.instruction_sets()`. PyTorch, MKL, oneDNN and our
 library are told by environment variables, which they read when they are loaded; vLLM asks PyTorch
 what the CPU has (`hide_newer`). Nothing here imports PyTorch before it is called.
 """

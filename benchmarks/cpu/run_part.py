@@ -22,7 +22,7 @@ def level_name(isa: str | None, kernel: str = "cpu-int4") -> str:
     Raises:
         ValueError: our kernels do not run here; says why.
     """
-    from mergequant_vllm.kernels import native
+    from mergequant_vllm.kernels import native_library as native
 
     if kernel != "cpu-int4":
         return isa or torch.backends.cpu.get_cpu_capability().lower()

@@ -19,8 +19,9 @@ from benchmarks.common.shapes import GPU_MODELS, Linear, distinct
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.gemm.measure import Subjects, make_spec
 from benchmarks.gpu.timing import ROUND_SECONDS, make_runner, repeats
-from mergequant_vllm.kernels.int4_linear import tile_tables, triton_operator
-from mergequant_vllm.kernels.int4_linear.tiles import (
+from mergequant_vllm.kernels.linear.triton import operator as triton_operator
+from mergequant_vllm.kernels.linear.triton import tile_tables
+from mergequant_vllm.kernels.linear.triton.tiles import (
     LinearShape,
     Tile,
     candidates,
@@ -157,7 +158,7 @@ def _write(
     device = context.device
     places = [context.folder]
     if device.is_gpu and not context.smoke:
-        places.append(KERNELS / "int4_linear" / "tuned")
+        places.append(KERNELS / "linear" / "triton" / "tuned")
     for folder in places:
         name = f"tiles_{device.folder}.json" if folder == context.folder else ""
         path = folder / (name or tile_tables.file_name(device.name))

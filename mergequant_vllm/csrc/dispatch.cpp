@@ -79,7 +79,7 @@ const Isa ISAS[] = {
 
 constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 
-// LARGEST_K in kernels/int4_linear/native.py, which says why.
+// LARGEST_K in kernels/linear/cpu/int4.py, which says why.
 constexpr int64_t MOST_CHANNELS = 65536;
 constexpr int64_t MOST_OUTPUTS = int64_t(1) << 31;
 

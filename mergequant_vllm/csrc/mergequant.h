@@ -1,4 +1,4 @@
-// C interface of the native CPU kernels; mergequant_vllm/kernels/native.py calls it through ctypes.
+// C interface of the native CPU kernels; mergequant_vllm/kernels/native_library.py calls it through ctypes.
 //
 // Every function returns 0, or one of the MQ_ERROR values if its arguments are wrong. No function
 // allocates anything that outlives the call. `isa` is an index below mq_isa_count().
@@ -32,7 +32,7 @@ int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight
 int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t group,
                    int weight_bits, uint8_t *packed);
 
-// y[t, j] as defined in kernels/int4_linear/reference.py, bit for bit.
+// y[t, j] as defined in kernels/linear/reference.py, bit for bit.
 //   codes       [m, k], of `activation_bits` (4 or 8)
 //   weight_step float32 [n, groups]
 //   zero_points int8 [n, groups], or null

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.int4_linear.reference import centre, int4_linear
+from mergequant_vllm.kernels.linear.reference import centre, int4_linear
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import pack, unpack

@@ -75,7 +75,9 @@ def test_more_threads_than_cores_are_refused(capsys: pytest.CaptureFixture[str])
 def test_a_missing_library_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mergequant_vllm.kernels.native.refusal", lambda: "there is no compiler")
+    monkeypatch.setattr(
+        "mergequant_vllm.kernels.native_library.refusal", lambda: "there is no compiler"
+    )
     assert command.main(["profile", "--threads", "1", "--worker"]) == command.REFUSED
     said = capsys.readouterr().err
     assert said == "The native kernels do not run here: there is no compiler.\n"

@@ -23,9 +23,9 @@ from benchmarks.gpu.trace import table as trace_table
 from benchmarks.gpu.trace.measure import per_block
 from benchmarks.gpu.tune import descend
 from mergequant_vllm.format import parse
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
-from mergequant_vllm.kernels.int4_linear.tiles import Tile
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.linear.triton.tiles import Tile
 from mergequant_vllm.packing import pack
 
 

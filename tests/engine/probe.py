@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.codes import read_codes
-from mergequant_vllm.kernels.int4_linear.packed import PackedLinear
+from mergequant_vllm.kernels.linear.packed import PackedLinear
 
 # Prefix in vLLM -> what went in and came out of it, in the last step that was watched.
 SEEN: dict[str, tuple[Tensor, Tensor]] = {}

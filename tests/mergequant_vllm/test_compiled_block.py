@@ -22,8 +22,8 @@ from vllm.ir.ops import layernorm
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from mergequant_vllm.kernels.codes import Writer
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
-from mergequant_vllm.kernels.select import LINEAR_KERNELS
+from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from tests.mergequant_vllm.kernels.made import make_linear, make_spec
 
 TOKENS, HIDDEN, INTERMEDIATE = 8, 64, 96

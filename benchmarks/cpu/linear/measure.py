@@ -25,9 +25,9 @@ from benchmarks.cpu.linear.limits import CACHES, Limits, measure_limits
 from benchmarks.cpu.linear.timing import Call, compare
 from benchmarks.cpu.machine import cache_bytes
 from mergequant_vllm.kernels.codes import lay_out
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, PreparedLinear, StoredLinear
-from mergequant_vllm.kernels.quantizers import CodeForm, TokenQuantizer, writer_for
-from mergequant_vllm.kernels.select import LINEAR_KERNELS
+from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
+from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, TokenQuantizer, writer_for
 from mergequant_vllm.packing import pack
 
 TOKENS = (1, 8, 512)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.humming_reference import emulate
-from mergequant_vllm.kernels.int4_linear.reference import centred_codes, integer_products
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.linear.humming.rounding import emulate
+from mergequant_vllm.kernels.linear.reference import centred_codes, integer_products
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 
 # Half the distance of neighbouring numbers, relative; half the smallest subnormal number.
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

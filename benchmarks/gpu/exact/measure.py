@@ -24,9 +24,9 @@ from benchmarks.common.result_cells import Cells, Record, Refused
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.exact import quantizer_checks
 from benchmarks.gpu.exact.error_bounds import Product, check
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
-from mergequant_vllm.kernels.select import LINEAR_KERNELS
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
 
 TOKENS = (1, 2, 16, 17, 127, 128, 129, 2048)
 # (N, K): a model's, off every tile, inside a word, long.

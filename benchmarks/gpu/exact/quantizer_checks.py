@@ -19,7 +19,7 @@ from benchmarks.gpu.exact.error_bounds import first_difference
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
 

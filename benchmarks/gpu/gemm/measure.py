@@ -27,9 +27,9 @@ from benchmarks.gpu.gemm.baselines import RIVALS, calls
 from benchmarks.gpu.gemm.limits import measure_limits
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.int4_linear.humming import HummingInt4Linear, HummingInt8Linear
-from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec, PreparedLinear
-from mergequant_vllm.kernels.select import LINEAR_KERNELS
+from mergequant_vllm.kernels.linear.humming.kernel import HummingInt4Linear, HummingInt8Linear
+from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec, PreparedLinear
+from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SMOKE_TOKENS = (1, 2)

@@ -18,7 +18,7 @@ from benchmarks.common.result_cells import Record, Refused
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 
 # Large first: the compiler's choices are those for large batches, as a server's are.

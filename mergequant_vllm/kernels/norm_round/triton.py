@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.operators import define_operator
+from mergequant_vllm.kernels.torch_operator import define_operator
 from mergequant_vllm.rounding import largest_code, smallest_code
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from mergequant_vllm.kernels.norm_round.triton import (
     static_codes,
     write_tile,
 )
-from mergequant_vllm.kernels.operators import define_operator
+from mergequant_vllm.kernels.torch_operator import define_operator
 from mergequant_vllm.rounding import SMALLEST_STEP, largest_code, smallest_code
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-// The INT4 linear against its definition (kernels/int4_linear/reference.py) in 64-bit sums.
+// The INT4 linear against its definition (kernels/linear/reference.py) in 64-bit sums.
 
 #pragma once
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels import native_library as native
 from tests.mergequant_vllm.kernels.native_sets import runnable
 
 

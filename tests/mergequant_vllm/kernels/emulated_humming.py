@@ -18,10 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergequant_vllm.kernels.int4_linear.humming_reference import (
-    emulate_epilogue,
-    emulate_group_epilogue,
-)
+from mergequant_vllm.kernels.linear.humming.rounding import emulate_epilogue, emulate_group_epilogue
 
 # 0.1.10: vLLM 0.26 and 0.27; 0.1.12: 0.28; 0.1.16: 0.31; 0.1.17: 0.32; 0.1.19: 0.33.
 VERSIONS = ("0.1.10", "0.1.12", "0.1.16", "0.1.17", "0.1.19")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.reference import integer_products
+from mergequant_vllm.kernels.linear.reference import integer_products
 
 MULTIPROCESSORS = 132
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, nibble_order
-from mergequant_vllm.kernels.int4_linear.humming import HummingInt4Linear, HummingInt8Linear
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec
+from mergequant_vllm.kernels.linear.humming.kernel import HummingInt4Linear, HummingInt8Linear
+from mergequant_vllm.kernels.linear.spec import LinearSpec
 from tests.mergequant_vllm.kernels.made import make_spec
 
 Kernel = HummingInt4Linear | HummingInt8Linear

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import lay_out
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
-from mergequant_vllm.kernels.int4_linear.spec import LinearKernel, LinearSpec, StoredLinear
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec, StoredLinear
 from mergequant_vllm.packing import pack
 
 BASE = LinearSpec(

@@ -1,6 +1,6 @@
 """The instruction sets that tests of the native kernels go through."""
 
-from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels import native_library as native
 
 
 def runnable() -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
-from mergequant_vllm.kernels.int4_linear.cutlass import CutlassLinear
-from mergequant_vllm.kernels.int4_linear.reference import integer_products, scale_products
+from mergequant_vllm.kernels.linear.cutlass import CutlassLinear
+from mergequant_vllm.kernels.linear.reference import integer_products, scale_products
 from tests.mergequant_vllm.kernels.made import (
     GPU,
     expected,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from mergequant_vllm.kernels.int4_linear import humming_library
-from mergequant_vllm.kernels.int4_linear.humming_library import library_tensors, padded_columns
+from mergequant_vllm.kernels.linear.humming import library as humming_library
+from mergequant_vllm.kernels.linear.humming.library import library_tensors, padded_columns
 from tests.mergequant_vllm.kernels.emulated_humming import VERSIONS, install, read_bits
 from tests.mergequant_vllm.kernels.humming_cases import (
     FORMS,

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
-from mergequant_vllm.kernels.int4_linear import humming
-from mergequant_vllm.kernels.int4_linear.humming import (
+from mergequant_vllm.kernels.linear.humming import kernel as humming
+from mergequant_vllm.kernels.linear.humming.kernel import (
     HummingInt4Linear,
     HummingPrepared,
     humming_linear,
 )
-from mergequant_vllm.kernels.int4_linear.humming_library import (
-    library_tensors,
-)
-from mergequant_vllm.kernels.int4_linear.humming_reference import (
+from mergequant_vllm.kernels.linear.humming.library import library_tensors
+from mergequant_vllm.kernels.linear.humming.rounding import (
     emulate,
     emulate_epilogue,
     emulate_group_epilogue,
@@ -33,7 +31,7 @@ from mergequant_vllm.kernels.int4_linear.humming_reference import (
     multiply_add,
     power_of_two,
 )
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
 from tests.mergequant_vllm.kernels.emulated_humming import (
     RANGES,
     VERSIONS,

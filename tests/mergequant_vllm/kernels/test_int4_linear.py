@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.cpu import CpuLinear, exact_channels
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
-from mergequant_vllm.kernels.int4_linear.spec import LinearKernel
+from mergequant_vllm.kernels.linear.cpu.fp32 import CpuLinear, exact_channels
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
+from mergequant_vllm.kernels.linear.spec import LinearKernel
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     make_linear,

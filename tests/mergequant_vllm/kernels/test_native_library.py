@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mergequant_vllm.kernels import native, select
+from mergequant_vllm.kernels import native_library as native
+from mergequant_vllm.kernels.selection import linears as select
 from tests.mergequant_vllm.kernels.made import make_spec
 from tests.mergequant_vllm.kernels.native_sets import runnable
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.int4_linear.native import NativeLinear, int4_linear_native
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear, integer_products
+from mergequant_vllm.kernels.linear.cpu.int4 import NativeLinear, int4_linear_native
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     expected,

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels import native
+from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.hadamard.reference import rotate
-from mergequant_vllm.kernels.norm_round import native as norm_round_native
+from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
 from mergequant_vllm.kernels.norm_round import reference as norm_round
-from mergequant_vllm.kernels.token_quant import native as token_quant_native
+from mergequant_vllm.kernels.token_quant import cpu as token_quant_native
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 
 INT8 = CodeLayout.INT8

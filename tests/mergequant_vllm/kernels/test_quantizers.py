@@ -8,7 +8,7 @@ import torch
 from mergequant_vllm.kernels.codes import CodeLayout, Writer, lay_out, nibble_order, read_codes
 from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
-from mergequant_vllm.kernels.quantizers import CodeForm, StaticQuantizer
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 
 INT8 = CodeLayout.INT8

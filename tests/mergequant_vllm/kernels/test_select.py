@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from mergequant_vllm.kernels import defaults, select
-from mergequant_vllm.kernels.int4_linear import cutlass, humming, marlin
-from mergequant_vllm.kernels.int4_linear.native import NativeLinear
+from mergequant_vllm.kernels.linear import cutlass, marlin
+from mergequant_vllm.kernels.linear.cpu.int4 import NativeLinear
+from mergequant_vllm.kernels.linear.humming import kernel as humming
+from mergequant_vllm.kernels.selection import first_choices as defaults
+from mergequant_vllm.kernels.selection import linears as select
 from tests.mergequant_vllm.kernels.made import make_spec
 
 SPEC = make_spec(in_features=64, out_features=8)

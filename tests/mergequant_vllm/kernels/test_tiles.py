@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergequant_vllm.kernels.int4_linear import tile_tables
-from mergequant_vllm.kernels.int4_linear.tile_tables import (
+from mergequant_vllm.kernels.linear.triton import tile_tables
+from mergequant_vllm.kernels.linear.triton.tile_tables import (
     FOLDER_VARIABLE,
     SHIPPED,
     file_name,
@@ -18,7 +18,7 @@ from mergequant_vllm.kernels.int4_linear.tile_tables import (
     table_of,
     tile_for,
 )
-from mergequant_vllm.kernels.int4_linear.tiles import (
+from mergequant_vllm.kernels.linear.triton.tiles import (
     LinearShape,
     Tile,
     candidates,

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from mergequant_vllm.kernels.int4_linear.tiles import (
+from mergequant_vllm.kernels.linear.triton.operator import compile_options
+from mergequant_vllm.kernels.linear.triton.program import build_kernel, unpacking
+from mergequant_vllm.kernels.linear.triton.tiles import (
     LinearShape,
     Tile,
     default_tile,
     shared_bytes,
     shared_limit,
 )
-from mergequant_vllm.kernels.int4_linear.triton_operator import compile_options
-from mergequant_vllm.kernels.int4_linear.triton_program import build_kernel, unpacking
 
 POINTERS = {
     "codes": "*i8",

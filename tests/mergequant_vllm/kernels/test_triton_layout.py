@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.int4_linear.triton_layout import (
+from mergequant_vllm.kernels.linear.triton.layout import (
     SHORTEST_RUN,
     TritonLayout,
     choose_layout,
     from_kernel_layout,
     to_kernel_layout,
 )
-from mergequant_vllm.kernels.int4_linear.triton_program import unpacking
+from mergequant_vllm.kernels.linear.triton.program import unpacking
 from tests.mergequant_vllm.kernels.made import random_codes
 
 GROUPS = [None, 32, 64, 96, 128, 160, 192, 256, 384, 512, 1024]

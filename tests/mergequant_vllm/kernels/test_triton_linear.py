@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
-from mergequant_vllm.kernels.int4_linear import triton_operator
-from mergequant_vllm.kernels.int4_linear.reference import ReferenceLinear
-from mergequant_vllm.kernels.int4_linear.spec import LinearSpec, StoredLinear
-from mergequant_vllm.kernels.int4_linear.tiles import LinearShape, Tile, fit_to_layout
-from mergequant_vllm.kernels.int4_linear.triton import TritonLinear, exact_channels
-from mergequant_vllm.kernels.int4_linear.triton_layout import choose_layout, to_kernel_layout
-from mergequant_vllm.kernels.int4_linear.triton_operator import int4_linear_triton
-from mergequant_vllm.kernels.int4_linear.triton_program import build_kernel
+from mergequant_vllm.kernels.linear.reference import ReferenceLinear
+from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
+from mergequant_vllm.kernels.linear.triton import operator as triton_operator
+from mergequant_vllm.kernels.linear.triton.kernel import TritonLinear, exact_channels
+from mergequant_vllm.kernels.linear.triton.layout import choose_layout, to_kernel_layout
+from mergequant_vllm.kernels.linear.triton.operator import int4_linear_triton
+from mergequant_vllm.kernels.linear.triton.program import build_kernel
+from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile, fit_to_layout
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     make_linear,

@@ -1,0 +1,1 @@
+"""Linears on GPUs through the kernels of the package humming."""

@@ -1,0 +1,1 @@
+"""Linears on GPUs through a Triton program of this project."""

@@ -1,0 +1,107 @@
+"""INT4 linear on GPUs, the portable one: a Triton kernel over int8 tensor cores.
+
+Kernel layout: weights int8 [N, bytes] (`triton_layout`), at 3, 4 or 8 bits until they are in
+registers; steps and zero points [groups, N]. Activation codes are int8 [..., columns], columns
+being K padded to whole tiles. The arithmetic is in `triton_program`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergequant_vllm.kernels.capability import current_capability
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.linear import refusals
+from mergequant_vllm.kernels.linear.packed import PackedLinear
+from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
+from mergequant_vllm.kernels.linear.triton.layout import SHORTEST_RUN, to_kernel_layout
+from mergequant_vllm.kernels.linear.triton.operator import int4_linear_triton
+from mergequant_vllm.kernels.linear.triton.program import interpreted
+from mergequant_vllm.kernels.linear.triton.tile_tables import tile_for
+from mergequant_vllm.kernels.linear.triton.tiles import LinearShape
+from mergequant_vllm.packing import unpack
+
+__all__ = ["TritonLinear", "interpreted"]
+
+OLDEST_CAPABILITY = 80  # Triton compiles no int8 products for older GPUs
+
+_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonLinear:
+    """Weights stay packed in memory; exact through int32 sums."""
+
+    name = "triton"
+    layout = CodeLayout.INT8
+    writer = Writer.GPU
+
+    def refusal(self, spec: LinearSpec) -> str | None:
+        """Refuses other widths, a missing Triton and, unless interpreted, CPUs and old GPUs."""
+        reason = _form_refusal(spec)
+        if reason is not None:
+            return reason
+        try:
+            import triton
+            import triton.language  # noqa: F401
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+        return None if interpreted() else _device_refusal(spec)
+
+    def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
+        """See the module's docstring."""
+        shape = LinearShape(spec.out_features, spec.in_features, spec.weight_bits, spec.group_size)
+        tile_for(shape, 1, stored.weight_packed.device)  # a broken table stops loading, not serving
+        codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
+        zeros = stored.zero_points
+        return PackedLinear(
+            shape.layout.columns,
+            to_kernel_layout(codes, shape.layout),
+            # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
+            groups_first(stored.weight_step, shape, -1),
+            None if zeros is None else groups_first(zeros, shape, 0),
+            stored.bias,
+            int4_linear_triton,
+            (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
+        )
+
+
+def groups_first(per_group: Tensor, shape: LinearShape, padding: float) -> Tensor:
+    """[N, groups] to [groups, N], with `padding` for the groups beyond K."""
+    missing = shape.groups - per_group.shape[1]
+    return F.pad(per_group, (0, missing), value=padding).T.contiguous()
+
+
+def exact_channels(spec: LinearSpec) -> int:
+    """Longest run of channels, K or a group's, whose sums fit int32 as the kernel shifts them."""
+    shifted = 2**7  # the most that a code is in the top bits of an int8
+    centred = 2**spec.weight_bits - 1 if spec.zero_points else 0
+    return int((2**31 - 1) // (max(shifted, centred) * 2 ** (spec.activation_bits - 1)))
+
+
+def _form_refusal(spec: LinearSpec) -> str | None:
+    if spec.weight_bits not in (3, 4, 8):
+        return f"it reads weights of 3, 4 and 8 bits and the layer has {spec.weight_bits}"
+    if spec.activation_bits not in (4, 8):
+        return f"it takes codes of 4 and 8 bits and the layer has {spec.activation_bits}"
+    if spec.group_size is not None and spec.group_size % SHORTEST_RUN:
+        return (
+            f"it takes groups of whole multiples of {SHORTEST_RUN} channels and the layer's have "
+            f"{spec.group_size}"
+        )
+    if spec.dtype not in _OUT_DTYPES:
+        return f"it writes bfloat16, float16 and float32 and the model has {spec.dtype}"
+    summed = min(spec.group_size or spec.in_features, spec.in_features)
+    if summed > exact_channels(spec):
+        return (
+            f"its sums are exact up to {exact_channels(spec)} channels and the layer adds {summed}"
+        )
+    return None
+
+
+def _device_refusal(spec: LinearSpec) -> str | None:
+    if spec.device != "cuda":
+        return f"it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on {spec.device}"
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs and this PyTorch is built for ROCm"
+    found = current_capability(spec.device) if spec.capability is None else spec.capability
+    return refusals.capability(found, OLDEST_CAPABILITY)

@@ -1,0 +1,1 @@
+"""Which kernel serves a linear, and which code writes its activation codes."""

@@ -1,0 +1,157 @@
+"""Which code turns activations into codes, decided per call by who compiles.
+
+| where                           | static                | per token (with Hadamard)         |
+|---------------------------------|-----------------------|-----------------------------------|
+| GPU under torch.compile         | `norm_round.fused`    | `token_quant.fused` (`.triton`)   |
+| GPU, eager                      | `norm_round.triton`   | `token_quant.triton`              |
+| CPU `cpu-int4`, torch.compile   | `reference`           | `token_quant.native`              |
+| CPU `cpu-int4`, eager           | `norm_round.native`   | `token_quant.native`              |
+| kernel `cpu-fp32`, `reference`  | `reference`           | `reference`                       |
+
+Under torch.compile the compiler puts gather, round, clamp and packing into the loop of the norm
+(or of the activation function) in front; in eager mode each is one kernel.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
+from mergequant_vllm.kernels.linear.triton.kernel import interpreted
+from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
+from mergequant_vllm.kernels.norm_round import fused as norm_round_fused
+from mergequant_vllm.kernels.norm_round import reference as norm_round
+from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
+from mergequant_vllm.kernels.token_quant import cpu as token_quant_native
+from mergequant_vllm.kernels.token_quant import fused as token_quant_fused
+from mergequant_vllm.kernels.token_quant import reference as token_quant
+from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+
+
+@dataclass(frozen=True)
+class CodeForm:
+    """The codes that a linear's kernel takes.
+
+    Attributes:
+        bits: width of an activation code.
+        layout: how they are laid out.
+        columns: length of a row; codes beyond the linear's K are 0.
+        writer: which forms of the quantizers write them.
+    """
+
+    bits: int
+    layout: CodeLayout
+    columns: int
+    writer: Writer
+
+
+def writer_for(spec: LinearSpec, kernel: LinearKernel) -> Writer:
+    """The kernel's, but Triton's forms of the quantizers need a GPU or their interpreter."""
+    if kernel.writer is Writer.GPU and spec.device != "cuda" and not interpreted():
+        return Writer.REFERENCE
+    return kernel.writer
+
+
+class StaticQuantizer(nn.Module):
+    """Rounds a migrated norm's output (definition: `norm_round.reference`).
+
+    Args:
+        channels: n, width of the norm's output.
+        index: int32 [K] or None.
+        offset: float32 [K] or None.
+        device: where the codes are made.
+    """
+
+    index: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        form: CodeForm,
+        channels: int,
+        index: Tensor | None,
+        offset: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("index", index)
+        self.register_buffer("offset", offset)
+        slabs: list[norm_round_fused.Slab] = []
+        if form.writer is Writer.GPU:
+            slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
+        self.slabs = len(slabs)
+        for number, slab in enumerate(slabs):
+            for name, tensor in vars(slab).items():
+                there = None if tensor is None else tensor.to(device)
+                self.register_buffer(f"slab_{number}_{name}", there)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [..., n] to codes [..., columns]; no step."""
+        form = self.form
+        compiling = torch.compiler.is_compiling()
+        if form.writer is Writer.GPU and compiling:
+            codes = norm_round_fused.static_codes(
+                x, form.bits, form.layout, self._slabs(), form.columns
+            )
+            return codes, None
+        source: ModuleType = norm_round
+        if form.writer is Writer.GPU:
+            source = norm_round_triton
+        elif form.writer is Writer.NATIVE and not compiling:
+            source = norm_round_native
+        codes = source.static_codes(
+            x,
+            form.bits,
+            form.layout,
+            index=self.index,
+            offset=self.offset,
+            columns=form.columns,
+        )
+        return codes, None
+
+    def _slabs(self) -> list[norm_round_fused.Slab]:
+        names = ("channel", "offset", "mask")
+        return [
+            norm_round_fused.Slab(*(getattr(self, f"slab_{number}_{name}") for name in names))
+            for number in range(self.slabs)
+        ]
+
+
+class TokenQuantizer(nn.Module):
+    """Quantizes each token with its own step (definition: `token_quant.reference`).
+
+    Args:
+        clip: float32 [1].
+        hadamard: block of the rotation, or None.
+    """
+
+    clip: Tensor
+
+    def __init__(self, form: CodeForm, clip: Tensor, hadamard: int | None) -> None:
+        super().__init__()
+        self.form = form
+        self.hadamard = hadamard
+        self.register_buffer("clip", clip)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., K] to codes [..., columns] and steps float32 [..., 1]."""
+        form = self.form
+        source: ModuleType = token_quant
+        if form.writer is Writer.NATIVE:
+            source = token_quant_native
+        elif form.writer is Writer.GPU:
+            fuses = torch.compiler.is_compiling() and self.hadamard is None
+            source = token_quant_fused if fuses else token_quant_triton
+        codes, step = source.token_codes(
+            x,
+            self.clip,
+            form.bits,
+            form.layout,
+            hadamard=self.hadamard,
+            columns=form.columns,
+        )
+        return codes, step
