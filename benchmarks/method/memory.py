@@ -131,8 +131,8 @@ def measure(
 def predicted(model: Path, method: dict[str, Any]) -> int:
     """Bytes that the formula gives for a folder's model on the CPU."""
     from mergequant import Options
-    from mergequant.architectures import find
     from mergequant.memory import needed_memory
+    from mergequant.model.architectures import find
 
     config = json.loads((model / "config.json").read_text())
     options = Options(**method)
@@ -163,8 +163,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def estimate() -> str:
     """Markdown: GiB on the device and in host memory, and what they consist of."""
     from mergequant import Options
-    from mergequant.architectures import find
     from mergequant.memory import needed_memory
+    from mergequant.model.architectures import find
 
     options = Options()
     lines = ["| default options | GPU, GiB | host, GiB | of it |", "|---|---|---|---|"]

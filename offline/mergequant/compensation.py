@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergequant.decoder import Block
 from mergequant.methods.low_rank import LowRankWeight, straight_through
+from mergequant.model.decoder import Block
 from mergequant.options import Options
 from mergequant.stage import LinearResult, replace_by_simulated
 from mergequant.stage_input import StageInput

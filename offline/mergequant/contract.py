@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 
-from mergequant.architecture import (
+from mergequant.errors import InputError
+from mergequant.fingerprint import library_versions
+from mergequant.head import BITS, head_format
+from mergequant.model.architecture import (
     Architecture,
     block_tensors,
     has_bias,
     linear_shape,
     outer_tensors,
 )
-from mergequant.errors import InputError
-from mergequant.fingerprint import library_versions
-from mergequant.head import BITS, head_format
+from mergequant.model.rotated_reader import online_hadamards
 from mergequant.options import Options
-from mergequant.rotated import online_hadamards
 from mergequant_vllm.format import (
     BLOCK,
     FORMAT_VERSION,

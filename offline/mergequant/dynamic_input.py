@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from mergequant.architecture import Stage
-from mergequant.decoder import Block
 from mergequant.methods.clip import clip_grid, token_clip_losses
+from mergequant.model.architecture import Stage
+from mergequant.model.decoder import Block
 from mergequant.options import Options
 from mergequant.stage_input import StageInput, stacked_weights
 from mergequant.statistics import ChannelMagnitudes

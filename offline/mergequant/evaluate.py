@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mergequant.architecture import widths
 from mergequant.checkpoint import Reader, is_mergequant, locate
 from mergequant.corpus import evaluation_windows, load_tokenizer, read_source, window_length
 from mergequant.errors import InputError
+from mergequant.model.architecture import widths
 from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
 

@@ -8,8 +8,8 @@ import torch
 
 from mergequant.contract import checkpoint_format
 from mergequant.corpus import sha256_of
-from mergequant.decoder import Decoder
 from mergequant.head import quantize_head
+from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.pilot import resolve_reconstruction
 from mergequant.pipeline import (

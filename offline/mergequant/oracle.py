@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergequant.architectures import find
 from mergequant.checkpoint import Reader, is_mergequant
 from mergequant.errors import InputError
+from mergequant.model.architectures import find
 from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 

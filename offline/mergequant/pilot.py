@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergequant.architecture import Norm, Stage, paper_alpha, widths
 from mergequant.contract import padded_columns, reconstructed_columns, tile_of
-from mergequant.decoder import Block, Decoder
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
     NotPositiveDefiniteError,
@@ -25,6 +23,8 @@ from mergequant.methods.gptq import (
     round_to_nearest,
 )
 from mergequant.methods.weights import weight_grid
+from mergequant.model.architecture import Norm, Stage, paper_alpha, widths
+from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.stage import weight_form
 from mergequant.stage_input import stacked_weights

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergequant.architecture import Architecture, outer_tensors, validate
-from mergequant.architectures import find
 from mergequant.checkpoint import Reader, Writer, locate
 from mergequant.contract import checkpoint_format
 from mergequant.corpus import (
@@ -20,16 +18,18 @@ from mergequant.corpus import (
     sha256_of,
     window_length,
 )
-from mergequant.decoder import Activations, Block, Decoder
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short
 from mergequant.head import BITS, UntiedReader, quantize_head
 from mergequant.memory import needed_memory
+from mergequant.model.architecture import Architecture, outer_tensors, validate
+from mergequant.model.architectures import find
+from mergequant.model.decoder import Activations, Block, Decoder
+from mergequant.model.rotated_reader import RotatedReader
 from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
-from mergequant.rotated import RotatedReader
 from mergequant.stage_input import refuse_infinite
 from mergequant.stored_block import load_stored
 from mergequant_vllm.format import CheckpointFormat, check_tensors

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mergequant.architecture import Architecture
 from mergequant.compensation import compensate
-from mergequant.decoder import Activations, Block
+from mergequant.model.architecture import Architecture
+from mergequant.model.decoder import Activations, Block
 from mergequant.options import Options
 from mergequant.stage import (
     LinearResult,

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergequant.architecture import Stage
-from mergequant.decoder import Activations, Block
 from mergequant.dynamic_input import dynamic_input
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
@@ -23,6 +21,8 @@ from mergequant.methods.gptq import (
 )
 from mergequant.methods.low_rank import trainable_elements
 from mergequant.methods.weights import WeightForm, WeightGrid, largest_weight, weight_grid
+from mergequant.model.architecture import Stage
+from mergequant.model.decoder import Activations, Block
 from mergequant.options import Options
 from mergequant.quantized_linear import from_stored, stored_weight
 from mergequant.simulated_linear import FixedWeight, SimulatedLinear

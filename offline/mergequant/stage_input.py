@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergequant.architecture import Stage
-from mergequant.decoder import Block
 from mergequant.errors import InputError
 from mergequant.methods.migrate import migrate_weight
 from mergequant.methods.reconstruct import Reconstruction, fold_columns
+from mergequant.model.architecture import Stage
+from mergequant.model.decoder import Block
 
 
 @dataclass(frozen=True)

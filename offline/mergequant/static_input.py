@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mergequant.architecture import Norm, Stage
-from mergequant.decoder import Block
 from mergequant.errors import InputError
 from mergequant.methods.clip import ChannelClipStatistics, choose_channel_clips, clip_grid
 from mergequant.methods.migrate import (
@@ -19,6 +17,8 @@ from mergequant.methods.migrate import (
     tensor_steps,
 )
 from mergequant.methods.reconstruct import Reconstruction, reconstruct
+from mergequant.model.architecture import Norm, Stage
+from mergequant.model.decoder import Block
 from mergequant.options import Options
 from mergequant.stage_input import StageInput, refuse_infinite, stacked_weights
 from mergequant.statistics import ChannelMagnitudes

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergequant.decoder import Block
+from mergequant.model.decoder import Block
 from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergequant.architecture import model_tensors, validate, widths
-from mergequant.architectures import ARCHITECTURES, find
 from mergequant.errors import InputError
+from mergequant.model.architecture import model_tensors, validate, widths
+from mergequant.model.architectures import ARCHITECTURES, find
 
 SIZES = {
     "vocab_size": 99,

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergequant import Options, quantize
-from mergequant.architectures import ARCHITECTURES
 from mergequant.checkpoint import Reader, Writer
 from mergequant.evaluate import reference_logits
+from mergequant.model.architectures import ARCHITECTURES
 from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
 from tests.conftest import SMALL

@@ -27,8 +27,8 @@ from mergequant import (
     quantize_block,
 )
 from mergequant.checkpoint import Writer
-from mergequant.decoder import Block
 from mergequant.fingerprint import Fingerprint
+from mergequant.model.decoder import Block
 from mergequant.staging import Staging
 from mergequant.stored_block import load_stored
 from tests.conftest import WHOLE

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergequant.architecture import Norm, validate
-from mergequant.architectures import ARCHITECTURES, find
-from mergequant.architectures.llama import LLAMA
 from mergequant.checkpoint import Reader
-from mergequant.decoder import Decoder
 from mergequant.errors import InputError
 from mergequant.methods.rotate import (
     Orthogonal,
@@ -26,7 +22,11 @@ from mergequant.methods.rotate import (
     rotate_reader,
     rotate_writer,
 )
-from mergequant.rotated import RotatedReader, online_hadamards
+from mergequant.model.architecture import Norm, validate
+from mergequant.model.architectures import ARCHITECTURES, find
+from mergequant.model.architectures.llama import LLAMA
+from mergequant.model.decoder import Decoder
+from mergequant.model.rotated_reader import RotatedReader, online_hadamards
 from mergequant_vllm.kernels.hadamard import reference
 from tests.outliers import with_outliers
 from tests.tiny import make_model
@@ -303,7 +303,7 @@ def test_a_norm_that_multiplies_by_one_plus_its_weight(llama: Path) -> None:
 def test_large_tables_are_rotated_in_parts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = RotatedReader(Reader(llama), LLAMA, "offline", seed=0)
     whole = view.read("model.embed_tokens.weight")
-    monkeypatch.setattr("mergequant.rotated.ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("mergequant.model.rotated_reader.ROWS_AT_ONCE", 100)
     assert torch.allclose(view.read("model.embed_tokens.weight"), whole, rtol=0, atol=1e-6)
 
 

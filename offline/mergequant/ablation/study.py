@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
-from mergequant.architecture import Architecture, widths
 from mergequant.checkpoint import Reader
 from mergequant.corpus import calibration_sources, sha256_of
 from mergequant.fingerprint import config_sha256, unequal, versions_of, weights_sha256
+from mergequant.model.architecture import Architecture, widths
 from mergequant.options import Options
 from mergequant.pipeline import open_model
 
@@ -24,7 +24,7 @@ class Subject:
     Attributes:
         name: what tables call it.
         paper_model: which model of the paper it has the shape of, or None.
-        widths: of its spaces, see `mergequant.architecture.widths`.
+        widths: of its spaces, see `mergequant.model.architecture.widths`.
         calibration: names of the text's sources.
         calibration_sha256: of each source, by name.
     """

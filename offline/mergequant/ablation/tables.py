@@ -60,7 +60,7 @@ def tables(
 
     Args:
         base: what is common to the rows, see `RowMaker`.
-        widths: of the model's spaces, see `mergequant.architecture.widths`.
+        widths: of the model's spaces, see `mergequant.model.architecture.widths`.
         shapes: how rows are reconstructed, once that is decided, see `RowMaker`.
     """
     make = RowMaker(base, shapes or {})

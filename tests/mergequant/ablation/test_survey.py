@@ -12,8 +12,8 @@ from torch import Tensor
 from mergequant import Options
 from mergequant.ablation import survey as module
 from mergequant.ablation.survey import Survey, kept_survey, survey
-from mergequant.architectures import find
 from mergequant.checkpoint import Reader
+from mergequant.model.architectures import find
 from mergequant.oracle import load_model
 
 OPTIONS = Options(statistics_samples=3, sequence_length=32, device="cpu", alpha=2.0)

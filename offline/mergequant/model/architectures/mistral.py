@@ -1,7 +1,7 @@
 """Mistral: Llama's block without biases."""
 
-from mergequant.architecture import Architecture, Linear
-from mergequant.architectures.llama import NORMS, SPACES
+from mergequant.model.architecture import Architecture, Linear
+from mergequant.model.architectures.llama import NORMS, SPACES
 
 MISTRAL = Architecture(
     model_type="mistral",

@@ -1,11 +1,11 @@
 """One table a model type. `find` is the only way in; an unknown type is an error, never a guess."""
 
-from mergequant.architecture import Architecture
-from mergequant.architectures.llama import LLAMA
-from mergequant.architectures.mistral import MISTRAL
-from mergequant.architectures.qwen2 import QWEN2
-from mergequant.architectures.qwen3 import QWEN3
 from mergequant.errors import InputError
+from mergequant.model.architecture import Architecture
+from mergequant.model.architectures.llama import LLAMA
+from mergequant.model.architectures.mistral import MISTRAL
+from mergequant.model.architectures.qwen2 import QWEN2
+from mergequant.model.architectures.qwen3 import QWEN3
 
 ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 

@@ -1,7 +1,7 @@
 """Qwen3 (dense): Llama's block with a norm on each query and key head."""
 
-from mergequant.architecture import Architecture, HeadNorm, Linear
-from mergequant.architectures.llama import NORMS, SPACES
+from mergequant.model.architecture import Architecture, HeadNorm, Linear
+from mergequant.model.architectures.llama import NORMS, SPACES
 
 QWEN3 = Architecture(
     model_type="qwen3",

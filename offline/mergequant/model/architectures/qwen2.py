@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's block with biases on q, k and v."""
 
-from mergequant.architecture import Architecture, Linear
-from mergequant.architectures.llama import NORMS, SPACES
+from mergequant.model.architecture import Architecture, Linear
+from mergequant.model.architectures.llama import NORMS, SPACES
 
 QWEN2 = Architecture(
     model_type="qwen2",

@@ -1,6 +1,6 @@
 """Llama: RMSNorm -> attention -> RMSNorm -> gated MLP; optional biases."""
 
-from mergequant.architecture import Architecture, Linear, Norm, Space
+from mergequant.model.architecture import Architecture, Linear, Norm, Space
 
 SPACES = (
     Space("tokens", "vocabulary"),
