@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergequant import Options
-from mergequant.corpus import load_tokenizer
+from mergequant.calibration.text import load_tokenizer
 from mergequant.evaluate import reference_logprobs, text_windows
 from mergequant.in_memory import quantize_in_memory
 from mergequant.oracle import load_model

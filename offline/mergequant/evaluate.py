@@ -14,8 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from mergequant.calibration.text import (
+    evaluation_windows,
+    load_tokenizer,
+    read_source,
+    window_length,
+)
 from mergequant.checkpoint import Reader, is_mergequant, locate
-from mergequant.corpus import evaluation_windows, load_tokenizer, read_source, window_length
 from mergequant.errors import InputError
 from mergequant.model.architecture import widths
 from mergequant.oracle import load_model
@@ -70,7 +75,7 @@ def perplexity(
 
     Args:
         model: folder or hub id.
-        text: file or data set, see `mergequant.corpus.read_source`.
+        text: file or data set, see `mergequant.calibration.text.read_source`.
         engine: `vllm` serves the model; `transformers` is the reference forward, the oracle.
         window: tokens in a window; windows do not overlap, the tail is dropped.
         most_windows: use only the first so many.

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from mergequant.calibration.text import sha256_of
 from mergequant.contract import checkpoint_format
-from mergequant.corpus import sha256_of
 from mergequant.head import quantize_head
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options

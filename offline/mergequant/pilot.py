@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergequant.calibration.statistics import Hessian
 from mergequant.contract import padded_columns, reconstructed_columns, tile_of
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
@@ -29,7 +30,6 @@ from mergequant.options import Options
 from mergequant.stage import weight_form
 from mergequant.stage_input import stacked_weights
 from mergequant.static_input import ChannelCalibration, calibrate_channels, columns_of, reading
-from mergequant.statistics import Hessian
 
 DECIDED = ("reconstruction", "alpha", "max_extra_channels")  # fields of `Options`
 

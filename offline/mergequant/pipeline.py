@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergequant.checkpoint import Reader, Writer, locate
-from mergequant.contract import checkpoint_format
-from mergequant.corpus import (
+from mergequant.calibration.text import (
     calibration_sources,
     calibration_windows,
     load_tokenizer,
     sha256_of,
     window_length,
 )
+from mergequant.checkpoint import Reader, Writer, locate
+from mergequant.contract import checkpoint_format
 from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short

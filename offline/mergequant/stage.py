@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergequant.calibration.statistics import Hessian
 from mergequant.dynamic_input import dynamic_input
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
@@ -28,7 +29,6 @@ from mergequant.quantized_linear import from_stored, stored_weight
 from mergequant.simulated_linear import FixedWeight, SimulatedLinear
 from mergequant.stage_input import StageInput, refuse_infinite
 from mergequant.static_input import static_input
-from mergequant.statistics import Hessian
 from mergequant_vllm.format import LinearFormat
 
 logger = logging.getLogger("mergequant")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.errors import InputError
 from mergequant.methods.clip import ChannelClipStatistics, choose_channel_clips, clip_grid
 from mergequant.methods.migrate import (
@@ -21,7 +22,6 @@ from mergequant.model.architecture import Norm, Stage
 from mergequant.model.decoder import Block
 from mergequant.options import Options
 from mergequant.stage_input import StageInput, refuse_infinite, stacked_weights
-from mergequant.statistics import ChannelMagnitudes
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round.reference import static_codes

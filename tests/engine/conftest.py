@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergequant import Options, quantize
-from mergequant.corpus import evaluation_windows, load_tokenizer, read_source
+from mergequant.calibration.text import evaluation_windows, load_tokenizer, read_source
 from mergequant.evaluate import reference_logits, reference_logprobs, vllm_engine
 from mergequant.oracle import load_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergequant.corpus import (
+from mergequant.calibration.text import (
     Source,
     calibration_windows,
     evaluation_windows,

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mergequant import InputError, perplexity
-from mergequant.corpus import load_tokenizer
+from mergequant.calibration.text import load_tokenizer
 from mergequant.evaluate import (
     refuse_no_window,
     require_vllm,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mergequant import quantize
+from mergequant.calibration.text import load_tokenizer
 from mergequant.checkpoint import Reader
-from mergequant.corpus import load_tokenizer
 from mergequant.oracle import load_model
 from mergequant_vllm.format import CheckpointFormat, parse
 from tests.conftest import SMALL

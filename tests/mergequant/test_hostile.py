@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mergequant import InputError, quantize, statistics
+from mergequant import InputError, quantize
+from mergequant.calibration import statistics
 from mergequant.checkpoint import Reader
 from mergequant.evaluate import reference_logits
 from mergequant.oracle import load_model

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mergequant.ablation.tasks import Tasks
-from mergequant.corpus import load_tokenizer, window_length
+from mergequant.calibration.text import load_tokenizer, window_length
 from mergequant.errors import InputError
 from mergequant.evaluate import (
     ENGINES,

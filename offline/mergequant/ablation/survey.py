@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.checkpoint import Reader
 from mergequant.durable import write_durably
 from mergequant.methods.migrate import activation_steps, migrate_weight
@@ -20,7 +21,6 @@ from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.pipeline import calibration_of, find_device
 from mergequant.stage_input import stacked_weights
-from mergequant.statistics import ChannelMagnitudes
 
 
 @dataclass(frozen=True)

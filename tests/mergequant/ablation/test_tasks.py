@@ -9,7 +9,7 @@ import pytest
 
 from mergequant import InputError
 from mergequant.ablation.tasks import Tasks
-from mergequant.corpus import load_tokenizer
+from mergequant.calibration.text import load_tokenizer
 from mergequant.evaluate import reference_logits
 from mergequant.oracle import load_model
 
