@@ -6,7 +6,7 @@ python examples/quantize.py MODEL OUTPUT CALIBRATION_FILE [CALIBRATION_FILE ...]
 import sys
 
 from mergequant import InputError, Options, quantize
-from mergequant.summary import as_table, inspect_checkpoint
+from mergequant.evaluate.checkpoint_contents import as_table, inspect_checkpoint
 
 
 def main(model: str, output: str, *calibration: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.common.record import environment, save
 from mergequant import Options, perplexity, quantize
-from mergequant.evaluate import Engine
+from mergequant.evaluate.perplexity import Engine
 from tests.outliers import with_outliers
 
 SEPARATOR = "<|endoftext|>"

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from mergequant import Options
 from mergequant.calibration.text import load_tokenizer
-from mergequant.evaluate import reference_logprobs, text_windows
+from mergequant.evaluate.perplexity import reference_logprobs, text_windows
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.in_memory import quantize_in_memory
-from mergequant.oracle import load_model
 
 
 class Quantized(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergequant.errors import InputError
-    from mergequant.evaluate import Perplexity, perplexity
+    from mergequant.evaluate.perplexity import Perplexity, perplexity
     from mergequant.options import Options
     from mergequant.pipeline import quantize
 

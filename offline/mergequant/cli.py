@@ -66,7 +66,7 @@ def perplexity(
     """Perplexity on a text, in windows that do not overlap, as published numbers take it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from mergequant.evaluate import perplexity as run
+    from mergequant.evaluate.perplexity import perplexity as run
 
     disable_progress_bar()  # ours says more
     result = run(
@@ -145,7 +145,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a checkpoint stores, linear by linear."""
-    from mergequant.summary import as_table, inspect_checkpoint
+    from mergequant.evaluate.checkpoint_contents import as_table, inspect_checkpoint
 
     summary = inspect_checkpoint(checkpoint)
     if as_json:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergequant import Options, quantize
 from mergequant.calibration.text import evaluation_windows, load_tokenizer, read_source
-from mergequant.evaluate import reference_logits, reference_logprobs, vllm_engine
-from mergequant.oracle import load_model
+from mergequant.evaluate.perplexity import reference_logits, reference_logprobs, vllm_engine
+from mergequant.evaluate.reference_forward import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTROL_RUNS = 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mergequant.evaluate import vllm_engine
+from mergequant.evaluate.perplexity import vllm_engine
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mergequant import Options, quantize
-from mergequant.evaluate import prompt_logprobs
+from mergequant.evaluate.perplexity import prompt_logprobs
 from tests.engine.conftest import float32_engine, make_oracle
 
 pytestmark = pytest.mark.engine

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mergequant.evaluate import vllm_engine
+from mergequant.evaluate.perplexity import vllm_engine
 from tests.engine.conftest import Oracle, check_greedy
 
 pytestmark = pytest.mark.engine

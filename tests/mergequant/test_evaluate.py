@@ -14,13 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from mergequant import InputError, perplexity
 from mergequant.calibration.text import load_tokenizer
-from mergequant.evaluate import (
-    refuse_no_window,
-    require_vllm,
-    text_windows,
-    vllm_engine,
-)
-from mergequant.oracle import load_model
+from mergequant.evaluate.perplexity import refuse_no_window, require_vllm, text_windows, vllm_engine
+from mergequant.evaluate.reference_forward import load_model
 
 LENGTH, WINDOWS = 32, 3
 

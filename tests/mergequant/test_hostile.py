@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from mergequant import InputError, quantize
 from mergequant.calibration import statistics
 from mergequant.checkpoint import Reader
-from mergequant.evaluate import reference_logits
-from mergequant.oracle import load_model
+from mergequant.evaluate.perplexity import reference_logits
+from mergequant.evaluate.reference_forward import load_model
 from tests import outliers
 from tests.conftest import SMALL
 from tests.tiny import make_model

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from mergequant import Options, quantize
 from mergequant.checkpoint import Reader, Writer
-from mergequant.evaluate import reference_logits
+from mergequant.evaluate.perplexity import reference_logits
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES
-from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
 from tests.conftest import SMALL
 from tests.tiny import make_model

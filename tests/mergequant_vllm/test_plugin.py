@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergequant import quantize
-from mergequant.oracle import load_model
+from mergequant.evaluate.reference_forward import load_model
 from mergequant_vllm.format import FormatError, LinearFormat
 from tests.conftest import SMALL
 from tests.tiny import make_model

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergequant.ablation.tasks import Tasks
 from mergequant.calibration.text import load_tokenizer, window_length
 from mergequant.errors import InputError
-from mergequant.evaluate import (
+from mergequant.evaluate.perplexity import (
     ENGINES,
     perplexity_of,
     prompt_logprobs,
@@ -24,7 +24,7 @@ from mergequant.evaluate import (
     text_windows,
     vllm_engine,
 )
-from mergequant.oracle import load_model
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.pipeline import find_device
 
 VLLM, REFERENCE = ENGINES

@@ -20,7 +20,7 @@ from mergequant.ablation.survey import kept_survey
 from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
 from mergequant.ablation.tasks import Tasks
 from mergequant.durable import write_durably, write_json
-from mergequant.evaluate import PUBLISHED_WINDOW
+from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
 from mergequant.options import Options
 from mergequant.pipeline import find_device
 

@@ -13,8 +13,8 @@ from mergequant import Options
 from mergequant.ablation import survey as module
 from mergequant.ablation.survey import Survey, kept_survey, survey
 from mergequant.checkpoint import Reader
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import find
-from mergequant.oracle import load_model
 
 OPTIONS = Options(statistics_samples=3, sequence_length=32, device="cpu", alpha=2.0)
 HUGE = 5

@@ -10,8 +10,8 @@ import pytest
 from mergequant import InputError
 from mergequant.ablation.tasks import Tasks
 from mergequant.calibration.text import load_tokenizer
-from mergequant.evaluate import reference_logits
-from mergequant.oracle import load_model
+from mergequant.evaluate.perplexity import reference_logits
+from mergequant.evaluate.reference_forward import load_model
 
 ITEMS = [
     {

@@ -22,8 +22,8 @@ from mergequant.calibration.text import (
 )
 from mergequant.checkpoint import Reader, is_mergequant, locate
 from mergequant.errors import InputError
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architecture import widths
-from mergequant.oracle import load_model
 from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]
