@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mergequant.checkpoint import Reader
+from mergequant.layers.served_linear import stored_weight
 from mergequant.methods.weights import WeightForm, weight_grid
 from mergequant.model.architecture import Architecture
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
-from mergequant.quantized_linear import stored_weight
 from mergequant_vllm.format import LinearFormat
 
 BITS: Final = 8

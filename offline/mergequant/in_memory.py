@@ -9,6 +9,7 @@ import torch
 from mergequant.calibration.text import sha256_of
 from mergequant.contract import checkpoint_format
 from mergequant.head import quantize_head
+from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.pilot import resolve_reconstruction
@@ -21,7 +22,6 @@ from mergequant.pipeline import (
     progress_bar,
 )
 from mergequant.quantize_block import quantize_block
-from mergequant.quantized_linear import from_stored
 
 
 def quantize_in_memory(

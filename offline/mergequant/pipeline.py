@@ -22,6 +22,7 @@ from mergequant.errors import InputError
 from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short
 from mergequant.head import BITS, UntiedReader, quantize_head
+from mergequant.layers.in_block import load_stored
 from mergequant.memory import needed_memory
 from mergequant.model.architecture import Architecture, outer_tensors, validate
 from mergequant.model.architectures import find
@@ -31,7 +32,6 @@ from mergequant.options import Options
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
 from mergequant.stage_input import refuse_infinite
-from mergequant.stored_block import load_stored
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 
 logger = logging.getLogger("mergequant")

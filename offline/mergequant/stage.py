@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mergequant.calibration.statistics import Hessian
 from mergequant.dynamic_input import dynamic_input
 from mergequant.errors import InputError
+from mergequant.layers.served_linear import from_stored, stored_weight
+from mergequant.layers.simulated_linear import FixedWeight, SimulatedLinear
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -25,8 +27,6 @@ from mergequant.methods.weights import WeightForm, WeightGrid, largest_weight, w
 from mergequant.model.architecture import Stage
 from mergequant.model.decoder import Activations, Block
 from mergequant.options import Options
-from mergequant.quantized_linear import from_stored, stored_weight
-from mergequant.simulated_linear import FixedWeight, SimulatedLinear
 from mergequant.stage_input import StageInput, refuse_infinite
 from mergequant.static_input import static_input
 from mergequant_vllm.format import LinearFormat

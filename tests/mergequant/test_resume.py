@@ -28,9 +28,9 @@ from mergequant import (
 )
 from mergequant.checkpoint import Writer
 from mergequant.fingerprint import Fingerprint
+from mergequant.layers.in_block import load_stored
 from mergequant.model.decoder import Block
 from mergequant.staging import Staging
-from mergequant.stored_block import load_stored
 from tests.conftest import WHOLE
 from tests.tiny import make_model, write_text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant.quantized_linear import QuantizedLinear
+from mergequant.layers.served_linear import QuantizedLinear
 from mergequant_vllm.format import FormatError, LinearFormat
 from mergequant_vllm.kernels.codes import Writer
 from mergequant_vllm.packing import pack

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.checkpoint import Reader, is_mergequant
 from mergequant.errors import InputError
+from mergequant.layers.served_linear import from_stored
 from mergequant.model.architectures import find
-from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 
 

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Block
-from mergequant.quantized_linear import from_stored
 from mergequant_vllm.format import LinearFormat
 
 
