@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergequant.checkpoint import Reader
 from mergequant.model.architectures import find
+from mergequant.output.writer import Reader
 
 SHARE = 0.02
 FACTORS = (10.0, 30.0)

@@ -9,11 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mergequant.checkpoint import Reader
 from mergequant.layers.served_linear import stored_weight
 from mergequant.methods.weights import WeightForm, weight_grid
 from mergequant.model.architecture import Architecture
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
+from mergequant.output.writer import Reader
 from mergequant_vllm.format import LinearFormat
 
 BITS: Final = 8

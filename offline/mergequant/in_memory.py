@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from mergequant.calibration.text import sha256_of
-from mergequant.contract import checkpoint_format
 from mergequant.head import quantize_head
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
+from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.pilot import resolve_reconstruction
 from mergequant.pipeline import (
     calibration_of,

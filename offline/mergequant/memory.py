@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from mergequant.compensation import TOKENS_A_STEP
-from mergequant.contract import padded_columns
 from mergequant.model.architecture import Architecture, Linear, linear_shape, widths
 from mergequant.model.decoder import TOKENS_A_BATCH
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
 from mergequant.options import Options
+from mergequant.output.checkpoint_plan import padded_columns
 
 _F32, _F64 = 4, 8
 HIDDEN = "hidden states"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mergequant.calibration.statistics import Hessian
-from mergequant.contract import padded_columns, reconstructed_columns, tile_of
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
     NotPositiveDefiniteError,
@@ -27,6 +26,7 @@ from mergequant.methods.weights import weight_grid
 from mergequant.model.architecture import Norm, Stage, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
+from mergequant.output.checkpoint_plan import padded_columns, reconstructed_columns, tile_of
 from mergequant.stage import weight_form
 from mergequant.stage_input import stacked_weights
 from mergequant.static_input import ChannelCalibration, calibrate_channels, columns_of, reading

@@ -16,10 +16,7 @@ from mergequant.calibration.text import (
     sha256_of,
     window_length,
 )
-from mergequant.checkpoint import Reader, Writer, locate
-from mergequant.contract import checkpoint_format
 from mergequant.errors import InputError
-from mergequant.fingerprint import fingerprint
 from mergequant.free_memory import refuse_if_short
 from mergequant.head import BITS, UntiedReader, quantize_head
 from mergequant.layers.in_block import load_stored
@@ -29,6 +26,9 @@ from mergequant.model.architectures import find
 from mergequant.model.decoder import Activations, Block, Decoder
 from mergequant.model.rotated_reader import RotatedReader
 from mergequant.options import Options
+from mergequant.output.checkpoint_plan import checkpoint_format
+from mergequant.output.fingerprint import fingerprint
+from mergequant.output.writer import Reader, Writer, locate
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.quantize_block import quantize_block
 from mergequant.stage_input import refuse_infinite

@@ -8,7 +8,12 @@ import torch
 import transformers
 
 import mergequant_vllm
-from mergequant.fingerprint import config_sha256, library_versions, versions_of, weights_sha256
+from mergequant.output.fingerprint import (
+    config_sha256,
+    library_versions,
+    versions_of,
+    weights_sha256,
+)
 
 # sha256 of '{"a": [1, 2], "b": null}'
 OF_A_AND_B = "14265913f60ea6d8fd54c743c5beb66818c144bfe337a19ea9782429eed31287"

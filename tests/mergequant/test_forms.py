@@ -8,8 +8,8 @@ import torch
 
 from mergequant import quantize
 from mergequant.calibration.text import load_tokenizer
-from mergequant.checkpoint import Reader
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.output.writer import Reader
 from mergequant_vllm.format import CheckpointFormat, parse
 from tests.conftest import SMALL
 from tests.tiny import TEXT, make_model

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from mergequant import InputError, quantize
 from mergequant.calibration import statistics
-from mergequant.checkpoint import Reader
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.output.writer import Reader
 from tests import outliers
 from tests.conftest import SMALL
 from tests.tiny import make_model

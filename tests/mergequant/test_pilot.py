@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergequant import InputError, Options, pilot, quantize
-from mergequant.checkpoint import Reader
 from mergequant.model.architecture import paper_alpha
 from mergequant.model.decoder import Decoder
+from mergequant.output.writer import Reader
 from mergequant.pilot import Candidate, resolve_reconstruction
 from mergequant.pipeline import calibration_of, find_device, open_model
 from mergequant_vllm.format import parse

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergequant import Options, quantize
-from mergequant.checkpoint import Reader, Writer
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES
+from mergequant.output.writer import Reader, Writer
 from mergequant_vllm.format import check_tensors, parse
 from tests.conftest import SMALL
 from tests.tiny import make_model

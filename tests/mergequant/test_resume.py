@@ -16,21 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergequant_vllm
-from mergequant import (
-    InputError,
-    Options,
-    checkpoint,
-    cli,
-    compensation,
-    pipeline,
-    quantize,
-    quantize_block,
-)
-from mergequant.checkpoint import Writer
-from mergequant.fingerprint import Fingerprint
+from mergequant import InputError, Options, cli, compensation, pipeline, quantize, quantize_block
 from mergequant.layers.in_block import load_stored
 from mergequant.model.decoder import Block
-from mergequant.staging import Staging
+from mergequant.output import writer as checkpoint
+from mergequant.output.fingerprint import Fingerprint
+from mergequant.output.unfinished_run import Staging
+from mergequant.output.writer import Writer
 from tests.conftest import WHOLE
 from tests.tiny import make_model, write_text
 

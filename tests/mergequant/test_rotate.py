@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergequant.checkpoint import Reader
 from mergequant.errors import InputError
 from mergequant.methods.rotate import (
     Orthogonal,
@@ -27,6 +26,7 @@ from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.decoder import Decoder
 from mergequant.model.rotated_reader import RotatedReader, online_hadamards
+from mergequant.output.writer import Reader
 from mergequant_vllm.kernels.hadamard import reference
 from tests.outliers import with_outliers
 from tests.tiny import make_model

@@ -16,9 +16,9 @@ from mergequant.ablation.measure import REFERENCE, Bench, Measured, device_name
 from mergequant.ablation.records import Record, Shelf
 from mergequant.ablation.rows import Row
 from mergequant.ablation.study import Subject
-from mergequant.checkpoint import CONFIG, REPORT
-from mergequant.durable import write_json
 from mergequant.options import Options
+from mergequant.output.durable_files import write_json
+from mergequant.output.writer import CONFIG, REPORT
 
 Report = Sequence[Mapping[str, Any]]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from mergequant.ablation.rows import RowMaker, Shapes
 from mergequant.ablation.tables import Table
-from mergequant.durable import write_json
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
+from mergequant.output.durable_files import write_json
 from mergequant.pilot import DECIDED, resolve_reconstruction
 from mergequant.pipeline import calibration_of, find_device, open_model
 

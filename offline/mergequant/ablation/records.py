@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from mergequant.ablation.measure import Measured
 from mergequant.ablation.study import Study
-from mergequant.durable import hold, write_json
 from mergequant.errors import InputError
+from mergequant.output.durable_files import hold, write_json
 
 _LOCK, _STUDY, _ROWS = "lock", "study.json", "rows"
 

@@ -19,9 +19,9 @@ from mergequant.ablation.study import Subject, note_of, study_of, subject_of
 from mergequant.ablation.survey import kept_survey
 from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
 from mergequant.ablation.tasks import Tasks
-from mergequant.durable import write_durably, write_json
 from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
 from mergequant.options import Options
+from mergequant.output.durable_files import write_durably, write_json
 from mergequant.pipeline import find_device
 
 logger = logging.getLogger("mergequant")

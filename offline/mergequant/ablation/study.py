@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
 from mergequant.calibration.text import calibration_sources, sha256_of
-from mergequant.checkpoint import Reader
-from mergequant.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.model.architecture import Architecture, widths
 from mergequant.options import Options
+from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
+from mergequant.output.writer import Reader
 from mergequant.pipeline import open_model
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergequant.calibration.statistics import ChannelMagnitudes
-from mergequant.checkpoint import Reader
-from mergequant.durable import write_durably
 from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
 from mergequant.model.architecture import Architecture, Stage, paper_alpha
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
+from mergequant.output.durable_files import write_durably
+from mergequant.output.writer import Reader
 from mergequant.pipeline import calibration_of, find_device
 from mergequant.stage_input import stacked_weights
 

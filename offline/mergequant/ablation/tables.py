@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergequant.ablation.rows import FULL, Row, RowMaker, Shapes
-from mergequant.contract import reconstructed_columns
 from mergequant.errors import InputError
 from mergequant.options import Options
+from mergequant.output.checkpoint_plan import reconstructed_columns
 
 NAMES = ("table1", "table4", "table5", "table7")  # what `--paper` takes
 FIGURE1 = "figure1"

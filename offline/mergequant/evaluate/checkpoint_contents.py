@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergequant.checkpoint import Reader, is_mergequant, locate
 from mergequant.errors import InputError
+from mergequant.output.writer import Reader, is_mergequant, locate
 from mergequant_vllm.format import (
     CheckpointFormat,
     LinearFormat,

@@ -20,10 +20,10 @@ from mergequant.calibration.text import (
     read_source,
     window_length,
 )
-from mergequant.checkpoint import Reader, is_mergequant, locate
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architecture import widths
+from mergequant.output.writer import Reader, is_mergequant, locate
 from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]

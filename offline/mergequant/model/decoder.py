@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from mergequant.checkpoint import Reader
 from mergequant.model.architecture import Architecture, outer_tensors
+from mergequant.output.writer import Reader
 from mergequant_vllm.kernels.hadamard.reference import rotate
 
 TOKENS_A_BATCH = 4096

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergequant.checkpoint import Reader
 from mergequant.errors import InputError
 from mergequant.methods.rotate import (
     LARGEST_BLOCK,
@@ -26,6 +25,7 @@ from mergequant.methods.rotate import (
     rotate_writer,
 )
 from mergequant.model.architecture import Architecture, Norm, widths
+from mergequant.output.writer import Reader
 from mergequant_vllm.format import StoredTensor
 
 Rotation = Literal["offline", "online"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergequant import Options, in_memory, pipeline
 from mergequant.ablation import Ablation, ablate, measure
-from mergequant.checkpoint import REPORT
+from mergequant.output.writer import REPORT
 
 BASE = Options(
     statistics_samples=2,

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergequant.durable import write_durably, write_json
 from mergequant.errors import InputError
-from mergequant.fingerprint import Fingerprint
-from mergequant.staging import FOLDER, Staging
+from mergequant.output.durable_files import write_durably, write_json
+from mergequant.output.fingerprint import Fingerprint
+from mergequant.output.unfinished_run import FOLDER, Staging
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
 INDEX = "model.safetensors.index.json"

@@ -24,9 +24,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from mergequant.durable import hold, sync, write_json
 from mergequant.errors import InputError
-from mergequant.fingerprint import Fingerprint, file_sha256
+from mergequant.output.durable_files import hold, sync, write_json
+from mergequant.output.fingerprint import Fingerprint, file_sha256
 
 FOLDER = ".partial"
 _LOCK, _FINGERPRINT, _PUBLISHING = "lock", "fingerprint.json", "publishing.json"
