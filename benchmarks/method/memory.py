@@ -73,7 +73,7 @@ def anonymous_bytes() -> int:
 
 def quantize_and_watch(model: str, output: str, text: str, method: str) -> None:
     """Child process: print the baseline after imports and the peak, in bytes."""
-    import mergequant.pipeline
+    import mergequant.quantizer.run
     from mergequant import Options
 
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def quantize_and_watch(model: str, output: str, text: str, method: str) -> None:
     peak = Peak()
     peak.start()
     options = Options.model_validate_json(method)
-    mergequant.pipeline.quantize(model, output, [text], options, progress=False)
+    mergequant.quantizer.run.quantize(model, output, [text], options, progress=False)
     peak.running = False
     peak.join()
     print(json.dumps({"baseline": baseline, "peak": peak.bytes}))
@@ -131,8 +131,8 @@ def measure(
 def predicted(model: Path, method: dict[str, Any]) -> int:
     """Bytes that the formula gives for a folder's model on the CPU."""
     from mergequant import Options
-    from mergequant.memory import needed_memory
     from mergequant.model.architectures import find
+    from mergequant.quantizer.memory.needed import needed_memory
 
     config = json.loads((model / "config.json").read_text())
     options = Options(**method)
@@ -163,8 +163,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def estimate() -> str:
     """Markdown: GiB on the device and in host memory, and what they consist of."""
     from mergequant import Options
-    from mergequant.memory import needed_memory
     from mergequant.model.architectures import find
+    from mergequant.quantizer.memory.needed import needed_memory
 
     options = Options()
     lines = ["| default options | GPU, GiB | host, GiB | of it |", "|---|---|---|---|"]

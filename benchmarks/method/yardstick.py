@@ -8,7 +8,7 @@ from mergequant import Options
 from mergequant.calibration.text import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logprobs, text_windows
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.in_memory import quantize_in_memory
+from mergequant.quantizer.in_memory import quantize_in_memory
 
 
 class Quantized(NamedTuple):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mergequant.errors import InputError
     from mergequant.evaluate.perplexity import Perplexity, perplexity
     from mergequant.options import Options
-    from mergequant.pipeline import quantize
+    from mergequant.quantizer.run import quantize
 
 __all__ = ["InputError", "Options", "Perplexity", "perplexity", "quantize"]
 

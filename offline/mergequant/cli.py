@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mergequant.cli_flags import BASE_FLAGS, read_options, with_option_flags
 from mergequant.errors import InputError
-from mergequant.option_flags import BASE_FLAGS, read_options, with_option_flags
 
 app = typer.Typer(
     help="INT4 weights and static per-channel INT4 activations for vLLM.",
@@ -45,7 +45,7 @@ def quantize(
 ) -> None:
     """Quantize a model; writes a folder that `vllm serve` takes as it is."""
     options = read_options(flags, **({"compensation_rank": 0} if fast else {}))
-    from mergequant.pipeline import quantize as run
+    from mergequant.quantizer.run import quantize as run
 
     run(model, output, calibration, options, progress=not quiet)
     typer.echo(f"{output} is ready: vllm serve {output}")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mergequant import Options, quantize
-from mergequant import compensation as room
-from mergequant.compensation import _split
+from mergequant.quantizer import train_compensation as room
+from mergequant.quantizer.train_compensation import _split
 from tests.conftest import SMALL
 
 

@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from mergequant import Options, quantize
 from mergequant.errors import InputError
-from mergequant.free_memory import free_host_bytes, refuse_if_short
-from mergequant.memory import BLOCK, HIDDEN, MemoryNeed, needed_memory
 from mergequant.model.architectures import ARCHITECTURES, find
+from mergequant.quantizer.memory.available import free_host_bytes, refuse_if_short
+from mergequant.quantizer.memory.needed import BLOCK, HIDDEN, MemoryNeed, needed_memory
 from tests.conftest import SMALL, WHOLE
 from tests.tiny import make_model
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant import InputError, Options, pilot, quantize
+from mergequant import InputError, Options, quantize
 from mergequant.model.architecture import paper_alpha
 from mergequant.model.decoder import Decoder
 from mergequant.output.writer import Reader
-from mergequant.pilot import Candidate, resolve_reconstruction
-from mergequant.pipeline import calibration_of, find_device, open_model
+from mergequant.quantizer import choose_reconstruction as pilot
+from mergequant.quantizer.choose_reconstruction import Candidate, resolve_reconstruction
+from mergequant.quantizer.run import calibration_of, find_device, open_model
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -115,7 +116,7 @@ def test_too_many_copies_to_prune_for_is_said(tmp_path: Path, text: Path) -> Non
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mergequant.static_input.reconstruct",
+            "mergequant.quantizer.inputs.static.reconstruct",
             lambda *_, **__: (_ for _ in ()).throw(ValueError("9 copies need as many channels")),
         )
         with pytest.raises(InputError, match="--reconstruction prune --alpha 0: 9 copies"):

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergequant_vllm
-from mergequant import InputError, Options, cli, compensation, pipeline, quantize, quantize_block
+from mergequant import InputError, Options, cli, quantize
 from mergequant.layers.in_block import load_stored
 from mergequant.model.decoder import Block
 from mergequant.output import writer as checkpoint
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.unfinished_run import Staging
 from mergequant.output.writer import Writer
+from mergequant.quantizer import block as quantize_block
+from mergequant.quantizer import run as pipeline
+from mergequant.quantizer import train_compensation as compensation
 from tests.conftest import WHOLE
 from tests.tiny import make_model, write_text
 
@@ -30,7 +33,12 @@ SHARD = "model-00001-of-00003.safetensors"
 # A server that has imported everything forks the processes that are to be killed.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["mergequant.pipeline", "mergequant.cli", "transformers.models.llama.modeling_llama", __name__]
+    [
+        "mergequant.quantizer.run",
+        "mergequant.cli",
+        "transformers.models.llama.modeling_llama",
+        __name__,
+    ]
 )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mergequant import in_memory, pipeline
 from mergequant.ablation.measure import REFERENCE, Bench, Measured, device_name
 from mergequant.ablation.records import Record, Shelf
 from mergequant.ablation.rows import Row
@@ -19,6 +18,8 @@ from mergequant.ablation.study import Subject
 from mergequant.options import Options
 from mergequant.output.durable_files import write_json
 from mergequant.output.writer import CONFIG, REPORT
+from mergequant.quantizer import in_memory
+from mergequant.quantizer import run as pipeline
 
 Report = Sequence[Mapping[str, Any]]
 

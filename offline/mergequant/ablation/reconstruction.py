@@ -14,8 +14,8 @@ from mergequant.ablation.tables import Table
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.output.durable_files import write_json
-from mergequant.pilot import DECIDED, resolve_reconstruction
-from mergequant.pipeline import calibration_of, find_device, open_model
+from mergequant.quantizer.choose_reconstruction import DECIDED, resolve_reconstruction
+from mergequant.quantizer.run import calibration_of, find_device, open_model
 
 
 def kept_shapes(

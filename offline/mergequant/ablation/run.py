@@ -22,7 +22,7 @@ from mergequant.ablation.tasks import Tasks
 from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably, write_json
-from mergequant.pipeline import find_device
+from mergequant.quantizer.run import find_device
 
 logger = logging.getLogger("mergequant")
 

@@ -14,7 +14,7 @@ from mergequant.model.architecture import Architecture, widths
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.output.writer import Reader
-from mergequant.pipeline import open_model
+from mergequant.quantizer.run import open_model
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably
 from mergequant.output.writer import Reader
-from mergequant.pipeline import calibration_of, find_device
-from mergequant.stage_input import stacked_weights
+from mergequant.quantizer.inputs.record import stacked_weights
+from mergequant.quantizer.run import calibration_of, find_device
 
 
 @dataclass(frozen=True)

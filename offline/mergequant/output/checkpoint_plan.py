@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from mergequant.errors import InputError
-from mergequant.head import BITS, head_format
 from mergequant.model.architecture import (
     Architecture,
     block_tensors,
@@ -14,6 +13,7 @@ from mergequant.model.architecture import (
 from mergequant.model.rotated_reader import online_hadamards
 from mergequant.options import Options
 from mergequant.output.fingerprint import library_versions
+from mergequant.quantizer.head import BITS, head_format
 from mergequant_vllm.format import (
     BLOCK,
     FORMAT_VERSION,

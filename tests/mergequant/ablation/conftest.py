@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant import Options, in_memory, pipeline
+from mergequant import Options
 from mergequant.ablation import Ablation, ablate, measure
 from mergequant.output.writer import REPORT
+from mergequant.quantizer import in_memory
+from mergequant.quantizer import run as pipeline
 
 BASE = Options(
     statistics_samples=2,

@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mergequant.compensation import compensate
 from mergequant.model.architecture import Architecture
 from mergequant.model.decoder import Activations, Block
 from mergequant.options import Options
-from mergequant.stage import (
+from mergequant.quantizer.linears import (
     LinearResult,
     Rounding,
     quantize_stage,
     replace_by_stored,
     stored_tensors,
 )
+from mergequant.quantizer.train_compensation import compensate
 from mergequant_vllm.format import LinearFormat
 
 

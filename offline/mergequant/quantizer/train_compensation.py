@@ -10,8 +10,8 @@ from torch import Tensor
 from mergequant.methods.low_rank import LowRankWeight, straight_through
 from mergequant.model.decoder import Block
 from mergequant.options import Options
-from mergequant.stage import LinearResult, replace_by_simulated
-from mergequant.stage_input import StageInput
+from mergequant.quantizer.inputs.record import StageInput
+from mergequant.quantizer.linears import LinearResult, replace_by_simulated
 
 logger = logging.getLogger("mergequant")
 

@@ -21,7 +21,7 @@ from mergequant.methods.reconstruct import Reconstruction, reconstruct
 from mergequant.model.architecture import Norm, Stage
 from mergequant.model.decoder import Block
 from mergequant.options import Options
-from mergequant.stage_input import StageInput, refuse_infinite, stacked_weights
+from mergequant.quantizer.inputs.record import StageInput, refuse_infinite, stacked_weights
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round.reference import static_codes

@@ -8,7 +8,7 @@ from mergequant.methods.clip import clip_grid, token_clip_losses
 from mergequant.model.architecture import Stage
 from mergequant.model.decoder import Block
 from mergequant.options import Options
-from mergequant.stage_input import StageInput, stacked_weights
+from mergequant.quantizer.inputs.record import StageInput, stacked_weights
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.hadamard.reference import rotate

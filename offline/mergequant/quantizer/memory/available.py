@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mergequant.errors import InputError
-from mergequant.memory import HIDDEN, MemoryNeed
+from mergequant.quantizer.memory.needed import HIDDEN, MemoryNeed
 
 
 def refuse_if_short(need: MemoryNeed, device: torch.device) -> None:

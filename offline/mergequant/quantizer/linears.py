@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mergequant.calibration.statistics import Hessian
-from mergequant.dynamic_input import dynamic_input
 from mergequant.errors import InputError
 from mergequant.layers.served_linear import from_stored, stored_weight
 from mergequant.layers.simulated_linear import FixedWeight, SimulatedLinear
@@ -27,8 +26,9 @@ from mergequant.methods.weights import WeightForm, WeightGrid, largest_weight, w
 from mergequant.model.architecture import Stage
 from mergequant.model.decoder import Activations, Block
 from mergequant.options import Options
-from mergequant.stage_input import StageInput, refuse_infinite
-from mergequant.static_input import static_input
+from mergequant.quantizer.inputs.dynamic import dynamic_input
+from mergequant.quantizer.inputs.record import StageInput, refuse_infinite
+from mergequant.quantizer.inputs.static import static_input
 from mergequant_vllm.format import LinearFormat
 
 logger = logging.getLogger("mergequant")

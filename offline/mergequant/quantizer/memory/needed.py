@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from mergequant.compensation import TOKENS_A_STEP
 from mergequant.model.architecture import Architecture, Linear, linear_shape, widths
 from mergequant.model.decoder import TOKENS_A_BATCH
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import padded_columns
+from mergequant.quantizer.train_compensation import TOKENS_A_STEP
 
 _F32, _F64 = 4, 8
 HIDDEN = "hidden states"

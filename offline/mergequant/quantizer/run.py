@@ -17,10 +17,7 @@ from mergequant.calibration.text import (
     window_length,
 )
 from mergequant.errors import InputError
-from mergequant.free_memory import refuse_if_short
-from mergequant.head import BITS, UntiedReader, quantize_head
 from mergequant.layers.in_block import load_stored
-from mergequant.memory import needed_memory
 from mergequant.model.architecture import Architecture, outer_tensors, validate
 from mergequant.model.architectures import find
 from mergequant.model.decoder import Activations, Block, Decoder
@@ -29,9 +26,12 @@ from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.output.fingerprint import fingerprint
 from mergequant.output.writer import Reader, Writer, locate
-from mergequant.pilot import DECIDED, resolve_reconstruction
-from mergequant.quantize_block import quantize_block
-from mergequant.stage_input import refuse_infinite
+from mergequant.quantizer.block import quantize_block
+from mergequant.quantizer.choose_reconstruction import DECIDED, resolve_reconstruction
+from mergequant.quantizer.head import BITS, UntiedReader, quantize_head
+from mergequant.quantizer.inputs.record import refuse_infinite
+from mergequant.quantizer.memory.available import refuse_if_short
+from mergequant.quantizer.memory.needed import needed_memory
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 
 logger = logging.getLogger("mergequant")

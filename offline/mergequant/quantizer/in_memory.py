@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from mergequant.calibration.text import sha256_of
-from mergequant.head import quantize_head
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
-from mergequant.pilot import resolve_reconstruction
-from mergequant.pipeline import (
+from mergequant.quantizer.block import quantize_block
+from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
+from mergequant.quantizer.head import quantize_head
+from mergequant.quantizer.run import (
     calibration_of,
     embed,
     find_device,
@@ -21,7 +22,6 @@ from mergequant.pipeline import (
     open_model,
     progress_bar,
 )
-from mergequant.quantize_block import quantize_block
 
 
 def quantize_in_memory(

@@ -27,9 +27,14 @@ from mergequant.model.architecture import Norm, Stage, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import padded_columns, reconstructed_columns, tile_of
-from mergequant.stage import weight_form
-from mergequant.stage_input import stacked_weights
-from mergequant.static_input import ChannelCalibration, calibrate_channels, columns_of, reading
+from mergequant.quantizer.inputs.record import stacked_weights
+from mergequant.quantizer.inputs.static import (
+    ChannelCalibration,
+    calibrate_channels,
+    columns_of,
+    reading,
+)
+from mergequant.quantizer.linears import weight_form
 
 DECIDED = ("reconstruction", "alpha", "max_extra_channels")  # fields of `Options`
 
