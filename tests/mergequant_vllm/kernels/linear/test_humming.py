@@ -32,14 +32,14 @@ from mergequant_vllm.kernels.linear.humming.rounding import (
     power_of_two,
 )
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
-from tests.mergequant_vllm.kernels.emulated_humming import (
+from tests.mergequant_vllm.kernels.linear.emulated_humming import (
     RANGES,
     VERSIONS,
     Emulated,
     install,
     read_bits,
 )
-from tests.mergequant_vllm.kernels.humming_cases import (
+from tests.mergequant_vllm.kernels.linear.humming_cases import (
     FORMS,
     IDS,
     INT4,

@@ -13,7 +13,7 @@ from mergequant_vllm.kernels.linear import marlin
 from mergequant_vllm.kernels.linear.marlin import MarlinLinear, marlin_int8, marlin_words
 from mergequant_vllm.kernels.linear.reference import integer_products, scale_products
 from mergequant_vllm.packing import pack
-from tests.mergequant_vllm.kernels import emulated_marlin
+from tests.mergequant_vllm.kernels.linear import emulated_marlin
 from tests.mergequant_vllm.kernels.made import (
     GPU,
     expected,

@@ -13,8 +13,8 @@ from packaging.version import Version
 
 from mergequant_vllm.kernels.linear.humming import library as humming_library
 from mergequant_vllm.kernels.linear.humming.library import library_tensors, padded_columns
-from tests.mergequant_vllm.kernels.emulated_humming import VERSIONS, install, read_bits
-from tests.mergequant_vllm.kernels.humming_cases import (
+from tests.mergequant_vllm.kernels.linear.emulated_humming import VERSIONS, install, read_bits
+from tests.mergequant_vllm.kernels.linear.humming_cases import (
     FORMS,
     IDS,
     INT4,
