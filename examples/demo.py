@@ -43,7 +43,7 @@ def tiny_model() -> Path:
 def local_folder(model: str) -> Path:
     """MODEL itself if it is a folder, else its files from the Hugging Face Hub."""
     from mergequant.errors import InputError
-    from mergequant.output.writer import locate
+    from mergequant.model.reader import locate
 
     try:
         return locate(model).resolve()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergequant.model.architectures import find
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 
 SHARE = 0.02
 FACTORS = (10.0, 30.0)

@@ -13,7 +13,7 @@ SERVER = ROOT / "mergequant_vllm"
 QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
-SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.int4_linear.reference")
+SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.linear.reference")
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
 # `mergequant doctor` prints it.

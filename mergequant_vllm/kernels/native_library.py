@@ -1,7 +1,7 @@
 """The native CPU kernels' library (csrc/mergequant.h): found, loaded once, called through ctypes.
 
 Without it, because no compiler built it or none of its instruction sets runs here, the linears run
-in PyTorch (`int4_linear.cpu`). The library has no OpenMP of its own: its threads are those of the
+in PyTorch (`linear.cpu.fp32`). The library has no OpenMP of its own: its threads are those of the
 OpenMP that PyTorch loaded, which vLLM has bound to cores.
 """
 

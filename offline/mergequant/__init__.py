@@ -17,9 +17,9 @@ __all__ = ["InputError", "Options", "Perplexity", "perplexity", "quantize"]
 _HOMES = {
     "InputError": "errors",
     "Options": "options",
-    "Perplexity": "evaluate",
-    "perplexity": "evaluate",
-    "quantize": "pipeline",
+    "Perplexity": "evaluate.perplexity",
+    "perplexity": "evaluate.perplexity",
+    "quantize": "quantizer.run",
 }
 
 

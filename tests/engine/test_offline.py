@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mergequant.evaluate.perplexity import prompt_logprobs
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from mergequant_vllm.packing import unpack
 from tests.engine import probe
 from tests.engine.conftest import Oracle, check_greedy, float32_engine

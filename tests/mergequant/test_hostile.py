@@ -16,7 +16,7 @@ from mergequant import InputError, quantize
 from mergequant.calibration import statistics
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from tests import outliers
 from tests.conftest import SMALL
 from tests.tiny import make_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from mergequant_vllm.format import (
     CheckpointFormat,
     FormatError,

@@ -24,7 +24,7 @@ HEAD, EMBEDDING, CALLS = "head", "embedding", "calls within the compiled graph"
 OPERATORS, PYTHON = "other operators (inputs, sampling)", "outside of operators (scheduler)"
 # The first whose word is part of an operator's name decides.
 GROUPS = (
-    ("int4_linear_native", LINEARS),
+    ("integer_linear_cpu", LINEARS),
     ("token_quant", TOKENS),
     ("hadamard", TOKENS),
     ("static_round", NORMS),

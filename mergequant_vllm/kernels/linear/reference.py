@@ -44,7 +44,7 @@ def integer_products(codes: Tensor, weight_codes: Tensor) -> Tensor:
     return (codes.to(torch.float64) @ weight_codes.to(torch.float64).T).to(torch.int64)
 
 
-def int4_linear(
+def integer_linear(
     codes: Tensor,
     weight: Tensor,
     weight_step: Tensor,
@@ -166,7 +166,7 @@ class CentredLinear(PreparedLinear):
 
     Args:
         dtype: of the codes, wide enough for 9 bits.
-        multiply: see `int4_linear`; takes weights of that dtype.
+        multiply: see `integer_linear`; takes weights of that dtype.
     """
 
     weight: Tensor
@@ -190,7 +190,7 @@ class CentredLinear(PreparedLinear):
 
     def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
         """See the module's docstring."""
-        return int4_linear(
+        return integer_linear(
             codes,
             self.weight,
             self.weight_step,

@@ -4,8 +4,8 @@ import functools
 import logging
 import os
 
-from mergequant_vllm.kernels.linear.cpu.fp32 import CpuLinear
-from mergequant_vllm.kernels.linear.cpu.int4 import NativeLinear
+from mergequant_vllm.kernels.linear.cpu.fp32 import CpuFp32Linear
+from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear
 from mergequant_vllm.kernels.linear.cutlass import CutlassLinear
 from mergequant_vllm.kernels.linear.humming.kernel import HummingInt4Linear, HummingInt8Linear
 from mergequant_vllm.kernels.linear.marlin import MarlinLinear
@@ -17,8 +17,8 @@ from mergequant_vllm.kernels.selection.first_choices import default_kernels, kin
 KERNEL_VARIABLE = "MERGEQUANT_KERNEL"
 
 _KERNELS: tuple[LinearKernel, ...] = (
-    NativeLinear(),
-    CpuLinear(),
+    CpuInt4Linear(),
+    CpuFp32Linear(),
     HummingInt4Linear(),
     MarlinLinear(),
     HummingInt8Linear(),

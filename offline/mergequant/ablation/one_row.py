@@ -15,9 +15,10 @@ from mergequant.ablation.measure import REFERENCE, Bench, Measured, device_name
 from mergequant.ablation.records import Record, Shelf
 from mergequant.ablation.rows import Row
 from mergequant.ablation.study import Subject
+from mergequant.model.reader import CONFIG
 from mergequant.options import Options
 from mergequant.output.durable_files import write_json
-from mergequant.output.writer import CONFIG, REPORT
+from mergequant.output.writer import REPORT
 from mergequant.quantizer import in_memory
 from mergequant.quantizer import run as pipeline
 

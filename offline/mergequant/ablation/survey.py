@@ -16,9 +16,9 @@ from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
 from mergequant.model.architecture import Architecture, Stage, paper_alpha
 from mergequant.model.decoder import Block, Decoder
+from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably
-from mergequant.output.writer import Reader
 from mergequant.quantizer.inputs.record import stacked_weights
 from mergequant.quantizer.run import calibration_of, find_device
 
@@ -52,7 +52,7 @@ class _Columns:
 
 
 def survey(
-    reader: Reader,
+    reader: ModelReader,
     architecture: Architecture,
     calibration: Sequence[str | Path],
     options: Options,
@@ -80,7 +80,7 @@ def survey(
 
 def kept_survey(
     file: Path,
-    reader: Reader,
+    reader: ModelReader,
     architecture: Architecture,
     calibration: Sequence[str | Path],
     options: Options,
@@ -112,7 +112,7 @@ def _unpacked(kept: dict[str, Tensor]) -> Survey:
     return Survey(largest, list(largest)[space], block, kept["before"], kept["after"])
 
 
-def _windows(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
+def _windows(reader: ModelReader, calibration: Sequence[str | Path], options: Options) -> Tensor:
     """Those that steps are calibrated on, and no more."""
     least = options.model_copy(update={"weights": "rtn", "compensation_rank": 0})
     return calibration_of(reader, calibration, least)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergequant.errors import InputError
-from mergequant.output.writer import Reader, is_mergequant, locate
+from mergequant.model.reader import Reader, is_mergequant, locate
 from mergequant_vllm.format import (
     CheckpointFormat,
     LinearFormat,

@@ -23,7 +23,7 @@ from mergequant.calibration.text import (
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architecture import widths
-from mergequant.output.writer import Reader, is_mergequant, locate
+from mergequant.model.reader import Reader, is_mergequant, locate
 from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]

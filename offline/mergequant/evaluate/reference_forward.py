@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mergequant.errors import InputError
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.architectures import find
-from mergequant.output.writer import Reader, is_mergequant
+from mergequant.model.reader import Reader, is_mergequant
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 
 

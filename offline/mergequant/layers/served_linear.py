@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.linear.reference import centre, int4_linear
+from mergequant_vllm.kernels.linear.reference import centre, integer_linear
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import pack, unpack
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Module):
             if size is not None:
                 step = step[:, rank * groups : (rank + 1) * groups]
             bias = self.bias if rank == 0 else None
-            yield int4_linear(codes, weight, step, size, token_step, bias, x.dtype, F.linear)
+            yield integer_linear(codes, weight, step, size, token_step, bias, x.dtype, F.linear)
 
 
 def from_stored(

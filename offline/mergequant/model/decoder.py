@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mergequant.model.architecture import Architecture, outer_tensors
-from mergequant.output.writer import Reader
+from mergequant.model.reader import ModelReader
 from mergequant_vllm.kernels.hadamard.reference import rotate
 
 TOKENS_A_BATCH = 4096
@@ -65,7 +65,9 @@ class Activations:
 class Decoder:
     """The skeleton of a Hugging Face model, on the meta device until a block is asked for."""
 
-    def __init__(self, reader: Reader, architecture: Architecture, device: torch.device) -> None:
+    def __init__(
+        self, reader: ModelReader, architecture: Architecture, device: torch.device
+    ) -> None:
         self.reader = reader
         self.architecture = architecture
         self.device = device

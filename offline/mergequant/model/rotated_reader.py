@@ -1,4 +1,4 @@
-"""A model seen rotated: a `Reader` that folds norms and rotates each tensor as it is read.
+"""A model seen rotated: a reader that folds norms and rotates each tensor as it is read.
 
 A space owns a rotation, not a layer: `residual` and what norms make of it have R1, `value` and
 `attn_mix` have R2 (one for all heads, so a group's value head and its query heads agree), and
@@ -25,7 +25,7 @@ from mergequant.methods.rotate import (
     rotate_writer,
 )
 from mergequant.model.architecture import Architecture, Norm, widths
-from mergequant.output.writer import Reader
+from mergequant.model.reader import ModelReader
 from mergequant_vllm.format import StoredTensor
 
 Rotation = Literal["offline", "online"]
@@ -52,7 +52,7 @@ class _Turn:
     constant: float | None = None
 
 
-class RotatedReader(Reader):
+class RotatedReader(ModelReader):
     """A view of `reader`'s model with R1 and R2 (`offline`), and R4 (`online`), in its weights.
 
     Norms over the residual multiply by 1, and the head is no longer tied to the embedding. Rotated
@@ -71,7 +71,7 @@ class RotatedReader(Reader):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ModelReader,
         architecture: Architecture,
         rotation: Rotation,
         seed: int,
@@ -79,16 +79,14 @@ class RotatedReader(Reader):
         most: int = LARGEST_BLOCK,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        # Not the parent's: `reader` has opened the files, and only it reads them.
         self._source = reader
         self._dtype = dtype
         self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
-        self.folder = reader.folder
-        self.config = {**reader.config, "tie_word_embeddings": False}
-        self.hadamard = online_hadamards(architecture, reader.config, rotation, most)
-        rotations = _space_rotations(architecture, reader.config, self.hadamard, seed)
+        hadamard = online_hadamards(architecture, reader.config, rotation, most)
+        config = {**reader.config, "tie_word_embeddings": False}
+        super().__init__(reader.folder, config, reader.stored, hadamard)
+        rotations = _space_rotations(architecture, reader.config, hadamard, seed)
         self._turns = dict(_turns(architecture, reader.config, rotations))
-        self.stored = dict(reader.stored)
         for name, turn in self._turns.items():
             source = reader.stored.get(turn.source)  # what is missing is for `validate` to name
             if source is not None and turn.constant is None:

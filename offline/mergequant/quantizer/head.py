@@ -11,38 +11,10 @@ from torch import Tensor
 
 from mergequant.layers.served_linear import stored_weight
 from mergequant.methods.weights import WeightForm, weight_grid
-from mergequant.model.architecture import Architecture
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
-from mergequant.output.writer import Reader
 from mergequant_vllm.format import LinearFormat
 
 BITS: Final = 8
-
-
-class UntiedReader(Reader):
-    """A view of a model whose head is tied to its embedding, in which it is not.
-
-    Args:
-        reader: the model as it is stored.
-    """
-
-    def __init__(self, reader: Reader, architecture: Architecture) -> None:
-        # Not the parent's: `reader` has opened the files, and only it reads them.
-        self._source = reader
-        self._head = f"{architecture.head.name}.weight"
-        self._embedding = f"{architecture.embedding.name}.weight"
-        self.folder = reader.folder
-        self.hadamard = reader.hadamard
-        self.config = {**reader.config, "tie_word_embeddings": False}
-        self.stored = {**reader.stored, self._head: reader.stored[self._embedding]}
-
-    def read(self, name: str) -> Tensor:
-        """One tensor; the head's are the embedding's."""
-        return self._source.read(self._embedding if name == self._head else name)
-
-    def check_finite(self) -> None:
-        """As the model's own."""
-        self._source.check_finite()
 
 
 def head_format(shape: tuple[int, int]) -> LinearFormat:

@@ -21,14 +21,16 @@ from mergequant.layers.in_block import load_stored
 from mergequant.model.architecture import Architecture, outer_tensors, validate
 from mergequant.model.architectures import find
 from mergequant.model.decoder import Activations, Block, Decoder
+from mergequant.model.reader import ModelReader, Reader, locate
 from mergequant.model.rotated_reader import RotatedReader
+from mergequant.model.untied_reader import UntiedReader
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.output.fingerprint import fingerprint
-from mergequant.output.writer import Reader, Writer, locate
+from mergequant.output.writer import Writer
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.choose_reconstruction import DECIDED, resolve_reconstruction
-from mergequant.quantizer.head import BITS, UntiedReader, quantize_head
+from mergequant.quantizer.head import BITS, quantize_head
 from mergequant.quantizer.inputs.record import refuse_infinite
 from mergequant.quantizer.memory.available import refuse_if_short
 from mergequant.quantizer.memory.needed import needed_memory
@@ -94,7 +96,7 @@ def quantize(
 
 
 def _around_the_blocks(
-    reader: Reader, architecture: Architecture, contract: CheckpointFormat
+    reader: ModelReader, architecture: Architecture, contract: CheckpointFormat
 ) -> dict[str, Tensor]:
     """What is stored beside the blocks: the embedding, the last norm, the head."""
     tensors = {}
@@ -114,23 +116,25 @@ def _decide(decoder: Decoder, windows: Tensor, options: Options, progress: bool)
     return {name: getattr(found, name) for name in DECIDED}
 
 
-def open_model(model: str | Path, options: Options) -> tuple[Reader, Architecture, list[Path]]:
+def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Architecture, list[Path]]:
     """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files."""
-    reader = Reader(locate(model))
-    reader.refuse_quantized()
-    architecture = find(reader.config.get("model_type"))
-    validate(architecture, reader.config, reader.shapes())
-    files = reader.weight_files()
+    folder = Reader(locate(model))
+    folder.refuse_quantized()
+    architecture = find(folder.config.get("model_type"))
+    validate(architecture, folder.config, folder.shapes())
+    reader: ModelReader = folder
     if options.head_bits == BITS and reader.config.get("tie_word_embeddings", False):
         reader = UntiedReader(reader, architecture)
     if options.rotation != "none":
         reader = RotatedReader(
             reader, architecture, options.rotation, options.seed, most=options.hadamard_block
         )
-    return reader, architecture, files
+    return reader, architecture, folder.weight_files()
 
 
-def calibration_of(reader: Reader, calibration: Sequence[str | Path], options: Options) -> Tensor:
+def calibration_of(
+    reader: ModelReader, calibration: Sequence[str | Path], options: Options
+) -> Tensor:
     """Token ids int64 [samples, length]: as many windows as any use of them asks for.
 
     Raises:

@@ -94,7 +94,7 @@ class Event:
 
 def test_time_belongs_to_the_nearest_group() -> None:
     graph = Event("## Call CompiledFxGraph None ##", 5e6)
-    linear = Event("mergequant::int4_linear_native", 7e6, graph)
+    linear = Event("mergequant::integer_linear_cpu", 7e6, graph)
     attention = Event("vllm::unified_attention_with_output", 1e6, graph)
     events = [
         graph,
@@ -102,7 +102,7 @@ def test_time_belongs_to_the_nearest_group() -> None:
         Event("aten::empty", 1e6, linear),
         attention,
         Event("_C::cpu_attention_with_kv_cache", 2e6, attention),
-        Event("graph_0_cpp_fused_add_int4_linear_native_mean_mul_round_rsqrt_0", 3e6, graph),
+        Event("graph_0_cpp_fused_add_integer_linear_cpu_mean_mul_round_rsqrt_0", 3e6, graph),
         Event("graph_0_cpp_fused_mul_silu_slice_3", 1e6, graph),
         Event("mergequant::token_quant_native", 1e6, graph),
         Event("aten::mm", 4e6, graph),

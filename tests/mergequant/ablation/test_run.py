@@ -9,7 +9,7 @@ import pytest
 
 from mergequant.ablation import measure, study
 from mergequant.ablation.records import Record
-from mergequant.output.writer import CONFIG
+from mergequant.model.reader import CONFIG
 from tests.mergequant.ablation.conftest import BASE, Model, Quantizer, run
 
 

@@ -14,7 +14,7 @@ from mergequant.ablation import survey as module
 from mergequant.ablation.survey import Survey, kept_survey, survey
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import find
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 
 OPTIONS = Options(statistics_samples=3, sequence_length=32, device="cpu", alpha=2.0)
 HUGE = 5

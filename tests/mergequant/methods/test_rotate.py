@@ -25,8 +25,8 @@ from mergequant.model.architecture import Norm, validate
 from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.decoder import Decoder
+from mergequant.model.reader import Reader
 from mergequant.model.rotated_reader import RotatedReader, online_hadamards
-from mergequant.output.writer import Reader
 from mergequant_vllm.kernels.hadamard import reference
 from tests.outliers import with_outliers
 from tests.tiny import make_model

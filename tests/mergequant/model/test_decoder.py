@@ -9,8 +9,8 @@ import torch
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.model.decoder import Decoder
+from mergequant.model.reader import Reader
 from mergequant.model.rotated_reader import RotatedReader
-from mergequant.output.writer import Reader
 from tests.tiny import make_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [

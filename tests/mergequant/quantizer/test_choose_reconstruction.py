@@ -12,7 +12,7 @@ from torch import Tensor
 from mergequant import InputError, Options, quantize
 from mergequant.model.architecture import paper_alpha
 from mergequant.model.decoder import Decoder
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from mergequant.quantizer import choose_reconstruction as pilot
 from mergequant.quantizer.choose_reconstruction import Candidate, resolve_reconstruction
 from mergequant.quantizer.run import calibration_of, find_device, open_model

@@ -9,7 +9,7 @@ import torch
 from mergequant import quantize
 from mergequant.calibration.text import load_tokenizer
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from mergequant_vllm.format import CheckpointFormat, parse
 from tests.conftest import SMALL
 from tests.tiny import TEXT, make_model

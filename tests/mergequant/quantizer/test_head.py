@@ -9,7 +9,7 @@ import torch
 from mergequant import quantize
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.layers.served_linear import from_stored
-from mergequant.output.writer import Reader
+from mergequant.model.reader import Reader
 from mergequant.quantizer.head import ROWS_AT_ONCE, head_format, quantize_head
 from mergequant.quantizer.in_memory import quantize_in_memory
 from mergequant_vllm.format import FormatError, parse

@@ -14,7 +14,8 @@ from mergequant import Options, quantize
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES
-from mergequant.output.writer import Reader, Writer
+from mergequant.model.reader import Reader
+from mergequant.output.writer import Writer
 from mergequant_vllm.format import check_tensors, parse
 from tests.conftest import SMALL
 from tests.tiny import make_model

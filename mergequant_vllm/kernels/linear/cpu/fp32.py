@@ -28,7 +28,7 @@ def exact_channels(spec: LinearSpec) -> int:
     return int(_EXACT_BELOW // (weight * 2 ** (spec.activation_bits - 1)))
 
 
-class CpuLinear:
+class CpuFp32Linear:
     """Exact through float32; see the module's docstring."""
 
     name = "cpu-fp32"

@@ -20,7 +20,7 @@ from mergequant_vllm.packing import unpack
 LARGEST_K = 65536  # sums of longer rows may leave int32: 255 * 128 * 65536 < 2^31
 
 
-class NativeLinear:
+class CpuInt4Linear:
     """Exact, bit for bit `reference`."""
 
     name = "cpu-int4"
@@ -47,7 +47,7 @@ class NativeLinear:
             stored.weight_step.contiguous(),
             stored.zero_points,
             stored.bias,
-            int4_linear_native,
+            integer_linear_cpu,
             (
                 spec.in_features,
                 spec.weight_bits,
@@ -69,7 +69,7 @@ def pack_weight(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
     return packed
 
 
-def int4_linear(
+def integer_linear(
     codes: Tensor,
     weight: Tensor,
     weight_step: Tensor,
@@ -132,4 +132,4 @@ def _fake(codes: Tensor, weight: Tensor, weight_step: Tensor, *others: Any) -> T
     return codes.new_empty((*codes.shape[:-1], weight_step.shape[0]), dtype=out_dtype)
 
 
-int4_linear_native = define_operator("int4_linear_native", int4_linear, _fake)
+integer_linear_cpu = define_operator("integer_linear_cpu", integer_linear, _fake)

@@ -15,7 +15,7 @@ from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.packed import PackedLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.linear.triton.layout import SHORTEST_RUN, to_kernel_layout
-from mergequant_vllm.kernels.linear.triton.operator import int4_linear_triton
+from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
 from mergequant_vllm.kernels.linear.triton.program import interpreted
 from mergequant_vllm.kernels.linear.triton.tile_tables import tile_for
 from mergequant_vllm.kernels.linear.triton.tiles import LinearShape
@@ -60,7 +60,7 @@ class TritonLinear:
             groups_first(stored.weight_step, shape, -1),
             None if zeros is None else groups_first(zeros, shape, 0),
             stored.bias,
-            int4_linear_triton,
+            integer_linear_triton,
             (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
         )
 

@@ -1,4 +1,4 @@
-"""`torch.ops.mergequant.int4_linear_triton`: the operator that launches the Triton program."""
+"""`torch.ops.mergequant.integer_linear_triton`: the operator that launches the Triton program."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def compile_options(tile: Tile) -> dict[str, int]:
     }
 
 
-def int4_linear(
+def integer_linear(
     codes: Tensor,
     weight: Tensor,
     weight_step: Tensor,
@@ -84,7 +84,7 @@ def launch(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Run the program with one tile, which benchmarks choose: see `int4_linear_program`."""
+    """Run the program with one tile, which benchmarks choose: see `integer_linear_program`."""
     layout = shape.layout
     tokens, outputs = out.shape
     build_kernel()[(-(-tokens // tile.block_m) * -(-outputs // tile.block_n),)](
@@ -131,4 +131,4 @@ def _fake(codes: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
-int4_linear_triton = define_operator("int4_linear_triton", int4_linear, _fake)
+integer_linear_triton = define_operator("integer_linear_triton", integer_linear, _fake)

@@ -49,7 +49,7 @@ def _unpacking_of_3_bits(part: int) -> str:
     )
 
 
-def int4_linear_program(
+def integer_linear_program(
     codes: tl.tensor,
     weight: tl.tensor,
     weight_step: tl.tensor,
@@ -189,10 +189,10 @@ def int4_linear_program(
 
 @functools.cache
 def build_kernel() -> Any:
-    """The Triton kernel of `int4_linear_program`; interpreted if TRITON_INTERPRET=1 by now."""
+    """The Triton kernel of `integer_linear_program`; interpreted if TRITON_INTERPRET=1 by now."""
     import triton
     import triton.language
 
     # Triton resolves `tl` among the globals of the program's module, its interpreter only there.
     globals()["tl"] = triton.language
-    return triton.jit(int4_linear_program, do_not_specialize=["M"])
+    return triton.jit(integer_linear_program, do_not_specialize=["M"])

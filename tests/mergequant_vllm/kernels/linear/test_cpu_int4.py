@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.linear.cpu.int4 import NativeLinear, int4_linear_native
+from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear, integer_linear_cpu
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
@@ -20,7 +20,7 @@ from tests.mergequant_vllm.kernels.made import (
     run,
 )
 
-KERNEL = NativeLinear()
+KERNEL = CpuInt4Linear()
 TOKENS = [1, 2, 3, 5, 7, 8, 9, 64, 127, 128, 129]
 # Odd and prime, around the vectors' lengths, and beyond what 16-bit sums hold.
 SIZES = [(1, 1), (43, 31), (7, 63), (5, 64), (129, 65), (64, 127), (3, 128), (13, 4353), (11, 8705)]
@@ -150,7 +150,7 @@ def test_the_operator_is_traced_by_the_compiler() -> None:
         x, prepared.weight, prepared.weight_step, None, step, prepared.bias,
         352, 4, 4, None, torch.float32,
     )  # fmt: skip
-    torch.library.opcheck(int4_linear_native, arguments)
+    torch.library.opcheck(integer_linear_cpu, arguments)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -170,7 +170,7 @@ def test_wrong_arguments_are_errors_and_not_crashes() -> None:
     steps = torch.ones(4, 1)
 
     def attempt(codes: Tensor, k: int, bits: int = 4, group: int | None = None) -> None:
-        int4_linear_native(codes, weight, steps, None, None, None, k, bits, 4, group, torch.float32)
+        integer_linear_cpu(codes, weight, steps, None, None, None, k, bits, 4, group, torch.float32)
 
     codes = torch.zeros(2, 64, dtype=torch.int8)
     attempt(codes, 64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.linear.cpu.fp32 import CpuLinear, exact_channels
+from mergequant_vllm.kernels.linear.cpu.fp32 import CpuFp32Linear, exact_channels
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
 from mergequant_vllm.kernels.linear.spec import LinearKernel
 from tests.mergequant_vllm.kernels.made import (
@@ -18,7 +18,7 @@ from tests.mergequant_vllm.kernels.made import (
     run,
 )
 
-KERNELS: list[LinearKernel] = [CpuLinear(), ReferenceLinear()]
+KERNELS: list[LinearKernel] = [CpuFp32Linear(), ReferenceLinear()]
 SIZES = [(1, 1, 1), (2, 7, 43), (7, 129, 127), (64, 128, 128), (128, 43, 352), (129, 64, 4099)]
 
 
@@ -143,5 +143,5 @@ def test_sums_too_long_for_float32_are_exact_all_the_same(
 
 
 def test_other_devices_are_refused() -> None:
-    assert CpuLinear().refusal(make_spec()) is None
-    assert CpuLinear().refusal(make_spec(device="cuda")) is not None
+    assert CpuFp32Linear().refusal(make_spec()) is None
+    assert CpuFp32Linear().refusal(make_spec(device="cuda")) is not None

@@ -20,7 +20,7 @@ from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.linear.triton import operator as triton_operator
 from mergequant_vllm.kernels.linear.triton.kernel import TritonLinear, exact_channels
 from mergequant_vllm.kernels.linear.triton.layout import choose_layout, to_kernel_layout
-from mergequant_vllm.kernels.linear.triton.operator import int4_linear_triton
+from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
 from mergequant_vllm.kernels.linear.triton.program import build_kernel
 from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile, fit_to_layout
 from tests.mergequant_vllm.kernels.made import (
@@ -214,7 +214,7 @@ def test_what_lies_beyond_the_linear_does_not_matter(bits: int, zero_points: boo
         fills["weights" if dirty == "codes" else "codes"].zero_()
         rows[:n] = to_kernel_layout(torch.cat((w, fills["weights"][:n]), 1), layout)
         codes = torch.cat((x, fills["codes"][:tokens]), 1)
-        y = int4_linear_triton(
+        y = integer_linear_triton(
             torch.cat((codes, torch.full((64, layout.columns), 127, dtype=torch.int8)))[:tokens].to(
                 DEVICE
             ),
@@ -248,7 +248,7 @@ def operator_arguments(tokens: int, group_size: int | None, full: bool) -> tuple
 def test_operator_is_registered_soundly(full: bool) -> None:
     """Schema, fake implementation and dynamic shapes, by PyTorch's own check."""
     arguments = operator_arguments(5, 32 if full else None, full)
-    torch.library.opcheck(int4_linear_triton, arguments)
+    torch.library.opcheck(integer_linear_triton, arguments)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -269,7 +269,7 @@ def test_one_graph_for_all_lengths() -> None:
         assert torch.equal(compiled(x, step, True), prepared(x, step, True))
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert len(graphs) == 1
-    assert [str(node.target) for node in calls] == ["mergequant.int4_linear_triton.default"]
+    assert [str(node.target) for node in calls] == ["mergequant.integer_linear_triton.default"]
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -277,7 +277,7 @@ def test_rows_of_another_length_are_refused() -> None:
     codes, *others = operator_arguments(2, None, full=False)
     assert isinstance(codes, Tensor)
     with pytest.raises(ValueError, match="takes rows of 128 codes, not 64"):
-        int4_linear_triton(codes[:, :64], *others)
+        integer_linear_triton(codes[:, :64], *others)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergequant_vllm.kernels.linear import cutlass, marlin
-from mergequant_vllm.kernels.linear.cpu.int4 import NativeLinear
+from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear
 from mergequant_vllm.kernels.linear.humming import kernel as humming
 from mergequant_vllm.kernels.selection import first_choices as defaults
 from mergequant_vllm.kernels.selection import linears as select
@@ -106,7 +106,7 @@ def test_a_requested_kernel_that_refuses_is_an_error_with_the_reason(
 
 
 def test_on_a_cpu_the_cpus_kernel_is_chosen() -> None:
-    native = NativeLinear().refusal(SPEC) is None
+    native = CpuInt4Linear().refusal(SPEC) is None
     assert select.select_linear(SPEC, None).name == ("cpu-int4" if native else "cpu-fp32")
 
 

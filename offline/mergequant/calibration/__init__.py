@@ -1,0 +1,1 @@
+"""Calibration: the text, and what is counted of the activations that it causes."""

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, and how well a model does on a text."""

@@ -1,0 +1,195 @@
+"""A model's folder: its configuration and tensors, read one at a time.
+
+`ModelReader` is what the quantizer asks of a model. `Reader` reads it from a Hugging Face folder;
+`UntiedReader` and `RotatedReader` are views of another reader's model.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergequant.errors import InputError
+from mergequant_vllm.format import QUANT_METHOD, StoredTensor
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# Some publishers store the same weights a second time under this name.
+DUPLICATES = "consolidated*"
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model: a local one, or a hub id's snapshot (downloaded if need be)."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file: give the model's folder.")
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise InputError(f"Model folder {str(model)!r} does not exist: check the path.")
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(
+            snapshot_download(
+                str(model), allow_patterns=patterns, ignore_patterns=f"{DUPLICATES}.safetensors"
+            )
+        )
+    except Exception as error:  # the hub client raises many types, all meaning: not to be had
+        raise InputError(
+            f"{str(model)!r} is neither a folder nor a model that the Hugging Face hub gives "
+            f"({type(error).__name__}): check the name, the network and your access."
+        ) from error
+
+
+class ModelReader(ABC):
+    """A model, tensors read one at a time.
+
+    Attributes:
+        folder: where the files are.
+        config: `config.json`.
+        stored: shape and dtype of each tensor, by name.
+        hadamard: block of the rotation that a linear's weight expects of its input, by name within
+            its block; a model as it is stored has none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        stored: Mapping[str, StoredTensor],
+        hadamard: Mapping[str, int] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.stored = dict(stored)
+        self.hadamard = dict(hadamard or {})
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in memory of its own."""
+
+    @abstractmethod
+    def check_finite(self) -> None:
+        """Raise InputError naming the first tensor with a NaN or an infinity."""
+
+    def read_in_source_dtype(self, name: str) -> Tensor:
+        """As `read`; a view that computes its tensors rounds them to the dtype of the source."""
+        return self.read(name)
+
+    def read_block(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors below module `prefix`, by their name within it."""
+        start = f"{prefix}."
+        return {x.removeprefix(start): self.read(x) for x in self.stored if x.startswith(start)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, by name."""
+        return {name: entry.shape for name, entry in self.stored.items()}
+
+
+class Reader(ModelReader):
+    """A Hugging Face folder of safetensors files, in the dtype that they have."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        stored: dict[str, StoredTensor] = {}
+        for file in _weight_files(folder):
+            for name, entry in read_header(file).items():
+                stored[name] = entry
+                self._file_of[name] = file
+        super().__init__(folder, _read_config(folder), stored)
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted(set(self._file_of.values()))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype, on the CPU, in memory of its own."""
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            # A copy: pages of the mapped file must not stay with the tensor.
+            tensor: Tensor = tensors.get_tensor(name).clone()
+        return tensor
+
+    def check_finite(self) -> None:
+        """Raise InputError naming the first tensor with a NaN or an infinity."""
+        for name in self.stored:
+            tensor = self.read(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InputError(
+                    f"Tensor {name!r} of {self.folder} holds NaN or infinity: "
+                    "the model is damaged; download it again."
+                )
+
+    def refuse_quantized(self) -> None:
+        """Raise InputError if the model is quantized already."""
+        quantized = self.config.get("quantization_config") or self.config.get("compression_config")
+        if quantized:
+            method = quantized.get("quant_method", "unknown")
+            raise InputError(
+                f"{self.folder} is quantized already (quant_method {method!r}): "
+                "give the 16-bit model that it was made from."
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {CONFIG}: it is not a Hugging Face model.")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): download the model again.") from error
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted(folder / name for name in set(_weight_map(index).values()))
+    else:
+        duplicates = set(folder.glob(f"{DUPLICATES}.safetensors"))
+        files = sorted(set(folder.glob("*.safetensors")) - duplicates)
+    if not files:
+        raise InputError(
+            f"{folder} holds no safetensors weights: convert the model with "
+            "save_pretrained(..., safe_serialization=True)."
+        )
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"Shard {file} is missing: download the model again.")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is not an index of shards: download the model again.") from error
+    return weight_map
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Shape and dtype of each tensor of one safetensors file, by name."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(tuple(entry.get_shape()), entry.get_dtype())
+                for name, entry in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"Shard {file} cannot be read ({error}): it is truncated or not a safetensors "
+            "file; download it again."
+        ) from error
+
+
+def is_mergequant(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a mergequant checkpoint."""
+    quantized = config.get("quantization_config") or {}
+    return bool(quantized.get("quant_method") == QUANT_METHOD)

@@ -1,0 +1,1 @@
+"""A checkpoint in the making: what it will hold, and files that are whole or absent."""

@@ -1,0 +1,1 @@
+"""The method in order: a model in, a checkpoint out, block by block."""
