@@ -11,7 +11,7 @@ from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
 from mergequant.calibration.text import calibration_sources, sha256_of
 from mergequant.model.architecture import Architecture, widths
-from mergequant.model.reader import ModelReader
+from mergequant.model.reader import Reader
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.quantizer.run import open_model
@@ -31,7 +31,7 @@ class Subject:
 
     name: str
     paper_model: str | None
-    reader: ModelReader
+    reader: Reader
     architecture: Architecture
     widths: Mapping[str, int]
     calibration: Sequence[str | Path]
