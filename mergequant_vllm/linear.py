@@ -152,8 +152,8 @@ class MergeQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] in the model's dtype (static: already divided by s) to y [..., N]."""
-        codes, token_step = layer.quantizer(x)
-        y: Tensor = layer.product(codes, token_step, bias is not None)
+        codes, token_step, token_zero = layer.quantizer(x)
+        y: Tensor = layer.product(codes, token_step, token_zero, bias is not None)
         return y
 
 

@@ -14,6 +14,7 @@ QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
 SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.linear.reference")
+SHARED += ("kernels.linear.spans",)
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
 # `mergequant doctor` prints it.

@@ -43,7 +43,7 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, (x, y) in SEEN.items():
         layer: Any = model.get_submodule(name)
         method = layer.quant_method
-        laid_out, step = layer.quantizer(x)
+        laid_out, step, _ = layer.quantizer(x)
         codes = read_codes(laid_out, method.kernel.layout)
         sums = integer_sums(layer.product, laid_out)
         seen = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
@@ -59,5 +59,5 @@ def integer_sums(product: Any, codes: Tensor) -> Tensor:
     else:
         plain.spec = dataclasses.replace(product.spec, dtype=torch.float32)
     plain._buffers = {**product._buffers, "weight_step": torch.ones_like(product.weight_step)}
-    y: Tensor = plain(codes, None, False)
+    y: Tensor = plain(codes, None, None, False)
     return y

@@ -49,8 +49,8 @@ class Linear(torch.nn.Module):
         self.quantizer = StaticQuantizer(code_form, form.shape[1], index, offset, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, step = self.quantizer(x)
-        y: Tensor = self.product(codes, step, False)
+        codes, step, zero = self.quantizer(x)
+        y: Tensor = self.product(codes, step, zero, False)
         return y
 
 

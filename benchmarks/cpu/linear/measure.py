@@ -119,7 +119,7 @@ class Subjects:
             self._ours = [first, *(copy.deepcopy(first) for _ in range(copies))]
         given = lay_out(codes, kernel.layout, self._ours[0].columns).contiguous()
         step = torch.ones(len(codes), 1) if self.spec.dynamic else None
-        return [partial(one, given, step, False) for one in self._ours]
+        return [partial(one, given, step, None, False) for one in self._ours]
 
     def _rival_calls(self, name: str, rival: Rival, codes: Tensor) -> Sequence[Call]:
         if name not in self._rivals:

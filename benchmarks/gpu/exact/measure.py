@@ -179,11 +179,11 @@ class Trial:
         codes = make_codes((tokens, spec.in_features), spec.activation_bits, pattern, generator)
         token_step = make_token_step(tokens, generator) if spec.dynamic else None
         given = laid_out(codes, LINEAR_KERNELS[self.kernel].layout, self.product.columns)
-        result = self.product(given, token_step, add_bias)
+        result = self.product(given, token_step, None, add_bias)
         if self.to_cpu:
             codes, result = codes[:4].cpu(), result[:4].cpu()
             token_step = None if token_step is None else token_step[:4].cpu()
-        expected = self.definition(codes, token_step, add_bias)
+        expected = self.definition(codes, token_step, None, add_bias)
         return check(
             self.kernel,
             Product(spec, self.stored, codes, token_step, add_bias, expected, result),

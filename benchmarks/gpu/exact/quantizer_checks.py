@@ -62,11 +62,15 @@ def check_compiled(K: int, layout: CodeLayout, tokens: tuple[int, ...], device: 
     pairs: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {
         "static": (
             StaticQuantizer(form, K, None, None, there),
-            lambda x: (norm_round.static_codes(x, 4, layout), None),
+            lambda x: (norm_round.static_codes(x, 4, layout), None, None),
         ),
         "static, gather, offset": (
             StaticQuantizer(form, K, index, offset, there),
-            lambda x: (norm_round.static_codes(x, 4, layout, index=index, offset=offset), None),
+            lambda x: (
+                norm_round.static_codes(x, 4, layout, index=index, offset=offset),
+                None,
+                None,
+            ),
         ),
         "dynamic": (
             TokenQuantizer(form, clip, None),
@@ -121,11 +125,11 @@ def check_tokens(
     for count, dtype, hadamard in itertools.product(tokens, _DTYPES, (None, HADAMARD[K])):
         x = inputs(count, K, dtype, generator)
         clip = torch.tensor([0.8])
-        codes, step = token_quant_triton.token_codes(
+        codes, step, _ = token_quant_triton.token_codes(
             x, clip.to(x.device), bits, layout, hadamard=hadamard, columns=K + 32
         )
         # The definition on a CPU: a GPU's division may round otherwise.
-        expected, expected_step = token_quant.token_codes(
+        expected, expected_step, _ = token_quant.token_codes(
             x.cpu(), clip, bits, layout, hadamard=hadamard, columns=K + 32
         )
         what = f"{count} tokens {dtype} {hadamard=}"

@@ -177,4 +177,4 @@ def _product_calls(
     codes = make_codes((m, spec.in_features), spec.activation_bits, "random", generator)
     given = laid_out(codes, layout, copies[0].columns)
     step = make_token_step(m, generator) if spec.dynamic else None
-    return [functools.partial(copy, given, step, False) for copy in copies]
+    return [functools.partial(copy, given, step, None, False) for copy in copies]

@@ -8,7 +8,9 @@ Numerics, as the kernels' source has them: exact int32 sums, then, in float32,
 
     token_step * (float32(sum) * weight_step) + bias
 
-the last product and sum fused or not, and one cast. The reference takes the token's step first.
+the last product and sum fused or not, and one cast. The reference takes the token's step first. The
+bias is the reference's constant rounded to the model's dtype: exact for a bias alone, a further
+rounding for a float32 output offset or for the sum of both.
 
 * Static activations equal the reference bit for bit: the token step is 1.
 * With token steps both differ, before the cast and to first order, by at most
@@ -46,6 +48,7 @@ class CutlassLinear:
             or _refuse_blackwell(spec.capability)
             or refusals.groups(spec)
             or refusals.zero_points(spec)
+            or refusals.token_zero_points(spec)
             or refusals.dtype(spec)
             or _missing_operation()
         )
@@ -72,7 +75,6 @@ class _Prepared(PreparedLinear):
     weight: Tensor
     weight_step: Tensor
     one: Tensor
-    bias: Tensor | None
 
     def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
         super().__init__()
@@ -80,16 +82,16 @@ class _Prepared(PreparedLinear):
         more_n, more_k = -spec.out_features % ALIGNMENT, -spec.in_features % ALIGNMENT
         self.columns = spec.in_features + more_k
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
-        step, bias = stored.weight_step, stored.bias
-        if bias is not None:
-            bias = F.pad(bias.to(spec.dtype), (0, more_n)).contiguous()
+        step = stored.weight_step
         self.register_buffer("weight", F.pad(codes, (0, more_k, 0, more_n)).contiguous())
         self.register_buffer("weight_step", F.pad(step, (0, 0, 0, more_n)).contiguous())
         one = torch.ones(1, 1, dtype=torch.float32, device=codes.device)
         self.register_buffer("one", one)
-        self.register_buffer("bias", bias)
+        self.keep_constants(stored, lambda x: F.pad(x.to(spec.dtype), (0, more_n)).contiguous())
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """As `reference`, up to the numerics in the module's docstring."""
         from vllm import _custom_ops
 
@@ -101,7 +103,7 @@ class _Prepared(PreparedLinear):
             self.one if token_step is None else token_step.reshape(-1, 1).contiguous(),
             self.weight_step,
             self.spec.dtype,
-            self.bias if add_bias else None,
+            self.constant(add_bias),
         )
         if y.shape[-1] != self.spec.out_features:
             y = y[..., : self.spec.out_features].contiguous()

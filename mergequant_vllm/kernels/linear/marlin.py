@@ -9,6 +9,8 @@ Kernel layout, both sizes padded to Marlin's tiles (N to 64 and K to 128, or N t
 * weight int32 [K/16, 2N]: tiles of 32 inputs by 32 outputs, each in the order in which the lanes of
   a warp hold the operand of an m16n8k32 matrix instruction, repacked by `gptq_marlin_repack`;
 * weight_step [1, N] and bias [N] in the model's dtype, in the order in which lanes hold the result.
+  The bias is the reference's constant, rounded to that dtype: exact for a bias alone, a further
+  rounding for a float32 output offset or for the sum of both.
 
 Numerics, as the kernel's source has them. Each warp sums its share of the channels exactly in
 int32 and takes float32(sum) * token_step; the warps of a thread block (at most two to an output)
@@ -16,11 +18,11 @@ are added in float32 and multiplied by weight_step; the P thread blocks that sha
 added in float32; the result is cast to the output's dtype, and the bias is added in that dtype, a
 second rounding where the reference has one. P depends on the shape and on the GPU.
 
-* Static activations without bias equal the reference bit for bit while
+* Static activations without a constant equal the reference bit for bit while
   sum_k |x[t, k] * w[j, k]| <= 2^16 (1024 channels of 4 x 4 bits at worst): a weight step has 8
   significant bits, so that every product and every sum above is exact.
-* So do dynamic activations without bias where one warp has all channels: the order is then the
-  reference's.
+* So do dynamic activations without a constant where one warp has all channels: the order is then
+  the reference's.
 * Otherwise, before the cast, both differ by at most
   (P + 6) * 2^-24 * sum_k |x[t, k] * w[j, k]| * token_step * weight_step, to first order.
 """
@@ -168,6 +170,7 @@ class MarlinLinear:
             or _refuse_width(spec.weight_bits)
             or refusals.groups(spec)
             or refusals.zero_points(spec)
+            or refusals.token_zero_points(spec)
             or refusals.dtype(spec)
             or _missing_operations()
         )
@@ -191,7 +194,6 @@ class _Prepared(PreparedLinear):
     weight: Tensor
     weight_step: Tensor
     ones: Tensor
-    bias: Tensor | None
     workspace: Tensor
 
     def __init__(self, stored: StoredLinear, spec: LinearSpec) -> None:
@@ -213,21 +215,25 @@ class _Prepared(PreparedLinear):
         )
         step = F.pad(stored.weight_step.to(spec.dtype).T, (0, padded_n - N))
         step = marlin_utils.marlin_permute_scales(step, padded_k, padded_n, -1, is_a_8bit=True)
-        bias = stored.bias
-        if bias is not None:
-            bias = F.pad(bias.to(spec.dtype), (0, padded_n - N))
-            bias = marlin_utils.marlin_permute_bias(bias)
+
+        def lay_out(constant: Tensor) -> Tensor:
+            padded = F.pad(constant.to(spec.dtype), (0, padded_n - N))
+            permuted: Tensor = marlin_utils.marlin_permute_bias(padded)
+            return permuted
+
         self.columns = padded_k
         self.out_features = N
         self.register_buffer("weight", weight)
         self.register_buffer("weight_step", step)
-        self.register_buffer("bias", bias)
+        self.keep_constants(stored, lay_out)
         rows = 0 if spec.dynamic else ROWS_OF_ONES
         self.register_buffer("ones", torch.ones(rows, dtype=torch.float32, device=device))
         workspace = marlin_utils.marlin_make_workspace_new(device, _LOCKS_PER_PROCESSOR)
         self.register_buffer("workspace", workspace)
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """As `reference`, up to the numerics in the module's docstring."""
         y: Tensor = marlin_int8(
             codes,
@@ -235,7 +241,7 @@ class _Prepared(PreparedLinear):
             self.weight_step,
             token_step,
             self.ones,
-            self.bias if add_bias else None,
+            self.constant(add_bias),
             self.workspace,
             self.out_features,
         )

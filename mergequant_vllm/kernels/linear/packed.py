@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergequant_vllm.kernels.linear.spec import PreparedLinear
+from mergequant_vllm.kernels.linear.spec import PreparedLinear, StoredLinear
 
 
 class PackedLinear(PreparedLinear):
@@ -13,11 +13,11 @@ class PackedLinear(PreparedLinear):
 
     Args:
         columns: see `PreparedLinear`.
+        stored: the linear, for its constants.
         weight: packed codes.
         weight_step: float32.
         zero_points: or None.
-        bias: [N] in the model's dtype, or None.
-        operator: called with the codes, these tensors with the token's step before the bias, and
+        operator: called with the codes, these tensors, the token's step and the constant, and
             `form`.
         form: the operator's other arguments, the output's dtype last.
     """
@@ -25,15 +25,14 @@ class PackedLinear(PreparedLinear):
     weight: Tensor
     weight_step: Tensor
     zero_points: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
         columns: int,
+        stored: StoredLinear,
         weight: Tensor,
         weight_step: Tensor,
         zero_points: Tensor | None,
-        bias: Tensor | None,
         operator: Callable[..., Any],
         form: tuple[Any, ...],
     ) -> None:
@@ -42,11 +41,13 @@ class PackedLinear(PreparedLinear):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_step", weight_step)
         self.register_buffer("zero_points", zero_points)
-        self.register_buffer("bias", bias)
+        self.keep_constants(stored)
         self._operator = operator
         self._form = form
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """As `reference`, bit for bit."""
         y: Tensor = self._operator(
             codes,
@@ -54,7 +55,7 @@ class PackedLinear(PreparedLinear):
             self.weight_step,
             self.zero_points,
             token_step,
-            self.bias if add_bias else None,
+            self.constant(add_bias),
             *self._form,
         )
         return y

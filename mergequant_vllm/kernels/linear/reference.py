@@ -1,22 +1,31 @@
 """Definition of the INT4 linear (paper Eq. 5), in exact integers.
 
-Per output channel j, with weight codes w, zero points z (0 if there are none) and activation
-codes x:
+Per output channel j, with weight codes w and zero points z, activation codes x and zero points u of
+the tokens (a zero point is 0 where there is none):
 
-    y[t, j] = (sum_k x[t, k] * (w[j, k] - z[j])) * token_step[t] * weight_step[j] + bias[j]
+    y[t, j] = (sum_k (x[t, k] - u[t]) * (w[j, k] - z[j])) * token_step[t] * weight_step[j]
+              + constant[j]
 
-and with groups g of input channels, each with its own step and zero point:
+and with spans g of input channels (`spans`: groups of one length, or segments of any), each with
+its own step and zero point:
 
-    y[t, j] = (sum_g (sum_{k in g} x[t, k] * (w[j, k] - z[j, g])) * weight_step[j, g])
-              * token_step[t] + bias[j]
+    y[t, j] = (sum_g (sum_{k in g} (x[t, k] - u[t]) * (w[j, k] - z[j, g])) * weight_step[j, g])
+              * token_step[t] + constant[j]
+
+where constant[j] = float32(bias[j]) + float32(output_offset[j]), once, in float32, of those that
+there are; without the bias, the output offset alone.
 
 The innermost sums are integers. They are rounded to float32 once and multiplied in float32, in the
-order written (per channel: the token's step first; groups: added in ascending order, then the
-token's step); the result is rounded once to the output's dtype, after the bias. Kernels of ours
-equal this bit for bit; kernels of others say where they round differently.
+order written (per channel: the token's step first; spans: added in ascending order, then the
+token's step); the result is rounded once to the output's dtype, after the constant. Kernels of ours
+equal this bit for bit; kernels of others say where they round differently. A kernel may take
+
+    sum_k (x[k] - u) * (w[k] - z) = sum_k x[k] * (w[k] - z) - u * S,  S = sum_k (w[k] - z)
+
+over the columns that there are: columns of padding count for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,47 +57,53 @@ def integer_linear(
     codes: Tensor,
     weight: Tensor,
     weight_step: Tensor,
-    group_size: int | None,
+    spans: Sequence[slice] | None,
     token_step: Tensor | None,
-    bias: Tensor | None,
+    token_zero: Tensor | None,
+    constant: Tensor | None,
     out_dtype: torch.dtype,
     multiply: Products = integer_products,
 ) -> Tensor:
-    """The linear, group by group; see the module's docstring.
+    """Return the linear's output, span by span; see the module's docstring.
 
     Args:
         codes: activation codes [..., K], integer-valued, of a dtype that `multiply` takes.
         weight: weight codes minus zero points [N, K], likewise.
-        weight_step: float32 [N, groups].
-        group_size: input channels that share a step; None: all.
+        weight_step: float32 [N, spans].
+        spans: columns of each step, see `span_slices`; None: one step per output channel.
         token_step: float32 [..., 1], or None for static activations.
-        bias: [N] or None.
+        token_zero: int32 [..., 1], or None where tokens have no zero points.
+        constant: float32 [N] or None.
+        out_dtype: dtype of the result.
         multiply: exact sums of products of codes [..., k] and weights [N, k]: [..., N].
 
     Returns:
         `out_dtype` [..., N].
     """
-    parts = group_slices(weight.shape[1], group_size)
-    sums = [multiply(codes[..., part], weight[:, part]) for part in parts]
-    if group_size is None:
-        return scale_products(sums[0], weight_step[:, 0], token_step, bias, out_dtype)
-    return scale_group_products(sums, weight_step, token_step, bias, out_dtype)
+    if token_zero is not None:
+        codes = codes - token_zero  # int8 codes become int32, floating ones keep their dtype
+    if spans is None:
+        sums = multiply(codes[..., : weight.shape[1]], weight)
+        return scale_products(sums, weight_step[:, 0], token_step, constant, out_dtype)
+    products = [multiply(codes[..., span], weight[:, span]) for span in spans]
+    return scale_span_products(products, weight_step, token_step, constant, out_dtype)
 
 
 def scale_products(
     products: Tensor,
     weight_step: Tensor,
     token_step: Tensor | None,
-    bias: Tensor | None,
+    constant: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue without groups: integer sums to the linear's output.
+    """Return the output of a linear with one step per output channel, from its integer sums.
 
     Args:
         products: [..., N], integer-valued.
         weight_step: float32 [N].
         token_step: float32 [..., 1], or None for static activations.
-        bias: [N] or None.
+        constant: float32 [N] or None.
+        out_dtype: dtype of the result.
 
     Returns:
         `out_dtype` [..., N].
@@ -96,53 +111,59 @@ def scale_products(
     y = products.to(torch.float32)
     if token_step is not None:
         y = y * token_step
-    return _finish(y * weight_step, None, bias, out_dtype)
+    return _finish(y * weight_step, None, constant, out_dtype)
 
 
-def scale_group_products(
+def scale_span_products(
     products: list[Tensor],
     weight_step: Tensor,
     token_step: Tensor | None,
-    bias: Tensor | None,
+    constant: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue with groups: `products` one [..., N] a group, `weight_step` [N, groups]."""
+    """Return the output of a linear with spans: `products` one [..., N] each, step [N, spans]."""
     y = products[0].to(torch.float32) * weight_step[:, 0]
-    for group, sums in enumerate(products[1:], start=1):
-        y = y + sums.to(torch.float32) * weight_step[:, group]
-    return _finish(y, token_step, bias, out_dtype)
+    for span, sums in enumerate(products[1:], start=1):
+        y = y + sums.to(torch.float32) * weight_step[:, span]
+    return _finish(y, token_step, constant, out_dtype)
 
 
 def _finish(
-    y: Tensor, token_step: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+    y: Tensor, token_step: Tensor | None, constant: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     if token_step is not None:
         y = y * token_step
-    if bias is not None:
-        y = y + bias.to(torch.float32)
+    if constant is not None:
+        y = y + constant
     return y.to(out_dtype)
 
 
 def centred_codes(stored: StoredLinear, spec: LinearSpec) -> Tensor:
-    """Weight codes minus their zero points: int16 [N, K]."""
+    """Return weight codes minus their zero points: int16 [N, K]."""
     codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
-    return centre(codes, stored.zero_points, spec.group_size)
+    return centre(codes, stored.zero_points, spec.spans)
 
 
-def centre(codes: Tensor, zero_points: Tensor | None, group_size: int | None) -> Tensor:
-    """Weight codes int8 [N, K] minus zero points int8 [N, groups]: int16 [N, K]."""
+def centre(codes: Tensor, zero_points: Tensor | None, spans: Sequence[slice] | None) -> Tensor:
+    """Return weight codes int8 [N, K] minus zero points int8 [N, spans]: int16 [N, K]."""
     wide = codes.to(torch.int16)
     if zero_points is None:
         return wide
-    columns = codes.shape[1]
-    zeros = zero_points.to(torch.int16).repeat_interleave(group_size or columns, dim=1)
-    return wide - zeros[:, :columns]
+    lengths = [codes.shape[1]] if spans is None else [span.stop - span.start for span in spans]
+    repeats = torch.tensor(lengths, dtype=torch.int64, device=codes.device)
+    return wide - zero_points.to(torch.int16).repeat_interleave(repeats, dim=1)
 
 
-def group_slices(columns: int, group_size: int | None) -> list[slice]:
-    """The input channels of each group; the last group may be short."""
-    size = group_size or columns
-    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+def weight_sums(stored: StoredLinear, spec: LinearSpec) -> Tensor | None:
+    """Return S[j, g], what a token's zero point is multiplied by: int32 [N, spans].
+
+    None where tokens have no zero points.
+    """
+    if not spec.token_zero_points:
+        return None
+    codes = centred_codes(stored, spec)
+    spans = spec.spans or [slice(0, spec.in_features)]
+    return torch.stack([codes[:, span].sum(1, dtype=torch.int32) for span in spans], dim=1)
 
 
 class ReferenceLinear:
@@ -165,13 +186,12 @@ class CentredLinear(PreparedLinear):
     """A layer whose codes minus zero points are held in a wide dtype: weight [N, K].
 
     Args:
-        dtype: of the codes, wide enough for 9 bits.
+        dtype: of the codes, wide enough for 9 bits and a sign.
         multiply: see `integer_linear`; takes weights of that dtype.
     """
 
     weight: Tensor
     weight_step: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -183,20 +203,24 @@ class CentredLinear(PreparedLinear):
         super().__init__()
         self.spec = spec
         self.columns = spec.in_features
+        self._spans = spec.spans
         self._multiply = multiply
         self.register_buffer("weight", centred_codes(stored, spec).to(dtype))
         self.register_buffer("weight_step", stored.weight_step)
-        self.register_buffer("bias", stored.bias)
+        self.keep_constants(stored)
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """See the module's docstring."""
         return integer_linear(
             codes,
             self.weight,
             self.weight_step,
-            self.spec.group_size,
+            self._spans,
             token_step,
-            self.bias if add_bias else None,
+            token_zero,
+            self.constant(add_bias),
             self.spec.dtype,
             self._multiply,
         )

@@ -40,9 +40,33 @@ def dtype(spec: LinearSpec) -> str | None:
 
 def groups(spec: LinearSpec) -> str | None:
     """Input channels have steps of their own."""
-    if spec.group_size is None:
+    wants = "it takes a step per output channel"
+    if spec.segments is not None:
+        return f"{wants}, the layer has {spec.groups} segments"
+    return (
+        None if spec.group_size is None else f"{wants}, the layer has groups of {spec.group_size}"
+    )
+
+
+def segments(spec: LinearSpec) -> str | None:
+    """Weight steps belong to runs of unequal lengths."""
+    if spec.segments is None:
         return None
-    return f"it takes a step per output channel, the layer has groups of {spec.group_size}"
+    return f"it takes no segments of input channels and the layer has {spec.groups}"
+
+
+def token_zero_points(spec: LinearSpec) -> str | None:
+    """Activations have zero points per token."""
+    if not spec.token_zero_points:
+        return None
+    return "it takes no zero points of activations and the layer's tokens have them"
+
+
+def sums(spec: LinearSpec, most: int) -> str | None:
+    """Some step's channels are more than `most`, up to which the kernel's sums are exact."""
+    if spec.longest_span <= most:
+        return None
+    return f"its sums are exact up to {most} channels and the layer adds {spec.longest_span}"
 
 
 def zero_points(spec: LinearSpec) -> str | None:

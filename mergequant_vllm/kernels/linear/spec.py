@@ -1,5 +1,6 @@
 """What a linear asks of a kernel, and what a kernel offers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from mergequant_vllm.kernels.capability import spell
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.linear.spans import span_slices
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class LinearSpec:
         group_size: input channels that share a weight step; None: one step per output channel.
         zero_points: weight codes have zero points.
         capability: compute capability of the GPU, see `kernels.capability`; None on CPUs.
+        segments: lengths of the runs of input channels that share a weight step, where these are
+            not equal groups; they add up to K, and all but the last are multiples of 32.
+        token_zero_points: activations have a zero point per token beside their step.
+
+    Raises:
+        ValueError: segments are wrong, or static activations have zero points.
     """
 
     in_features: int
@@ -37,15 +45,27 @@ class LinearSpec:
     group_size: int | None = None
     zero_points: bool = False
     capability: int | None = None
+    segments: tuple[int, ...] | None = None
+    token_zero_points: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no checkpoint stores."""
+        if self.token_zero_points and not self.dynamic:
+            raise ValueError("static activations have no zero points per token")
+        _ = self.spans
 
     def __str__(self) -> str:
         """As users read it in a refusal."""
         weights = f"W{self.weight_bits}"
         if self.group_size is not None:
             weights += f" in groups of {self.group_size}"
+        if self.segments is not None:
+            weights += f" in {self.groups} segments"
         if self.zero_points:
             weights += " asymmetric"
         kind = "per token" if self.dynamic else "static"
+        if self.token_zero_points:
+            kind += ", asymmetric"
         return (
             f"a linear of {self.out_features} x {self.in_features}, {weights}, "
             f"A{self.activation_bits} {kind}, {self.dtype_name}, {self.where}"
@@ -64,9 +84,20 @@ class LinearSpec:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def spans(self) -> list[slice] | None:
+        """Columns of each weight step, see `spans`; None: one step per output channel."""
+        return span_slices(self.in_features, self.group_size, self.segments)
+
+    @property
     def groups(self) -> int:
-        """Weight steps of an output channel; the last group may be short."""
-        return 1 if self.group_size is None else -(-self.in_features // self.group_size)
+        """Weight steps of an output channel: groups, segments, or 1."""
+        return len(self.spans or (None,))
+
+    @property
+    def longest_span(self) -> int:
+        """Most columns whose products are summed as integers."""
+        spans = self.spans or [slice(0, self.in_features)]
+        return max(int(span.stop - span.start) for span in spans)
 
 
 @dataclass(frozen=True)
@@ -78,12 +109,20 @@ class StoredLinear:
         weight_step: float32 [N, groups]; the stored values are exact in bfloat16 and float16.
         zero_points: int8 [N, groups], in the range of the weight's codes, or None.
         bias: [N] in the model's dtype, or None.
+        output_offset: float32 or bfloat16 [N], always added, with the bias and without it; or None.
     """
 
     weight_packed: Tensor
     weight_step: Tensor
     zero_points: Tensor | None = None
     bias: Tensor | None = None
+    output_offset: Tensor | None = None
+
+    def constant(self, add_bias: bool) -> Tensor | None:
+        """Return what is added to every token's outputs: float32 [N], or None for nothing."""
+        added = [self.bias] if add_bias else []
+        there = [x.to(torch.float32) for x in (*added, self.output_offset) if x is not None]
+        return there[0] + there[1] if len(there) == 2 else next(iter(there), None)
 
 
 class PreparedLinear(nn.Module):
@@ -91,17 +130,38 @@ class PreparedLinear(nn.Module):
 
     Attributes:
         columns: length of the rows of codes that `forward` takes: K, or K padded with codes 0.
+        constant_with_bias: `StoredLinear.constant(True)` as the kernel takes it.
+        constant_without_bias: `StoredLinear.constant(False)`, likewise.
     """
 
     columns: int
+    constant_with_bias: Tensor | None
+    constant_without_bias: Tensor | None
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def keep_constants(
+        self, stored: StoredLinear, lay_out: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Register both constants, each in the kernel's layout, which `lay_out` makes of [N]."""
+        for name, add_bias in (("constant_with_bias", True), ("constant_without_bias", False)):
+            constant = stored.constant(add_bias)
+            if constant is not None and lay_out is not None:
+                constant = lay_out(constant)
+            self.register_buffer(name, constant)
+
+    def constant(self, add_bias: bool) -> Tensor | None:
+        """Return the constant to add, with the bias or without it; None: nothing."""
+        return self.constant_with_bias if add_bias else self.constant_without_bias
+
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """The product (definition: `reference.py`).
 
         Args:
             codes: [..., columns] in the kernel's `layout`.
             token_step: float32 [..., 1], or None if the spec is not dynamic.
-            add_bias: add the bias that was prepared.
+            token_zero: int32 [..., 1], or None if the spec has no zero points per token.
+            add_bias: add the bias that was prepared; the output offset is added in any case.
 
         Returns:
             [..., N] in the spec's dtype.

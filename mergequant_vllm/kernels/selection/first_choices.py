@@ -15,12 +15,13 @@ class Kind(Enum):
 
     INT4 = "4-bit weights per channel, 4-bit activations"
     INT4_BY_INT8 = "4-bit weights per channel, 8-bit activations"
-    OTHER = "3- or 8-bit, grouped or asymmetric weights"
+    OTHER = "3- or 8-bit weights, several steps an output channel, or zero points"
 
 
 def kind_of(spec: LinearSpec) -> Kind:
     """The row of the table that `spec` belongs to."""
-    if spec.weight_bits != 4 or spec.group_size is not None or spec.zero_points:
+    zero_points = spec.zero_points or spec.token_zero_points
+    if spec.weight_bits != 4 or spec.spans is not None or zero_points:
         return Kind.OTHER
     return Kind.INT4 if spec.activation_bits == 4 else Kind.INT4_BY_INT8
 

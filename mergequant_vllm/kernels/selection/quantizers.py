@@ -1,15 +1,21 @@
 """Which code turns activations into codes, decided per call by who compiles.
 
-| where                           | static                | per token (with Hadamard)         |
-|---------------------------------|-----------------------|-----------------------------------|
-| GPU under torch.compile         | `norm_round.fused`    | `token_quant.fused` (`.triton`)   |
-| GPU, eager                      | `norm_round.triton`   | `token_quant.triton`              |
-| CPU `cpu-int4`, torch.compile   | `reference`           | `token_quant.native`              |
-| CPU `cpu-int4`, eager           | `norm_round.native`   | `token_quant.native`              |
-| kernel `cpu-fp32`, `reference`  | `reference`           | `reference`                       |
+| where                           | static              | per token           | rotated or with   |
+|                                 |                     |                     | zero points       |
+|---------------------------------|---------------------|---------------------|-------------------|
+| GPU under torch.compile         | `norm_round.fused`  | `token_quant.fused` | `.triton`         |
+| GPU, eager                      | `norm_round.triton` | `token_quant.triton`| `.triton`         |
+| CPU `cpu-int4`, torch.compile   | `reference`         | `token_quant.cpu`   | `.cpu`            |
+| CPU `cpu-int4`, eager           | `norm_round.cpu`    | `token_quant.cpu`   | `.cpu`            |
+| kernel `cpu-fp32`, `reference`  | `reference`         | `reference`         | `reference`; with |
+|                                 |                     |                     | zero points under |
+|                                 |                     |                     | torch.compile     |
+|                                 |                     |                     | `.fused`          |
 
 Under torch.compile the compiler puts gather, round, clamp and packing into the loop of the norm
-(or of the activation function) in front; in eager mode each is one kernel.
+(or of the activation function) in front; in eager mode each is one kernel. With zero points the
+codes come from an operator that no compiler looks into, since it would contract a product and a sum
+of the definition.
 """
 
 from dataclasses import dataclass
@@ -89,15 +95,15 @@ class StaticQuantizer(nn.Module):
                 there = None if tensor is None else tensor.to(device)
                 self.register_buffer(f"slab_{number}_{name}", there)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [..., n] to codes [..., columns]; no step."""
+    def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
+        """x [..., n] to codes [..., columns]; no step and no zero point."""
         form = self.form
         compiling = torch.compiler.is_compiling()
         if form.writer is Writer.GPU and compiling:
             codes = norm_round_fused.static_codes(
                 x, form.bits, form.layout, self._slabs(), form.columns
             )
-            return codes, None
+            return codes, None, None
         source: ModuleType = norm_round
         if form.writer is Writer.GPU:
             source = norm_round_triton
@@ -111,7 +117,7 @@ class StaticQuantizer(nn.Module):
             offset=self.offset,
             columns=form.columns,
         )
-        return codes, None
+        return codes, None, None
 
     def _slabs(self) -> list[norm_round_fused.Slab]:
         names = ("channel", "offset", "mask")
@@ -127,31 +133,44 @@ class TokenQuantizer(nn.Module):
     Args:
         clip: float32 [1].
         hadamard: block of the rotation, or None.
+        zero_points: codes have a zero point per token.
     """
 
     clip: Tensor
 
-    def __init__(self, form: CodeForm, clip: Tensor, hadamard: int | None) -> None:
+    def __init__(
+        self,
+        form: CodeForm,
+        clip: Tensor,
+        hadamard: int | None,
+        zero_points: bool = False,
+    ) -> None:
         super().__init__()
         self.form = form
         self.hadamard = hadamard
+        self.zero_points = zero_points
         self.register_buffer("clip", clip)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] to codes [..., columns] and steps float32 [..., 1]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., K] to codes [..., columns], steps float32 [..., 1] and zeros int32 or None."""
         form = self.form
-        source: ModuleType = token_quant
-        if form.writer is Writer.NATIVE:
-            source = token_quant_native
-        elif form.writer is Writer.GPU:
-            fuses = torch.compiler.is_compiling() and self.hadamard is None
-            source = token_quant_fused if fuses else token_quant_triton
-        codes, step = source.token_codes(
+        codes, step, zero = self._source().token_codes(
             x,
             self.clip,
             form.bits,
             form.layout,
             hadamard=self.hadamard,
             columns=form.columns,
+            zero_points=self.zero_points,
         )
-        return codes, step
+        return codes, step, zero
+
+    def _source(self) -> ModuleType:
+        """Return the module of the table's row and column."""
+        writer, compiling = self.form.writer, torch.compiler.is_compiling()
+        if writer is Writer.NATIVE:
+            return token_quant_native
+        if writer is Writer.GPU:
+            fuses = compiling and self.hadamard is None and not self.zero_points
+            return token_quant_fused if fuses else token_quant_triton
+        return token_quant_fused if compiling and self.zero_points else token_quant

@@ -16,12 +16,15 @@ def token_codes(
     *,
     hadamard: int | None = None,
     columns: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    zero_points: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.token_codes`, in layout INT8 alone."""
     if layout is not CodeLayout.INT8:
         raise ValueError(f"The native quantizer writes int8 codes, not {layout.value}.")
+    if zero_points:
+        raise ValueError("The native quantizer writes no zero points yet.")
     codes, step = token_quant_native(x, clip, bits, hadamard or 0, columns or x.shape[-1])
-    return codes, step
+    return codes, step, None
 
 
 def _token_quant(

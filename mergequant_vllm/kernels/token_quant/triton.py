@@ -212,8 +212,11 @@ def token_codes(
     *,
     hadamard: int | None = None,
     columns: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    zero_points: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.token_codes`, bit for bit; opaque to torch.compile."""
+    if zero_points:
+        raise ValueError("The Triton quantizer writes no zero points yet.")
     columns = columns or x.shape[-1]
     codes, step = token_codes_triton(x, clip, bits, layout.value, hadamard, columns)
-    return codes, step
+    return codes, step, None

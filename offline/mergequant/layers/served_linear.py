@@ -13,6 +13,7 @@ from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.linear.reference import centre, integer_linear
+from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import pack, unpack
@@ -58,7 +59,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.form = form
         self.ranks = ranks
-        weight = centre(codes, zero_points, form.group_size).to(torch.float64)
+        spans = span_slices(codes.shape[1], form.group_size, None)
+        weight = centre(codes, zero_points, spans).to(torch.float64)
         self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
@@ -71,7 +73,9 @@ class QuantizedLinear(nn.Module):
         bits, layout = self.form.activation_bits, CodeLayout.FLOAT32
         if self.clip is None:
             return static_codes(x, bits, layout, index=self.index, offset=self.offset), None
-        return token_codes(x, self.clip, bits, layout, hadamard=self.form.hadamard)
+        form = self.form
+        codes, step, _ = token_codes(x, self.clip, bits, layout, hadamard=form.hadamard)
+        return codes, step
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to y [..., out], same dtype."""
@@ -92,8 +96,11 @@ class QuantizedLinear(nn.Module):
             step = self.weight_step
             if size is not None:
                 step = step[:, rank * groups : (rank + 1) * groups]
-            bias = self.bias if rank == 0 else None
-            yield integer_linear(codes, weight, step, size, token_step, bias, x.dtype, F.linear)
+            spans = span_slices(columns, size, None)
+            bias = self.bias.to(torch.float32) if rank == 0 and self.bias is not None else None
+            yield integer_linear(
+                codes, weight, step, spans, token_step, None, bias, x.dtype, F.linear
+            )
 
 
 def from_stored(

@@ -101,7 +101,7 @@ def token_clip_losses(x: Tensor, weights: Tensor, grid: Tensor, bits: int) -> Te
     """
     losses = []
     for ratio in grid.tolist():
-        codes, step = token_codes(x, x.new_tensor([ratio]), bits, CodeLayout.FLOAT32)
+        codes, step, _ = token_codes(x, x.new_tensor([ratio]), bits, CodeLayout.FLOAT32)
         error = (x - codes * step) @ weights.T
         losses.append(error.square().sum(dtype=torch.float64))
     return torch.stack(losses)

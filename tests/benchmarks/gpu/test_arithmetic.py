@@ -166,7 +166,7 @@ def make_product(kernel_changes: float, **changes: Any) -> Product:
     stored = StoredLinear(pack(weight, 4), torch.full((8, 1), 2.0**-7), bias=torch.ones(8))
     add_bias = bool(changes.get("add_bias"))
     step = changes.get("token_step")
-    expected = ReferenceLinear().prepare(stored, spec)(codes, step, add_bias)
+    expected = ReferenceLinear().prepare(stored, spec)(codes, step, None, add_bias)
     result = expected.clone()
     result[1, 2] *= 1 + kernel_changes
     return Product(spec, stored, codes, step, add_bias, expected, result)

@@ -75,7 +75,8 @@ def token_case(layout: CodeLayout, activation: bool) -> Case:
 
     def fn(x: Tensor, clip: Tensor) -> Tensor:
         y = SiluAndMul.forward_native(x) if activation else x
-        result: Tensor = product(*token_quant_fused.token_codes(y, clip, 4, layout))
+        codes, step, _ = token_quant_fused.token_codes(y, clip, 4, layout)
+        result: Tensor = product(codes, step)
         return result
 
     width = 2 * INTERMEDIATE if activation else HIDDEN

@@ -50,6 +50,7 @@ def make_linear(
     codes: Tensor | None = None,
     zero_points: Tensor | None = None,
     bias: bool = False,
+    offset: bool = False,
     seed: int = 0,
 ) -> MadeLinear:
     """A linear of random codes (or `codes`) whose steps are exact in bfloat16 and float16."""
@@ -62,7 +63,8 @@ def make_linear(
     # 1.0 .. 1.99 in 7 bits of mantissa, times a power of two.
     step = (128 + torch.randint(0, 128, (n, spec.groups), generator=generator)) * 2.0**-15
     added = torch.randn(n, generator=generator).to(spec.dtype) if bias else None
-    stored = StoredLinear(pack(codes, spec.weight_bits), step, zero_points, added)
+    shift = torch.randn(n, generator=generator) if offset else None
+    stored = StoredLinear(pack(codes, spec.weight_bits), step, zero_points, added, shift)
     return MadeLinear(spec, codes, stored)
 
 
@@ -77,18 +79,34 @@ def make_token_step(tokens: int, seed: int = 0) -> Tensor:
     return torch.rand(tokens, 1, generator=torch.Generator().manual_seed(seed)) + 0.01
 
 
-def expected(made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False) -> Tensor:
+def make_token_zero(bits: int, tokens: int, seed: int = 0) -> Tensor:
+    """int32 [tokens, 1], in the range of codes of `bits`."""
+    return random_codes(bits, tokens, 1, seed=seed).to(torch.int32)
+
+
+def expected(
+    made: MadeLinear,
+    x: Tensor,
+    step: Tensor | None,
+    bias: bool = False,
+    zero: Tensor | None = None,
+) -> Tensor:
     """The reference's output for codes `x` [..., K]."""
-    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, bias)
+    y: Tensor = ReferenceLinear().prepare(made.stored, made.spec)(x, step, zero, bias)
     return y
 
 
 def run(
-    kernel: LinearKernel, made: MadeLinear, x: Tensor, step: Tensor | None, bias: bool = False
+    kernel: LinearKernel,
+    made: MadeLinear,
+    x: Tensor,
+    step: Tensor | None,
+    bias: bool = False,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """The kernel's output for codes `x` [..., K], which it gets in its own layout."""
     prepared = kernel.prepare(made.stored, made.spec)
-    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, bias)
+    y: Tensor = prepared(lay_out(x, kernel.layout, prepared.columns), step, zero, bias)
     assert y.dtype == made.spec.dtype and y.is_contiguous()
     return y
 

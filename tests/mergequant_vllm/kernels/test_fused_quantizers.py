@@ -54,14 +54,17 @@ def test_token_codes_equal_the_reference(
     x = torch.randn(9, channels, generator=generator).to(dtype)
     x[3] = 0
     clip = torch.tensor([0.7])
-    for bits, columns in itertools.product((4, 8), (None, 128)):
+    for bits, columns, zero_points in itertools.product((4, 8), (None, 128), (False, True)):
         if layout is CodeLayout.NIBBLES and (bits == 8 or (columns is None and channels % 2)):
             continue
-        found = token_quant_fused.token_codes(x, clip, bits, layout, columns=columns)
-        expected = token_quant.token_codes(x, clip, bits, layout, columns=columns)
+        form = {"columns": columns, "zero_points": zero_points}
+        found = token_quant_fused.token_codes(x, clip, bits, layout, **form)
+        expected = token_quant.token_codes(x, clip, bits, layout, **form)
         for mine, theirs in zip(found, expected, strict=True):
-            assert mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs)
+            assert (mine is None) == (theirs is None)
+            if mine is not None and theirs is not None:
+                assert mine.dtype == theirs.dtype
+                assert torch.equal(mine, theirs)
 
 
 def count_kernels() -> dict[str, int]:

@@ -26,8 +26,8 @@ def random(*shape: int, scale: float = 5.0, seed: int = 0) -> Tensor:
 
 def check_tokens(x: Tensor, clip: float, bits: int, block: int | None, columns: int) -> None:
     form = (x, torch.tensor([clip]), bits, INT8)
-    codes, step = token_quant_native.token_codes(*form, hadamard=block, columns=columns)
-    slow_codes, slow_step = token_quant.token_codes(*form, hadamard=block, columns=columns)
+    codes, step, _ = token_quant_native.token_codes(*form, hadamard=block, columns=columns)
+    slow_codes, slow_step, _ = token_quant.token_codes(*form, hadamard=block, columns=columns)
     assert torch.equal(step, slow_step)
     assert torch.equal(codes, slow_codes)
 

@@ -89,7 +89,7 @@ def check_tokens(
     x: Tensor, bits: int, layout: CodeLayout, clip: float = 0.9, **arguments: Any
 ) -> None:
     ratio = torch.tensor([clip])
-    codes, step = token_quant.token_codes(x, ratio, bits, layout, **arguments)
+    codes, step, _ = token_quant.token_codes(x, ratio, bits, layout, **arguments)
     result = token_quant_triton.token_codes(
         x.to(DEVICE), ratio.to(DEVICE), bits, layout, **arguments
     )
@@ -244,7 +244,7 @@ def test_token_hadamard_of_a_layer() -> None:
 @runs
 def test_no_tokens_with_hadamard() -> None:
     x, clip = torch.empty(0, 256, device=DEVICE), torch.ones(1, device=DEVICE)
-    codes, step = token_quant_triton.token_codes(x, clip, 4, CodeLayout.INT8, hadamard=128)
+    codes, step, _ = token_quant_triton.token_codes(x, clip, 4, CodeLayout.INT8, hadamard=128)
     assert codes.shape == (0, 256) and step.shape == (0, 1)
 
 
@@ -294,8 +294,8 @@ def test_token_not_finite(hadamard: int | None) -> None:
     x[0, 1], x[1, 2], x[2, 3] = torch.nan, torch.inf, -torch.inf
     check_tokens(x, 4, CodeLayout.FLOAT32, hadamard=hadamard, columns=8)
     ratio = torch.tensor([0.9])
-    expected, _ = token_quant.token_codes(x, ratio, 4, CodeLayout.FLOAT32, hadamard=hadamard)
-    codes, _ = token_quant_triton.token_codes(
+    expected, _, _ = token_quant.token_codes(x, ratio, 4, CodeLayout.FLOAT32, hadamard=hadamard)
+    codes, _, _ = token_quant_triton.token_codes(
         x.to(DEVICE), ratio.to(DEVICE), 4, CodeLayout.INT8, hadamard=hadamard
     )
     assert torch.equal(codes.cpu(), expected.nan_to_num(nan=0.0).to(torch.int8))
@@ -357,7 +357,7 @@ def test_fake_results_are_like_real_ones(layout: CodeLayout) -> None:
     x, clip = random(2, 3, 8).to(DEVICE), torch.ones(1, device=DEVICE)
 
     def quantize(x: Tensor, clip: Tensor) -> list[Tensor]:
-        codes, step = token_quant_triton.token_codes(x, clip, 4, layout, hadamard=8, columns=10)
+        codes, step, _ = token_quant_triton.token_codes(x, clip, 4, layout, hadamard=8, columns=10)
         return [norm_round_triton.static_codes(x, 4, layout, columns=10), codes, step]
 
     with FakeTensorMode() as mode:
@@ -378,7 +378,7 @@ def test_one_graph_for_all_lengths() -> None:
 
     def quantize(x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         static = norm_round_triton.static_codes(x, 4, CodeLayout.NIBBLES)
-        return static, *token_quant_triton.token_codes(x, clip, 4, CodeLayout.INT8, hadamard=2)
+        return static, *token_quant_triton.token_codes(x, clip, 4, CodeLayout.INT8, hadamard=2)[:2]
 
     compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend=keep_graph)
     for tokens in (2, 5, 9):

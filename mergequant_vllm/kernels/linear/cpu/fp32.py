@@ -16,16 +16,12 @@ from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.linear import refusals
-from mergequant_vllm.kernels.linear.reference import CentredLinear, group_slices
+from mergequant_vllm.kernels.linear.exactness import exact_columns
+from mergequant_vllm.kernels.linear.reference import CentredLinear
+from mergequant_vllm.kernels.linear.spans import run_slices
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 
-_EXACT_BELOW = 2**24
-
-
-def exact_channels(spec: LinearSpec) -> int:
-    """How many channels can be summed in float32 without rounding."""
-    weight = 2 ** (spec.weight_bits - 1) if not spec.zero_points else 2**spec.weight_bits - 1
-    return int(_EXACT_BELOW // (weight * 2 ** (spec.activation_bits - 1)))
+LARGEST_SUM = 2**24  # every integer up to it is a float32
 
 
 class CpuFp32Linear:
@@ -41,7 +37,7 @@ class CpuFp32Linear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """float32 [N, K]."""
-        multiply = partial(exact_sums, run=exact_channels(spec))
+        multiply = partial(exact_sums, run=exact_columns(spec, LARGEST_SUM))
         return CentredLinear(stored, spec, torch.float32, multiply)
 
 
@@ -59,6 +55,6 @@ def exact_sums(codes: Tensor, weight: Tensor, run: int) -> Tensor:
     if columns <= run:
         return F.linear(codes, weight)
     total = torch.zeros((), dtype=torch.float64, device=codes.device)
-    for part in group_slices(columns, run):
+    for part in run_slices(columns, run):
         total = total + F.linear(codes[..., part], weight[:, part]).to(torch.float64)
     return total

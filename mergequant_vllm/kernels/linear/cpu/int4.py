@@ -34,6 +34,8 @@ class CpuInt4Linear:
             return reason
         if spec.dtype not in native.TYPES:
             return f"it computes in float32, bfloat16 and float16, not {spec.dtype_name}"
+        if spec.segments is not None or spec.token_zero_points:
+            return refusals.segments(spec) or refusals.token_zero_points(spec)
         if spec.in_features > LARGEST_K:
             return f"it sums up to {LARGEST_K} channels and the layer has {spec.in_features}"
         return native.refusal()
@@ -43,10 +45,10 @@ class CpuInt4Linear:
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
         return PackedLinear(
             spec.in_features,
+            stored,
             pack_weight(codes, spec.weight_bits, spec.group_size),
             stored.weight_step.contiguous(),
             stored.zero_points,
-            stored.bias,
             integer_linear_cpu,
             (
                 spec.in_features,
@@ -106,6 +108,7 @@ def integer_linear(
     if rows.shape[0] == 0:
         return y
     step = None if token_step is None else token_step.contiguous()
+    bias = None if bias is None else bias.to(out_dtype)
     native.call(
         "mq_linear",
         rows.data_ptr(),

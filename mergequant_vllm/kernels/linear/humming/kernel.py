@@ -2,7 +2,7 @@
 
 What the library takes and how it is spoken to: `humming_library`.
 
-Numerics: `humming_reference`. By default one thread block sums each output, so that results equal
+Numerics: `humming.rounding`. By default one thread block sums each output, so that results equal
 `humming_reference.emulate` and depend neither on the batch nor on the run. `stream_k` lets blocks
 share an output, which keeps more of the GPU busy with few tokens and rounds their parts in 16 bits.
 
@@ -114,8 +114,6 @@ class HummingPrepared(PreparedLinear):
     weight: Tensor
     weight_scale: Tensor
     zero_point: Tensor | None
-    bias: Tensor | None
-    no_bias: Tensor | None
     input_scale: Tensor
     locks: Tensor | None
 
@@ -127,15 +125,22 @@ class HummingPrepared(PreparedLinear):
         self.columns = padded_columns(spec)
         shift = power_of_two(stored, spec)
         self.unit = 2.0**-shift
-        tensors = library_tensors(stored, spec, layout, shift)
+        constants = [stored.constant(add_bias) for add_bias in (True, False)]
+        tensors = library_tensors(stored, spec, layout, shift, constants[0])
         self.layer_config, transformed = transform(tensors, spec, layout)
         compute = {"use_batch_invariant": not stream_k, "use_f16_accum": False}
         self.compute_config = json.dumps({**compute, "gemm_type": "dense"})
-        for name in ("weight", "weight_scale", "zero_point", "bias"):
+        for name in ("weight", "weight_scale", "zero_point"):
             self.register_buffer(name, transformed.get(name))
+        bias = other = transformed.get("bias")
         # The kernel of a layer with a bias always adds one.
-        bias = transformed.get("bias")
-        self.register_buffer("no_bias", None if bias is None else torch.zeros_like(bias))
+        if bias is not None and constants[1] is None:
+            other = torch.zeros_like(bias)
+        elif stored.bias is not None and constants[1] is not None:
+            tensors = library_tensors(stored, spec, layout, shift, constants[1])
+            other = transform(tensors, spec, layout)[1]["bias"]
+        self.register_buffer("constant_with_bias", bias)
+        self.register_buffer("constant_without_bias", other)
         device = stored.weight_packed.device
         static = json.loads(self.layer_config).get("input_quant_mode") == "static_tensor"
         # The dtype is spelled out: vLLM loads models under the model's default dtype.
@@ -145,7 +150,9 @@ class HummingPrepared(PreparedLinear):
         # Each layer its own: layers may run at the same time on different streams.
         self.register_buffer("locks", _locks(device) if stream_k else None)
 
-    def forward(self, codes: Tensor, token_step: Tensor | None, add_bias: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
+    ) -> Tensor:
         """As `humming_reference.emulate`."""
         scale = self.input_scale if token_step is None else token_step
         if token_step is not None and self.unit != 1:
@@ -155,7 +162,7 @@ class HummingPrepared(PreparedLinear):
             self.weight,
             self.weight_scale,
             self.zero_point,
-            self.bias if add_bias else self.no_bias,
+            self.constant(add_bias),
             scale,
             self.locks,
             self.layer_config,
@@ -198,7 +205,7 @@ class HummingPrepared(PreparedLinear):
         zeros = torch.zeros(tokens, self.columns, dtype=torch.int8, device=device)
         step = torch.ones(tokens, 1, dtype=torch.float32, device=device)
         codes = lay_out(zeros, self.layout, self.columns)
-        self(codes, step if self.spec.dynamic else None, True)
+        self(codes, step if self.spec.dynamic else None, None, True)
 
 
 def _locks(device: torch.device) -> Tensor:
@@ -223,11 +230,13 @@ class _HummingLinear:
         self.stream_k = stream_k
 
     def refusal(self, spec: LinearSpec) -> str | None:
-        """Refuses other devices, dtypes, widths, groups and GPUs, and a missing library."""
+        """Refuses other devices, dtypes, forms and GPUs, and a missing library."""
         return (
             refusals.device(spec)
             or refusals.dtype(spec)
             or self._refuse_widths(spec)
+            or refusals.token_zero_points(spec)
+            or refusals.segments(spec)
             or (self._refuse_groups(spec) if spec.groups > 1 else None)
             or self._refuse_gpu(spec)
             or self._refuse_library(spec)

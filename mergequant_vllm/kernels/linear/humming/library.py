@@ -8,7 +8,7 @@ What the library takes (its own checks; the same from 0.1.10 in vLLM 0.26 to 0.1
 * weight_scale [N, 1] or [N, K / group] in the model's dtype, float16 or bfloat16.
 * zero_point int32 [N * bits / 32, groups]: as the weight's codes, packed along N (N a multiple of
   32). Not where weights are as wide as activations; with one group only from 0.1.17 on.
-* bias [N] in the model's dtype. N is a multiple of 8.
+* bias [N] in the model's dtype, to which the reference's constant is rounded. N is a multiple of 8.
 * codes uint8 [M, K / 2], two's complement, even columns in the low nibble, or int8 [M, K]; and
   input_scale float32 [M, 1], or [1] if the layer is static (a mode of 0.1.14 and later).
 
@@ -59,7 +59,11 @@ def padded_columns(spec: LinearSpec) -> int:
 
 
 def library_tensors(
-    stored: StoredLinear, spec: LinearSpec, layout: CodeLayout, shift: int
+    stored: StoredLinear,
+    spec: LinearSpec,
+    layout: CodeLayout,
+    shift: int,
+    constant: Tensor | None,
 ) -> dict[str, Tensor]:
     """What the library transforms; see the module's docstring. N and K are padded with codes 0.
 
@@ -68,6 +72,7 @@ def library_tensors(
         spec: its spec.
         layout: of the activation codes.
         shift: weight steps are multiplied by 2^shift.
+        constant: float32 [N], what the bias is to be, or None.
 
     Returns:
         `weight`, `weight_scale`, and if there are any `zero_point` and `bias`.
@@ -87,8 +92,8 @@ def library_tensors(
     if stored.zero_points is not None:
         zeros = F.pad(stored.zero_points, (0, 0, 0, more))
         tensors["zero_point"] = pack(zeros.T.contiguous(), bits).T.contiguous()
-    if stored.bias is not None:
-        tensors["bias"] = F.pad(stored.bias.to(spec.dtype), (0, more))
+    if constant is not None:
+        tensors["bias"] = F.pad(constant.to(spec.dtype), (0, more))
     return tensors
 
 

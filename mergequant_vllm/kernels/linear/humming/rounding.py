@@ -16,7 +16,8 @@ capability 9.0 (there 0.1.10 adds in another order with few tokens):
     a = fl32(weight_scale * fl32(sum of a run) + a)     fused, runs in ascending order
     y = fl16(fl32(a * input_scale)), and y = fl16(y + bias)
 
-`fl16` is the model's dtype, float16 or bfloat16; the scales are exact in it. This is the sum of one
+`fl16` is the model's dtype, float16 or bfloat16; the scales are exact in it, and the bias is the
+reference's constant rounded to it. This is the sum of one
 thread block (`use_batch_invariant`). With stream-K, blocks may share an output: each rounds its
 part as above, and the parts are added in 16 bits; if there are more than three, or from compute
 capability 9.0 on, in no fixed order.
@@ -29,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.linear.reference import centred_codes, group_slices, integer_products
+from mergequant_vllm.kernels.linear.reference import centred_codes, integer_products
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 
 _FP16_LARGEST = 65504
@@ -165,7 +166,7 @@ def emulate(
         spec: its spec, dtype float16 or bfloat16.
         codes: integer-valued [..., K or more], what is beyond K is not read.
         token_step: float32 [..., 1], or None for static activations.
-        add_bias: add the stored bias.
+        add_bias: add the stored bias; the output offset is added in any case.
         scale_first: see the module's docstring.
 
     Returns:
@@ -175,7 +176,8 @@ def emulate(
     one = torch.ones(1, dtype=torch.float32, device=codes.device)
     input_scale = (one if token_step is None else token_step) * 2.0**-shift
     scale = (stored.weight_step * 2.0**shift).to(spec.dtype)
-    bias = stored.bias.to(spec.dtype) if add_bias and stored.bias is not None else None
+    constant = stored.constant(add_bias)
+    bias = None if constant is None else constant.to(spec.dtype)
     weight = centred_codes(stored, spec)
     if spec.groups == 1:
         products = integer_products(codes[..., : spec.in_features], weight)
@@ -183,7 +185,7 @@ def emulate(
     length = 128 if spec.capability in range(90, 100) else 64
     runs = [
         (slice(start, min(start + length, part.stop)), group)
-        for group, part in enumerate(group_slices(spec.in_features, spec.group_size))
+        for group, part in enumerate(spec.spans or [])
         for start in range(part.start, part.stop, length)
     ]
     sums = [integer_products(codes[..., run], weight[:, run]) for run, _ in runs]

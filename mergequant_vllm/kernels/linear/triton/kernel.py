@@ -12,6 +12,7 @@ from torch import Tensor
 from mergequant_vllm.kernels.capability import current_capability
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.linear import refusals
+from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.linear.triton.layout import SHORTEST_RUN, to_kernel_layout
@@ -24,6 +25,8 @@ from mergequant_vllm.packing import unpack
 __all__ = ["TritonLinear", "interpreted"]
 
 OLDEST_CAPABILITY = 80  # Triton compiles no int8 products for older GPUs
+
+SHIFTED = 2**7  # the most that a code is in the top bits of an int8
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,11 +58,11 @@ class TritonLinear:
         zeros = stored.zero_points
         return PackedLinear(
             shape.layout.columns,
+            stored,
             to_kernel_layout(codes, shape.layout),
             # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
             groups_first(stored.weight_step, shape, -1),
             None if zeros is None else groups_first(zeros, shape, 0),
-            stored.bias,
             integer_linear_triton,
             (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
         )
@@ -69,13 +72,6 @@ def groups_first(per_group: Tensor, shape: LinearShape, padding: float) -> Tenso
     """[N, groups] to [groups, N], with `padding` for the groups beyond K."""
     missing = shape.groups - per_group.shape[1]
     return F.pad(per_group, (0, missing), value=padding).T.contiguous()
-
-
-def exact_channels(spec: LinearSpec) -> int:
-    """Longest run of channels, K or a group's, whose sums fit int32 as the kernel shifts them."""
-    shifted = 2**7  # the most that a code is in the top bits of an int8
-    centred = 2**spec.weight_bits - 1 if spec.zero_points else 0
-    return int((2**31 - 1) // (max(shifted, centred) * 2 ** (spec.activation_bits - 1)))
 
 
 def _form_refusal(spec: LinearSpec) -> str | None:
@@ -88,14 +84,11 @@ def _form_refusal(spec: LinearSpec) -> str | None:
             f"it takes groups of whole multiples of {SHORTEST_RUN} channels and the layer's have "
             f"{spec.group_size}"
         )
+    if spec.segments is not None or spec.token_zero_points:
+        return refusals.segments(spec) or refusals.token_zero_points(spec)
     if spec.dtype not in _OUT_DTYPES:
         return f"it writes bfloat16, float16 and float32 and the model has {spec.dtype}"
-    summed = min(spec.group_size or spec.in_features, spec.in_features)
-    if summed > exact_channels(spec):
-        return (
-            f"its sums are exact up to {exact_channels(spec)} channels and the layer adds {summed}"
-        )
-    return None
+    return refusals.sums(spec, exact_columns(spec, INT32, SHIFTED))
 
 
 def _device_refusal(spec: LinearSpec) -> str | None:

@@ -46,7 +46,7 @@ def integer_linear(
         weight_step: float32 [groups, N].
         zero_points: int8 [groups, N] or None.
         token_step: float32 [..., 1] or None.
-        bias: [N] of any floating dtype, or None.
+        bias: float32 [N], the constant, or None.
         in_features: K.
         weight_bits: width of the stored codes.
         group_size: inputs that share a step; None: all.

@@ -31,7 +31,7 @@ def dynamic_input(
     clip = _clip(block, stage, batches, options, form)
 
     def dequantized(x: Tensor) -> Tensor:
-        codes, step = token_codes(x, clip, bits, CodeLayout.FLOAT32, hadamard=block_size)
+        codes, step, _ = token_codes(x, clip, bits, CodeLayout.FLOAT32, hadamard=block_size)
         return codes * step
 
     def relaxed(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_sums_are_exact(n: int, k: int) -> None:
         x = random_codes(4, tokens, k, seed=tokens)
         sums = integer_products(x, made.codes)
         assert int(sums.abs().max()) < 2**24  # float32 holds them
-        assert torch.equal(prepared(x, None, False).to(torch.int64), sums)
+        assert torch.equal(prepared(x, None, None, False).to(torch.int64), sums)
 
 
 @pytest.mark.parametrize("k", [4095, 4096, 4352, 4353, 8704, 32768, 65536])
@@ -94,7 +94,7 @@ def test_every_stored_form_equals_the_definition(
     for tokens in (1, 6, 33):
         x, step = random_codes(activation_bits, tokens, k, seed=tokens), make_token_step(tokens)
         for given, bias in ((None, False), (None, True), (step, False), (step, True)):
-            assert torch.equal(prepared(x, given, bias), slow(x, given, bias))
+            assert torch.equal(prepared(x, given, None, bias), slow(x, given, None, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,8 +115,8 @@ def test_rows_may_be_apart_and_longer_than_the_layer() -> None:
     wide = random_codes(4, 2, 3, 160)
     prepared = KERNEL.prepare(made.stored, made.spec)
     for x in (wide[..., 7:107], wide[..., :100], wide[:, :1, 20:120]):
-        assert torch.equal(prepared(x, None, False), expected(made, x, None))
-    assert prepared(wide[:0, ..., :100], None, False).shape == (0, 3, 9)
+        assert torch.equal(prepared(x, None, None, False), expected(made, x, None))
+    assert prepared(wide[:0, ..., :100], None, None, False).shape == (0, 3, 9)
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -147,7 +147,7 @@ def test_the_operator_is_traced_by_the_compiler() -> None:
     prepared = KERNEL.prepare(made.stored, made.spec)
     x, step = random_codes(4, 6, 352), make_token_step(6)
     arguments: tuple[object, ...] = (
-        x, prepared.weight, prepared.weight_step, None, step, prepared.bias,
+        x, prepared.weight, prepared.weight_step, None, step, prepared.constant_with_bias,
         352, 4, 4, None, torch.float32,
     )  # fmt: skip
     torch.library.opcheck(integer_linear_cpu, arguments)

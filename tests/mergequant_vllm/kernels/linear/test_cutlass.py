@@ -139,7 +139,7 @@ def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None
     x = random_codes(4, 2, 3, 127)
     codes = lay_out(x, CodeLayout.INT8, prepared.columns + 7)[..., : prepared.columns]
     step = (2.0 ** -torch.arange(24.0)).reshape(2, 3, 4)[..., :1]
-    assert torch.equal(prepared(codes, step, False), expected(made, x, step))
+    assert torch.equal(prepared(codes, step, None, False), expected(made, x, step))
 
 
 def test_all_padding_is_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 128)
-        assert torch.equal(compiled(x, None, False), expected(made, x, None))
+        assert torch.equal(compiled(x, None, None, False), expected(made, x, None))
     assert len(graphs) == 1
 
 

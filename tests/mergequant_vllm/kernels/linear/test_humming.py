@@ -94,7 +94,7 @@ def test_what_the_library_is_handed_decodes_to_the_emulation(
         prepared = kernel.prepare(made.stored, spec)
         codes = lay_out(x, kernel.layout, prepared.columns)
         for add_bias in {bias, False}:
-            y = prepared(codes, step, add_bias)
+            y = prepared(codes, step, None, add_bias)
             assert y.dtype == dtype and torch.isfinite(y).all()
             assert torch.equal(y, emulate(made.stored, spec, x, step, add_bias))
 
@@ -136,7 +136,7 @@ def test_it_equals_the_reference_where_nothing_rounds(
         )
         x = random_codes(3, 128, 352).clamp(-1, 1)
         step = 2.0 ** (torch.arange(128).reshape(-1, 1) % 3 - 2) if dynamic else None
-        expected = ReferenceLinear().prepare(stored, spec)(x, step, True)
+        expected = ReferenceLinear().prepare(stored, spec)(x, step, None, True)
         assert expected.unique().numel() > 9
         y = run(kernel, dataclasses.replace(made, stored=stored), x, step, True)
         assert torch.equal(y, expected)
@@ -165,7 +165,7 @@ def test_the_library_gets_documented_layouts(
 def test_stored_words_are_handed_on_where_nothing_is_padded() -> None:
     made = make_linear(gpu_spec(in_features=352, out_features=128))
     assert (
-        library_tensors(made.stored, made.spec, CodeLayout.INT8, 0)["weight"]
+        library_tensors(made.stored, made.spec, CodeLayout.INT8, 0, None)["weight"]
         is made.stored.weight_packed
     )
 
@@ -403,7 +403,7 @@ def test_it_is_opaque_to_the_compiler(library: Emulated, kernel: Kernel, dynamic
     for m in (3, 129):
         codes = lay_out(random_codes(4, m, 352), kernel.layout, prepared.columns)
         step = make_token_step(m) if dynamic else None
-        assert torch.equal(compiled(codes, step, True), prepared(codes, step, True))
+        assert torch.equal(compiled(codes, step, None, True), prepared(codes, step, None, True))
 
 
 def test_the_operation_is_registered_as_it_behaves(library: Emulated) -> None:
@@ -415,7 +415,7 @@ def test_the_operation_is_registered_as_it_behaves(library: Emulated) -> None:
         prepared.weight,
         prepared.weight_scale,
         prepared.zero_point,
-        prepared.bias,
+        prepared.constant_with_bias,
         prepared.input_scale,
         None,
         prepared.layer_config,

@@ -86,7 +86,8 @@ def test_the_installed_library_documents_the_layouts(
     spec = gpu_spec(in_features=300, out_features=43, **form)
     if (reason := kernel.refusal(spec)) is not None:
         pytest.skip(reason)
-    tensors = library_tensors(make_linear(spec, bias=True).stored, spec, kernel.layout, 0)
+    stored = make_linear(spec, bias=True).stored
+    tensors = library_tensors(stored, spec, kernel.layout, 0, stored.constant(True))
     schema = humming_library.library("schema").HummingWeightSchema(
         b_dtype=f"uint{spec.weight_bits}",
         weight_scale_group_size=0 if spec.groups == 1 else spec.group_size,
@@ -133,4 +134,6 @@ def test_the_installed_library_reads_the_weights_as_they_are_meant(
         codes = in_order(codes, INT4)
         assert torch.equal(codes[:43, :300], made.codes.to(torch.int64))
         assert not codes[43:].any() and not codes[:, 300:].any()
-        assert prepared.weight_scale.shape == (1, 256) and prepared.bias.shape == (256,)
+        assert prepared.weight_scale.shape == (1, 256) and prepared.constant_with_bias.shape == (
+            256,
+        )

@@ -128,7 +128,7 @@ def test_leading_dimensions_and_strides(monkeypatch: pytest.MonkeyPatch) -> None
     x = random_codes(4, 2, 3, 127)
     codes = lay_out(x, CodeLayout.INT8, prepared.columns + 7)[..., : prepared.columns]
     step = make_token_step(24).reshape(2, 3, 4)[..., :1]
-    assert torch.equal(prepared(codes, step, False), expected(made, x, step))
+    assert torch.equal(prepared(codes, step, None, False), expected(made, x, step))
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 129])
@@ -187,7 +187,9 @@ def operator_arguments(tokens: int, *, optional: bool = True) -> tuple[object, .
     made = make_on_gpu(43, 127, bias=True)
     prepared = KERNEL.prepare(made.stored, made.spec)
     codes = lay_out(random_codes(4, tokens, 127), CodeLayout.INT8, prepared.columns)
-    step, bias = (make_token_step(tokens), prepared.bias) if optional else (None, None)
+    step, bias = (
+        (make_token_step(tokens), prepared.constant_with_bias) if optional else (None, None)
+    )
     weights = (prepared.weight, prepared.weight_step)
     return codes, *weights, step, prepared.ones, bias, prepared.workspace, 43
 
@@ -215,7 +217,7 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 127)
         codes = lay_out(x, CodeLayout.INT8, prepared.columns)
-        assert torch.equal(compiled(codes, None, False), expected(made, x, None))
+        assert torch.equal(compiled(codes, None, None, False), expected(made, x, None))
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert len(graphs) == 1
     assert [str(node.target) for node in calls] == ["mergequant.marlin_int8.default"]

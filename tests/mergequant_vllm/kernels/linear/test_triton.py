@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
+from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.linear.triton import operator as triton_operator
-from mergequant_vllm.kernels.linear.triton.kernel import TritonLinear, exact_channels
+from mergequant_vllm.kernels.linear.triton.kernel import SHIFTED, TritonLinear
 from mergequant_vllm.kernels.linear.triton.layout import choose_layout, to_kernel_layout
 from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
 from mergequant_vllm.kernels.linear.triton.program import build_kernel
@@ -64,7 +65,7 @@ def run(made: MadeLinear, x: Tensor, token_step: Tensor | None, bias: bool) -> T
     )
     prepared = KERNEL.prepare(stored, made.spec).to(DEVICE)
     codes = lay_out(x, KERNEL.layout, prepared.columns).to(DEVICE)
-    y: Tensor = prepared(codes, on_device(token_step), bias)
+    y: Tensor = prepared(codes, on_device(token_step), None, bias)
     return y.cpu()
 
 
@@ -72,7 +73,7 @@ def assert_equals_reference(
     made: MadeLinear, x: Tensor, token_step: Tensor | None = None, bias: bool = False
 ) -> Tensor:
     result = run(made, x, token_step, bias)
-    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, bias)
+    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, None, bias)
     assert result.dtype == made.spec.dtype
     assert torch.equal(result, expected)
     assert torch.equal(result.signbit(), expected.signbit())
@@ -179,9 +180,9 @@ def test_rows_that_are_further_apart_are_not_copied(monkeypatch: pytest.MonkeyPa
     codes = lay_out(random_codes(4, 5, 200), CodeLayout.INT8, prepared.columns).to(DEVICE)
     wide = torch.full((5, prepared.columns + 48), 99, dtype=torch.int8, device=DEVICE)
     wide[:, : prepared.columns] = codes
-    expected = prepared(codes, None, False)
+    expected = prepared(codes, None, None, False)
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
-    assert torch.equal(prepared(wide[:, : prepared.columns], None, False), expected)
+    assert torch.equal(prepared(wide[:, : prepared.columns], None, None, False), expected)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -191,8 +192,10 @@ def test_leading_dimensions_and_strides() -> None:
     prepared = KERNEL.prepare(made.stored, made.spec)
     x = random_codes(4, 2, 3, 192)[..., 5:133]
     step = torch.rand(2, 3, 4)[..., :1]
-    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, step, False)
-    assert torch.equal(prepared.to(DEVICE)(x.to(DEVICE), step.to(DEVICE), False).cpu(), expected)
+    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, step, None, False)
+    assert torch.equal(
+        prepared.to(DEVICE)(x.to(DEVICE), step.to(DEVICE), None, False).cpu(), expected
+    )
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -266,7 +269,7 @@ def test_one_graph_for_all_lengths() -> None:
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 128).to(DEVICE)
         step = make_token_step(tokens).to(DEVICE)
-        assert torch.equal(compiled(x, step, True), prepared(x, step, True))
+        assert torch.equal(compiled(x, step, None, True), prepared(x, step, None, True))
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert len(graphs) == 1
     assert [str(node.target) for node in calls] == ["mergequant.integer_linear_triton.default"]
@@ -342,7 +345,8 @@ def test_exact_channels_are_exact() -> None:
         shifted = 2 ** (weight_bits - 1) * 2 ** (8 - weight_bits) * 2 ** (activation_bits - 1)
         centred = (2**weight_bits - 1) * 2 ** (activation_bits - 1) if zero_points else 0
         largest = max(shifted, centred)
-        assert exact_channels(spec) * largest < 2**31 <= (exact_channels(spec) + 1) * largest
+        most = exact_columns(spec, INT32, SHIFTED)
+        assert most * largest < 2**31 <= (most + 1) * largest
 
 
 @pytest.mark.parametrize("stub", [None, types.ModuleType("triton")], ids=["absent", "stub"])

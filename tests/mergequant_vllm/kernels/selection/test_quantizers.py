@@ -5,10 +5,11 @@ from fractions import Fraction
 import pytest
 import torch
 
+from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout, Writer, lay_out, nibble_order, read_codes
 from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
-from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 
 INT8 = CodeLayout.INT8
@@ -62,7 +63,7 @@ def test_token_codes_are_the_nearest_integers_to_the_exact_quotients(bits: int) 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 33, generator=generator)
     clip = torch.tensor([0.7])
-    codes, step = token_codes(x, clip, bits, INT8)
+    codes, step, _ = token_codes(x, clip, bits, INT8)
     for row, row_codes in zip(x.tolist(), codes.tolist(), strict=True):
         exact_step = Fraction(0.7) * max(abs(Fraction(v)) for v in row) / largest
         for value, code in zip(row, row_codes, strict=True):
@@ -77,17 +78,60 @@ def test_token_codes_are_the_nearest_integers_to_the_exact_quotients(bits: int) 
     assert torch.equal(step, expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+def test_zero_points_move_the_codes_to_the_tokens_range(bits: int, clip: float) -> None:
+    """Against float64; a difference of one is left to near ties."""
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
+    x[0], x[1], x[2] = x[0].abs() + 1, -x[1].abs() - 1, 0
+    codes, step, zero = token_codes(x, torch.tensor([clip]), bits, INT8, zero_points=True)
+    assert zero is not None and zero.dtype == torch.int32 and zero.shape == (64, 1)
+    half, z = 2 ** (bits - 1), x.double()
+    low, high = z.amin(1, keepdim=True).clamp(max=0), z.amax(1, keepdim=True).clamp(min=0)
+    wide = ((high - low) * clip / (2**bits - 1)).clamp(min=2.0**-100)
+    assert torch.allclose(step.double(), wide, rtol=1e-6)
+    exact_zero = torch.round(-half - low * clip / wide).clamp(-half, half - 1)
+    assert (zero - exact_zero).abs().max() <= 1
+    exact = torch.round(z / step + zero).clamp(-half, half - 1)
+    off = (codes - exact).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
+    if clip == 1.0:  # no value is more than half a step from its code
+        assert ((codes - zero) * step - x).abs().max() <= (0.5 + 2**-10) * step.max()
+    assert codes[2].eq(zero[2]).all()
+
+
+def test_zero_points_reach_the_quantizer_and_no_compiler_looks_into_them() -> None:
+    x, clip = torch.randn(5, 24), torch.tensor([0.9])
+    for writer in (Writer.REFERENCE,):
+        if writer is Writer.NATIVE and native.refusal() is not None:
+            continue
+        quantizer = TokenQuantizer(CodeForm(4, INT8, 32, writer), clip, 8, zero_points=True)
+        wanted = token_codes(x, clip, 4, INT8, hadamard=8, columns=32, zero_points=True)
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep_graph(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+            graphs.append(graph)  # noqa: B023
+            return graph
+
+        compiled = torch.compile(quantizer, fullgraph=True, backend=keep_graph)
+        for found in (quantizer(x), compiled(x)):
+            for mine, theirs in zip(found, wanted, strict=True):
+                assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+        assert all("mergequant" in str(n.target) or "getitem" in str(n.target) for n in calls)
+
+
 def test_rotation_comes_before_the_step() -> None:
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     clip = torch.tensor([0.9])
-    codes, step = token_codes(x, clip, 4, INT8, hadamard=8, columns=32)
-    plain, plain_step = token_codes(rotate(x, 8), clip, 4, INT8, columns=32)
+    codes, step, _ = token_codes(x, clip, 4, INT8, hadamard=8, columns=32)
+    plain, plain_step, _ = token_codes(rotate(x, 8), clip, 4, INT8, columns=32)
     assert torch.equal(codes, plain) and torch.equal(step, plain_step)
     assert not torch.equal(codes, token_codes(x, clip, 4, INT8, columns=32)[0])
 
 
 def test_a_token_of_zeros_has_codes_zero_and_a_finite_step() -> None:
-    codes, step = token_codes(torch.zeros(2, 8), torch.ones(1), 4, INT8)
+    codes, step, _ = token_codes(torch.zeros(2, 8), torch.ones(1), 4, INT8)
     assert codes.eq(0).all()
     assert torch.isfinite(step).all() and step.gt(0).all()
 
@@ -95,5 +139,5 @@ def test_a_token_of_zeros_has_codes_zero_and_a_finite_step() -> None:
 def test_huge_and_tiny_tokens_keep_their_codes() -> None:
     row = torch.tensor([-7.0, -3.0, 0.0, 1.0, 7.0])
     for scale in (2.0**-80, 1.0, 2.0**120):
-        codes, _ = token_codes(row * scale, torch.ones(1), 4, INT8)
+        codes, _, _ = token_codes(row * scale, torch.ones(1), 4, INT8)
         assert codes.tolist() == [-7, -3, 0, 1, 7]
