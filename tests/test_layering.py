@@ -13,7 +13,8 @@ SERVER = ROOT / "mergequant_vllm"
 QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
-SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.linear.reference")
+SHARED = ("format", "format.targets", "packing", "rounding", "kernels.codes")
+SHARED += ("kernels.linear.reference", "kernels.linear.spans")
 SHARED += ("kernels.linear.spans",)
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
