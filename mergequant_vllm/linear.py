@@ -165,6 +165,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
                 layer.input_clip.data[:1].clone(),
                 dynamic.hadamard,
                 zero_points=dynamic.zero_points,
+                heads=dynamic.heads,
             )
         index, offset = getattr(layer, "input_index", None), getattr(layer, "input_offset", None)
         return StaticQuantizer(

@@ -79,8 +79,7 @@ const Isa ISAS[] = {
 
 constexpr int ISA_COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 
-// LARGEST_K in kernels/linear/cpu/int4.py, which says why.
-constexpr int64_t MOST_CHANNELS = 65536;
+constexpr int64_t MOST_CHANNELS = INT32_MAX;
 constexpr int64_t MOST_OUTPUTS = int64_t(1) << 31;
 
 // The kernels of a set that this machine runs, or null.
@@ -93,11 +92,43 @@ bool is_block(int64_t block, int64_t k)
     return block > 0 && (block & (block - 1)) == 0 && k % block == 0;
 }
 
-bool is_weight(int64_t n, int64_t k, int64_t group, int weight_bits)
+bool is_weight(int64_t n, int64_t k, int weight_bits)
 {
     const bool sized = n > 0 && n <= MOST_OUTPUTS && k > 0 && k <= MOST_CHANNELS;
-    const bool grouped = group == 0 || (group > 0 && group % 32 == 0);
-    return sized && grouped && (weight_bits == 3 || weight_bits == 4 || weight_bits == 8);
+    return sized && (weight_bits == 3 || weight_bits == 4 || weight_bits == 8);
+}
+
+// Channels of the longest span, or 0 where they are no spans.
+int64_t longest_span(const int32_t *ends, int64_t spans, int64_t k)
+{
+    if (!ends)
+        return k;
+    int64_t begin = 0, longest = 0;
+    for (int64_t span = 0; span < spans; ++span) {
+        const int64_t end = ends[span];
+        if (end <= begin || (span + 1 < spans ? end % 32 != 0 : end != k))
+            return 0;
+        longest = longest > end - begin ? longest : end - begin;
+        begin = end;
+    }
+    return longest;
+}
+
+// kernels/linear/exactness.py, `largest_magnitude`.
+int64_t largest_magnitude(int bits, bool zero_point)
+{
+    return zero_point ? (1 << bits) - 1 : 1 << (bits - 1);
+}
+
+// Whether `channels` products, and those with a nibble in the weight's place, add up in 32 bits.
+bool fit_32_bits(int64_t channels, int weight_bits, bool zero_points, int activation_bits,
+                 bool token_zero)
+{
+    constexpr int64_t NIBBLE = 15;
+    const int64_t weight = largest_magnitude(weight_bits, zero_points);
+    const int64_t product = (weight > NIBBLE ? weight : NIBBLE) *
+                            largest_magnitude(activation_bits, token_zero);
+    return channels <= INT32_MAX / product;
 }
 
 bool are_codes(const int8_t *codes, int64_t count, int bits)
@@ -129,53 +160,58 @@ const char *mq_isa_name(int isa)
 int mq_isa_runs(int isa) { return isa >= 0 && isa < ISA_COUNT && ISAS[isa].runs; }
 
 // 0 if the arguments are wrong.
-int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits)
+int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int weight_bits)
 {
     const Kernels *const kernels = find(isa);
-    if (!kernels || !is_weight(n, k, group, weight_bits))
+    if (!kernels || !is_weight(n, k, weight_bits))
         return 0;
-    return kernels->linear_bytes(n, k, group, weight_bits);
+    return kernels->linear_bytes(n, k, weight_bits);
 }
 
-int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t group,
-                   int weight_bits, uint8_t *packed)
+int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int weight_bits,
+                   uint8_t *packed)
 {
     const Kernels *const kernels = find(isa);
     if (!kernels)
         return MQ_ERROR_ISA;
-    if (!codes || !packed || !is_weight(n, k, group, weight_bits))
+    if (!codes || !packed || !is_weight(n, k, weight_bits))
         return MQ_ERROR_ARGUMENT;
     if (!are_codes(codes, n * k, weight_bits))
         return MQ_ERROR_ARGUMENT;
-    kernels->linear_pack(codes, n, k, group, weight_bits, packed);
+    kernels->linear_pack(codes, n, k, weight_bits, packed);
     return MQ_OK;
 }
 
 int mq_linear(int isa, const int8_t *codes, int64_t stride, int64_t m, const uint8_t *packed,
-              const float *weight_step, const int8_t *zero_points, const float *token_step,
-              const void *bias, void *y, int type, int64_t n, int64_t k, int64_t group,
+              const float *weight_step, const int8_t *zero_points, const int32_t *weight_sums,
+              const float *token_step, const int32_t *token_zero, const float *constant, void *y,
+              int type, int64_t n, int64_t k, const int32_t *span_ends, int64_t spans,
               int weight_bits, int activation_bits)
 {
     const Kernels *const kernels = find(isa);
     if (!kernels)
         return MQ_ERROR_ISA;
-    if (m < 0 || !is_weight(n, k, group, weight_bits) || !is_type(type))
+    if (m < 0 || !is_weight(n, k, weight_bits) || !is_type(type))
         return MQ_ERROR_ARGUMENT;
     if (activation_bits != 4 && activation_bits != 8)
         return MQ_ERROR_ARGUMENT;
+    const int64_t longest = longest_span(span_ends, spans, k);
+    if (!longest || !fit_32_bits(longest, weight_bits, zero_points, activation_bits, token_zero))
+        return MQ_ERROR_ARGUMENT;
     if (m == 0)
         return MQ_OK;
-    if (!codes || !packed || !weight_step || !y)
+    if (!codes || !packed || !weight_step || !y || (token_zero && !weight_sums))
         return MQ_ERROR_ARGUMENT;
     if (m > 1 && stride < k)
         return MQ_ERROR_ARGUMENT;
-    return kernels->linear({codes, stride, m, packed, weight_step, zero_points, token_step, bias, y,
-                            type, n, k, group, weight_bits, activation_bits});
+    return kernels->linear({codes, stride, m, packed, weight_step, zero_points, weight_sums,
+                            token_step, token_zero, constant, y, type, n, k, span_ends,
+                            span_ends ? spans : 1, weight_bits, activation_bits});
 }
 
 int mq_token_quant(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t k,
                    const float *clip, int bits, int64_t block, int8_t *codes, int64_t columns,
-                   float *step)
+                   float *step, int32_t *zero)
 {
     const Kernels *const kernels = find(isa);
     if (!kernels)
@@ -188,7 +224,8 @@ int mq_token_quant(int isa, const void *x, int type, int64_t stride, int64_t m, 
         return MQ_OK;
     if (!x || !codes || !step || (m > 1 && stride < k))
         return MQ_ERROR_ARGUMENT;
-    return kernels->token_quant({x, type, stride, m, k, *clip, bits, block, codes, columns, step});
+    return kernels->token_quant(
+        {x, type, stride, m, k, *clip, bits, block, codes, columns, step, zero});
 }
 
 int mq_static_round(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t n,

@@ -11,11 +11,15 @@ struct LinearArguments {
     const uint8_t *packed;
     const float *weight_step;
     const int8_t *zero_points;
+    const int32_t *weight_sums;
     const float *token_step;
-    const void *bias;
+    const int32_t *token_zero;
+    const float *constant;
     void *y;
     int type;
-    int64_t n, k, group;
+    int64_t n, k;
+    const int32_t *span_ends;
+    int64_t spans;
     int weight_bits, activation_bits;
 };
 
@@ -29,6 +33,7 @@ struct TokenArguments {
     int8_t *codes;
     int64_t columns;
     float *step;
+    int32_t *zero;
 };
 
 struct StaticArguments {
@@ -44,8 +49,8 @@ struct StaticArguments {
 
 struct Kernels {
     const char *name;
-    int64_t (*linear_bytes)(int64_t n, int64_t k, int64_t group, int weight_bits);
-    void (*linear_pack)(const int8_t *codes, int64_t n, int64_t k, int64_t group, int weight_bits,
+    int64_t (*linear_bytes)(int64_t n, int64_t k, int weight_bits);
+    void (*linear_pack)(const int8_t *codes, int64_t n, int64_t k, int weight_bits,
                         uint8_t *packed);
     int (*linear)(const LinearArguments &);
     int (*token_quant)(const TokenArguments &);

@@ -6,8 +6,9 @@
 // Activation codes: int8, one row a token, `stride` bytes from row to row.
 // Weight codes: int8 [n, k] row-major before they are packed, in the range of `weight_bits`
 // (3, 4 or 8 bits, two's complement); packed, the layout is the instruction set's own (linear.h).
-// Groups: runs of `group` input channels that share a weight step, the last one may be short;
-// group = 0: one step for each output channel.
+// Spans: runs of input channels that share a weight step. `span_ends` int32 [spans] has the channel
+// behind each of them: ascending, multiples of 32 but for the last one, which is k; null: one step
+// for each output channel, and `spans` does not matter.
 
 #pragma once
 
@@ -19,7 +20,7 @@ extern "C" {
 
 enum { MQ_OK = 0, MQ_ERROR_ISA = 1, MQ_ERROR_ARGUMENT = 2, MQ_ERROR_MEMORY = 3 };
 
-// Element types of activations in floating point, outputs and biases.
+// Element types of activations in floating point and of outputs.
 enum { MQ_FLOAT32 = 0, MQ_BFLOAT16 = 1, MQ_FLOAT16 = 2 };
 
 // Instruction sets that were compiled in, slowest first, and whether this machine has them.
@@ -28,20 +29,24 @@ const char *mq_isa_name(int isa);
 int mq_isa_runs(int isa);
 
 // Packed weights: their size, and the packing.
-int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int64_t group, int weight_bits);
-int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int64_t group,
-                   int weight_bits, uint8_t *packed);
+int64_t mq_linear_bytes(int isa, int64_t n, int64_t k, int weight_bits);
+int mq_linear_pack(int isa, const int8_t *codes, int64_t n, int64_t k, int weight_bits,
+                   uint8_t *packed);
 
 // y[t, j] as defined in kernels/linear/reference.py, bit for bit.
 //   codes       [m, k], of `activation_bits` (4 or 8)
-//   weight_step float32 [n, groups]
-//   zero_points int8 [n, groups], or null
+//   weight_step float32 [n, spans]
+//   zero_points int8 [n, spans], or null
+//   weight_sums int32 [n, spans], each span's sum of codes less zero points; needed with token_zero
 //   token_step  float32 [m], or null
-//   bias        [n] of type `type`, or null
+//   token_zero  int32 [m], in the range of the activation codes, or null
+//   constant    float32 [n], or null
 //   y           [m, n] of type `type`, contiguous
+// The products of the longest span must add up in 32 bits, whatever the codes.
 int mq_linear(int isa, const int8_t *codes, int64_t stride, int64_t m, const uint8_t *packed,
-              const float *weight_step, const int8_t *zero_points, const float *token_step,
-              const void *bias, void *y, int type, int64_t n, int64_t k, int64_t group,
+              const float *weight_step, const int8_t *zero_points, const int32_t *weight_sums,
+              const float *token_step, const int32_t *token_zero, const float *constant, void *y,
+              int type, int64_t n, int64_t k, const int32_t *span_ends, int64_t spans,
               int weight_bits, int activation_bits);
 
 // Codes and steps of each token, as defined in kernels/token_quant/reference.py, bit for bit.
@@ -50,9 +55,10 @@ int mq_linear(int isa, const int8_t *codes, int64_t stride, int64_t m, const uin
 //   block of the Hadamard rotation, or 0
 //   codes [m, columns], contiguous; those beyond k are 0
 //   step  float32 [m]
+//   zero  int32 [m], or null: codes without zero points
 int mq_token_quant(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t k,
                    const float *clip, int bits, int64_t block, int8_t *codes, int64_t columns,
-                   float *step);
+                   float *step, int32_t *zero);
 
 // Codes of a migrated norm's output, as in kernels/norm_round/reference.py, bit for bit.
 //   x      [m, n] of type `type`, `stride` elements from row to row

@@ -25,14 +25,14 @@ logger = logging.getLogger("vllm.mergequant")
 _PORTABLE = "portable"
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
-    "mq_linear_pack": (_int, _pointer, _long, _long, _long, _int, _pointer),
+    "mq_linear_pack": (_int, _pointer, _long, _long, _int, _pointer),
     "mq_linear": (
         *(_int, _pointer, _long, _long, _pointer, _pointer, _pointer, _pointer, _pointer),
-        *(_pointer, _int, _long, _long, _long, _int, _int),
+        *(_pointer, _pointer, _pointer, _int, _long, _long, _pointer, _long, _int, _int),
     ),
     "mq_token_quant": (
         *(_int, _pointer, _int, _long, _long, _long, _pointer, _int, _long, _pointer, _long),
-        _pointer,
+        *(_pointer, _pointer),
     ),
     "mq_static_round": (
         *(_int, _pointer, _int, _long, _long, _long, _pointer, _pointer, _int, _pointer, _long),
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL:
         ) from error
     for name, types in _SIGNATURES.items():
         getattr(loaded, name).argtypes = types
-    loaded.mq_linear_bytes.argtypes = (_int, _long, _long, _long, _int)
+    loaded.mq_linear_bytes.argtypes = (_int, _long, _long, _int)
     loaded.mq_linear_bytes.restype = _long
     loaded.mq_isa_name.restype = ctypes.c_char_p
     return loaded

@@ -2,7 +2,7 @@
 //
 //   stored      int8 [m, k], rows `stride` apart
 //   activations int8 [tiles][channels / 4][tokens of the tile][4], 0 beyond k
-//   sums        int32 [tokens][groups]
+//   sums        int32 [tokens][spans]
 //
 // The sums take the weights' offset and zero points out of the products:
 // sum (w - z) x = sum u x - (offset + z) * sum x, with u = w + offset.
@@ -58,12 +58,12 @@ template <class Set, int Rows = Set::rows> Gather gather_of(int64_t rows)
 
 template <class Set> void sum_token(const int8_t *codes, const Shape<Set> &shape, int32_t *sums)
 {
-    for (int64_t group = 0; group < shape.groups; ++group) {
-        const int64_t end = smaller((group + 1) * shape.span, shape.k);
+    for (int64_t span = 0; span < shape.spans; ++span) {
+        const int64_t end = shape.end(span);
         int32_t sum = 0;
-        for (int64_t channel = group * shape.span; channel < end; ++channel)
+        for (int64_t channel = shape.begin(span); channel < end; ++channel)
             sum += codes[channel];
-        sums[group] = sum;
+        sums[span] = sum;
     }
 }
 

@@ -2,15 +2,19 @@
 // kernels/linear/reference.py: integer sums to float32 once, products and sums in float32,
 // rounded once to the type of the output.
 //
-//   without groups   y = sum * token_step * step + bias
-//   with groups      y = (sum_0 * step_0 + sum_1 * step_1 + ...) * token_step + bias
+//   without spans   y = sum * token_step * step + constant
+//   with spans      y = (sum_0 * step_0 + sum_1 * step_1 + ...) * token_step + constant
 //
-// A missing token step or bias is replaced by what changes no bit: 1 and -0.
+// A missing token step or constant is replaced by what changes no bit: 1 and -0. A sum is of
+// (code - token_zero) * (weight - zero); what was summed is code * nibbles, and
+//
+//   sum = sum of code * nibbles - (offset + zero) * sum of codes - token_zero * weight_sum
 
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+#include <type_traits>  // integral_constant, a type without code
 
 #include "kernels.h"
 #include "linear/layout.h"
@@ -18,36 +22,65 @@
 
 namespace {
 
-// Per output of one block, `lanes` apart from group to group.
+// What is subtracted from the sums: the offset alone, zero points too, a token's zero point too.
+enum class Terms { OFFSET, ZEROS, TOKEN_ZEROS };
+
+inline Terms terms_of(const LinearArguments &a)
+{
+    return a.token_zero ? Terms::TOKEN_ZEROS : a.zero_points ? Terms::ZEROS : Terms::OFFSET;
+}
+
+template <Terms Which> using TermsConstant = std::integral_constant<Terms, Which>;
+
+// Calls `function` with the terms as a type, so that no loop asks for them.
+template <class Function> MQ_INLINE void with_terms(Terms terms, const Function &function)
+{
+    if (terms == Terms::OFFSET)
+        function(TermsConstant<Terms::OFFSET>());
+    else if (terms == Terms::ZEROS)
+        function(TermsConstant<Terms::ZEROS>());
+    else
+        function(TermsConstant<Terms::TOKEN_ZEROS>());
+}
+
+// Per output of one block, `lanes` apart from span to span.
 struct OutputValues {
-    float *step;    // [groups][lanes]
-    int32_t *zero;  // [groups][lanes], the weights' offset included; null without zero points
-    float *bias;    // [lanes]
-    int64_t first;  // output
-    int64_t count;  // outputs, fewer in the last block
+    float *step;          // [spans][lanes]
+    int32_t *zero;        // [spans][lanes], the weights' offset included; not for Terms::OFFSET
+    int32_t *weight_sum;  // [spans][lanes]; null without zero points of tokens
+    float *constant;      // [lanes]
+    int64_t first;        // output
+    int64_t count;        // outputs, fewer in the last block
 };
 
-// [count, groups] to [groups, Lanes], with 0 where there are no outputs.
-template <int Lanes> void turn_steps(const float *from, int64_t count, int64_t groups, float *to)
+// Per token of one span.
+struct TokenValues {
+    int32_t sum, zero;
+};
+
+// [count, spans] to [spans, Lanes], with 0 where there are no outputs.
+template <int Lanes> void turn_steps(const float *from, int64_t count, int64_t spans, float *to)
 {
-    const int64_t fours = count == Lanes ? groups / 4 * 4 : 0;
+    const int64_t fours = count == Lanes ? spans / 4 * 4 : 0;
     for (int64_t i = 0; i < Lanes; i += 4) {
-        for (int64_t group = 0; group < fours; group += 4)
-            transpose(from + i * groups + group, groups, Lanes, to + group * Lanes + i);
+        for (int64_t span = 0; span < fours; span += 4)
+            transpose(from + i * spans + span, spans, Lanes, to + span * Lanes + i);
     }
-    for (int64_t group = fours; group < groups; ++group) {
+    for (int64_t span = fours; span < spans; ++span) {
         for (int64_t i = 0; i < Lanes; ++i)
-            to[group * Lanes + i] = i < count ? from[i * groups + group] : 0.0f;
+            to[span * Lanes + i] = i < count ? from[i * spans + span] : 0.0f;
     }
 }
 
-// Likewise, with the weights' offset added.
-template <int Lanes>
-void turn_zeros(const int8_t *from, int64_t count, int64_t groups, int32_t offset, int32_t *to)
+// Likewise, each with `offset` added; null: the offset alone.
+template <int Lanes, class Integer>
+void turn_integers(const Integer *from, int64_t count, int64_t spans, int32_t offset, int32_t *to)
 {
     for (int64_t i = 0; i < Lanes; ++i) {
-        for (int64_t group = 0; group < groups; ++group)
-            to[group * Lanes + i] = i < count ? offset + *from++ : 0;
+        for (int64_t span = 0; span < spans; ++span) {
+            const int32_t value = i < count && from ? from[i * spans + span] : 0;
+            to[span * Lanes + i] = i < count ? offset + value : 0;
+        }
     }
 }
 
@@ -58,67 +91,66 @@ void load_outputs(const LinearArguments &a, const Shape<Set> &shape, int64_t blo
     constexpr int lanes = Shape<Set>::lanes;
     values.first = block * shape.outputs;
     values.count = smaller(shape.outputs, shape.n - values.first);
-    const int64_t at = values.first * shape.groups;
-    turn_steps<lanes>(a.weight_step + at, values.count, shape.groups, values.step);
-    if (a.zero_points) {
-        turn_zeros<lanes>(a.zero_points + at, values.count, shape.groups, shape.offset(),
-                          values.zero);
-    } else {
-        values.zero = nullptr;
-    }
-    for (int64_t i = 0; i < lanes; ++i) {
-        const bool biased = a.bias && i < values.count;
-        values.bias[i] = biased ? load_element(a.bias, values.first + i, a.type) : -0.0f;
-    }
+    const int64_t at = values.first * shape.spans;
+    turn_steps<lanes>(a.weight_step + at, values.count, shape.spans, values.step);
+    if (terms_of(a) != Terms::OFFSET)
+        turn_integers<lanes>(a.zero_points ? a.zero_points + at : nullptr, values.count,
+                             shape.spans, shape.offset(), values.zero);
+    if (a.token_zero)
+        turn_integers<lanes>(a.weight_sums + at, values.count, shape.spans, 0, values.weight_sum);
+    for (int64_t i = 0; i < lanes; ++i)
+        values.constant[i] = a.constant && i < values.count ? a.constant[values.first + i] : -0.0f;
 }
 
-// One register of float32(sum of (weight code - zero point) * activation code), from output `at` of
-// a block on. Its integers are unsigned, because what is subtracted may pass 2^31 where the
-// difference does not; so may the two nibbles' sum.
-template <class Set, int Planes, bool Zeros>
-MQ_INLINE typename Set::Floats centred(const int32_t *sums, const int32_t *zero, int32_t token_sum,
-                                       int at)
+// One register of float32(sum of the header), from output `at` of a block on. Its integers are
+// unsigned, because what is subtracted may pass 2^31 where the difference does not; so may the two
+// nibbles' sum.
+template <class Set, int Planes, Terms Which>
+MQ_INLINE typename Set::Floats centred(const int32_t *sums, const OutputValues &values,
+                                       int64_t span, TokenValues token, int at)
 {
     using Words = typename Set::Words;
     const int32_t *const low = sums + at / Set::outputs * Planes * Set::outputs + at % Set::outputs;
     Words both = load_vector<Words>(low);
     if (Planes == 2)
         both += 16 * load_vector<Words>(low + Set::outputs);
-    if (Zeros)
-        both -= load_vector<Words>(zero + at) * uint32_t(token_sum);
+    const int64_t of_span = span * Shape<Set>::lanes + at;
+    if (Which == Terms::OFFSET)
+        both -= uint32_t(token.sum) * (Planes == 2 ? 128 : 8);
     else
-        both -= uint32_t(token_sum) * (Planes == 2 ? 128 : 8);
+        both -= load_vector<Words>(values.zero + of_span) * uint32_t(token.sum);
+    if (Which == Terms::TOKEN_ZEROS)
+        both -= load_vector<Words>(values.weight_sum + of_span) * uint32_t(token.zero);
     return __builtin_convertvector(reinterpret_vector<typename Set::Integers>(both),
                                    typename Set::Floats);
 }
 
-// A finished group: the sums of one token times the group's steps are the first, or are added.
-template <class Set, int Planes, bool Zeros>
-MQ_INLINE void add_group(const int32_t *sums, const OutputValues &values, int64_t group,
-                         int32_t token_sum, float *floats)
+// A finished span: the sums of one token times the span's steps are the first, or are added.
+template <class Set, int Planes, Terms Which>
+MQ_INLINE void add_span(const int32_t *sums, const OutputValues &values, int64_t span,
+                        TokenValues token, float *floats)
 {
     using Floats = typename Set::Floats;
     constexpr int lanes = Shape<Set>::lanes;
-    const float *const step = values.step + group * lanes;
-    const int32_t *const zero = Zeros ? values.zero + group * lanes : nullptr;
+    const float *const step = values.step + span * lanes;
     for (int i = 0; i < lanes / Planes; i += Set::width) {
-        Floats sum =
-            centred<Set, Planes, Zeros>(sums, zero, token_sum, i) * load_vector<Floats>(step + i);
-        if (group > 0)
+        Floats sum = centred<Set, Planes, Which>(sums, values, span, token, i) *
+                     load_vector<Floats>(step + i);
+        if (span > 0)
             sum = load_vector<Floats>(floats + i) + sum;
         store_vector(sum, floats + i);
     }
 }
 
-template <class Set, int Planes, bool Zeros>
-MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, int32_t token_sum,
+template <class Set, int Planes, Terms Which>
+MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, TokenValues token,
                           float token_step, float *y)
 {
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
-        const Floats scaled = centred<Set, Planes, Zeros>(sums, values.zero, token_sum, i) *
+        const Floats scaled = centred<Set, Planes, Which>(sums, values, 0, token, i) *
                               token_step * load_vector<Floats>(values.step + i);
-        store_vector<Floats>(scaled + load_vector<Floats>(values.bias + i), y + i);
+        store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }
 
@@ -129,7 +161,7 @@ MQ_INLINE void scale_floats(const float *floats, const OutputValues &values, flo
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
         const Floats scaled = load_vector<Floats>(floats + i) * token_step;
-        store_vector<Floats>(scaled + load_vector<Floats>(values.bias + i), y + i);
+        store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }
 

@@ -33,26 +33,60 @@ template <class Set> struct Shape {
     int64_t outputs;  // of a block
     int64_t blocks;
     int64_t channels;  // k, padded
-    int64_t span;      // channels that share a step
-    int64_t groups;
+    const int32_t *ends;  // of the spans, or null
+    int64_t spans;
 
-    Shape(int64_t n, int64_t k, int64_t group, int weight_bits) : n(n), k(k)
+    Shape(int64_t n, int64_t k, int weight_bits, const int32_t *ends = nullptr, int64_t spans = 1)
+        : n(n), k(k), ends(ends), spans(spans)
     {
         planes = weight_bits == 8 ? 2 : 1;
         outputs = lanes / planes;
         blocks = ceil_div(n, outputs);
         channels = round_up(k, 8);
-        span = group ? group : channels;
-        groups = ceil_div(channels, span);
     }
 
     int32_t offset() const { return planes == 2 ? 128 : 8; }
     int64_t block_bytes() const { return channels * lanes / 2; }
+
+    // Channels of a span; the last one's padding is its own where products are summed.
+    int64_t begin(int64_t span) const { return span ? ends[span - 1] : 0; }
+    int64_t end(int64_t span) const { return span + 1 < spans ? ends[span] : k; }
+    int64_t padded_end(int64_t span) const { return span + 1 < spans ? ends[span] : channels; }
+
+    // The span of a channel.
+    int64_t span_of(int64_t channel) const
+    {
+        int64_t low = 0, high = spans - 1;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (channel < ends[middle])
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        return low;
+    }
+
+    // The longest run of channels of which every span but the last one is a multiple.
+    int64_t unit() const
+    {
+        if (spans == 1)
+            return channels;
+        int64_t unit = ends[0];
+        for (int64_t span = 1; span + 1 < spans; ++span) {
+            for (int64_t rest = ends[span]; rest;) {
+                const int64_t next = unit % rest;
+                unit = rest;
+                rest = next;
+            }
+        }
+        return unit;
+    }
 };
 
-template <class Set> int64_t linear_bytes(int64_t n, int64_t k, int64_t group, int weight_bits)
+template <class Set> int64_t linear_bytes(int64_t n, int64_t k, int weight_bits)
 {
-    const Shape<Set> shape(n, k, group, weight_bits);
+    const Shape<Set> shape(n, k, weight_bits);
     return shape.blocks * shape.block_bytes();
 }
 
@@ -89,10 +123,9 @@ void pack_block(const int8_t *codes, const Shape<Set> &shape, int64_t block, uin
 }
 
 template <class Set>
-void linear_pack(const int8_t *codes, int64_t n, int64_t k, int64_t group, int weight_bits,
-                 uint8_t *packed)
+void linear_pack(const int8_t *codes, int64_t n, int64_t k, int weight_bits, uint8_t *packed)
 {
-    const Shape<Set> shape(n, k, group, weight_bits);
+    const Shape<Set> shape(n, k, weight_bits);
 #pragma omp parallel for schedule(static) if (n * k > 1 << 16)
     for (int64_t block = 0; block < shape.blocks; ++block) {
         pack_block(codes, shape, block, packed + block * shape.block_bytes());

@@ -24,12 +24,12 @@ template <class Set> void prepare_tile(const Plan<Set> &plan, int64_t tile, int8
 {
     const LinearArguments &a = plan.a;
     const int64_t row = plan.tiles.begin(tile), rows = plan.tiles.size(tile);
-    const int64_t channels = plan.shape.channels, groups = plan.shape.groups;
+    const int64_t channels = plan.shape.channels, spans = plan.shape.spans;
     const int8_t *const codes = a.codes + (plan.first_row + row) * a.stride;
     if (gathered)
         gather_of<Set>(rows)(codes, a.stride, a.k, channels, gathered + row * channels);
     for (int64_t r = 0; r < rows; ++r)
-        sum_token(codes + r * a.stride, plan.shape, plan.token_sums + (row + r) * groups);
+        sum_token(codes + r * a.stride, plan.shape, plan.token_sums + (row + r) * spans);
 }
 
 // One allocation for all threads: gathered activations, their sums, each thread's scratch.
@@ -38,7 +38,7 @@ template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
     Arena shared = {nullptr, 0}, own = {nullptr, 0};
     const int64_t gathered_bytes = plan.gathers() ? plan.tiles.rows * plan.shape.channels : 0;
     shared.take<int8_t>(gathered_bytes);
-    shared.take<int32_t>(plan.tiles.rows * plan.shape.groups);
+    shared.take<int32_t>(plan.tiles.rows * plan.shape.spans);
     Scratch<Set>(own, plan);
     const int64_t bytes = shared.used + plan.threads * own.used;
     uint8_t *const memory = static_cast<uint8_t *>(aligned_alloc(64, size_t(bytes)));
@@ -48,7 +48,7 @@ template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
     int8_t *const taken = arena.take<int8_t>(gathered_bytes);
     int8_t *const gathered = plan.gathers() ? taken : nullptr;
     plan.activations = gathered ? gathered : plan.a.codes + plan.first_row * plan.a.stride;
-    plan.token_sums = arena.take<int32_t>(plan.tiles.rows * plan.shape.groups);
+    plan.token_sums = arena.take<int32_t>(plan.tiles.rows * plan.shape.spans);
 #pragma omp parallel num_threads(int(plan.threads)) if (plan.threads > 1)
     {
         Arena part = {memory + shared.used + thread_index() * own.used, 0};

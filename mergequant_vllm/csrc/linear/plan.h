@@ -5,8 +5,8 @@
 //
 //   weights  [run_channels][lanes]               one block's, unpacked; only with many tokens
 //   sums     [task_blocks][tokens][lanes] int32
-//   floats   likewise, float32                   only with groups
-//   values   [task_blocks], with their arrays    steps, zero points, biases of the outputs
+//   floats   likewise, float32                   only with spans
+//   values   [task_blocks], with their arrays    steps, zero points, constants of the outputs
 
 #pragma once
 
@@ -79,7 +79,7 @@ template <class Set> struct Plan {
     int32_t *token_sums;
 
     Plan(const LinearArguments &arguments, int64_t first_row, int64_t rows)
-        : a(arguments), shape(a.n, a.k, a.group, a.weight_bits), first_row(first_row), tiles(rows)
+        : a(arguments), shape(a.n, a.k, a.weight_bits, a.span_ends, a.spans), first_row(first_row), tiles(rows)
     {
         threads = rows * a.k * a.n < SERIAL_WORK ? 1 : thread_count();
         unpacks = tiles.count > NIBBLE_TILES;
@@ -91,11 +91,11 @@ template <class Set> struct Plan {
         row_parts = threads > 1 ? smaller(wanted, tiles.count) : 1;
     }
 
-    // Whole groups, where they are small enough: their sums need not be kept.
+    // Whole spans, where they are small enough: their sums need not be kept.
     int64_t unpacked_channels() const
     {
-        const int64_t most = smaller(UNPACKED_CHANNELS, shape.channels);
-        return shape.span <= most ? most / shape.span * shape.span : most;
+        const int64_t most = smaller(UNPACKED_CHANNELS, shape.channels), unit = shape.unit();
+        return unit <= most ? most / unit * unit : most;
     }
 
     // One token's codes are their own tile, unless they are to be padded.
@@ -116,19 +116,22 @@ template <class Set> struct Scratch {
     {
         constexpr int lanes = Shape<Set>::lanes;
         const int64_t outputs = plan.task_blocks * plan.most_part_rows() * lanes;
-        const int64_t of_groups = plan.shape.groups * lanes;
+        const int64_t of_spans = plan.shape.spans * lanes;
         weights = arena.take<uint8_t>(plan.unpacks ? plan.run_channels * lanes : 0);
         sums = arena.take<int32_t>(outputs);
-        floats = arena.take<float>(plan.a.group ? outputs : 0);
+        floats = arena.take<float>(plan.a.span_ends ? outputs : 0);
         values = arena.take<OutputValues>(plan.task_blocks);
-        float *const steps = arena.take<float>(plan.task_blocks * of_groups);
-        int32_t *const zeros = arena.take<int32_t>(plan.task_blocks * of_groups);
-        float *const biases = arena.take<float>(plan.task_blocks * lanes);
+        float *const steps = arena.take<float>(plan.task_blocks * of_spans);
+        int32_t *const zeros = arena.take<int32_t>(plan.task_blocks * of_spans);
+        int32_t *const weight_sums =
+            arena.take<int32_t>(plan.a.token_zero ? plan.task_blocks * of_spans : 0);
+        float *const constants = arena.take<float>(plan.task_blocks * lanes);
         if (!arena.base)
             return;
         for (int64_t block = 0; block < plan.task_blocks; ++block) {
-            values[block] = {steps + block * of_groups, zeros + block * of_groups,
-                             biases + block * lanes, 0, 0};
+            values[block] = {steps + block * of_spans, zeros + block * of_spans,
+                             plan.a.token_zero ? weight_sums + block * of_spans : nullptr,
+                             constants + block * lanes, 0, 0};
         }
     }
 };

@@ -58,7 +58,15 @@ template <class Set, int Planes> struct Task {
 
     const int32_t *token_sums(int64_t row) const
     {
-        return plan.token_sums + (first_row + row) * plan.shape.groups;
+        return plan.token_sums + (first_row + row) * plan.shape.spans;
+    }
+
+    int64_t token_of(int64_t row) const { return plan.first_row + first_row + row; }
+
+    TokenValues token_values(int64_t row, int64_t span) const
+    {
+        const int32_t *const zeros = plan.a.token_zero;
+        return {token_sums(row)[span], zeros ? zeros[token_of(row)] : 0};
     }
 
     void run_block(int64_t block, int64_t begin, int64_t end) const
@@ -73,7 +81,7 @@ template <class Set, int Planes> struct Task {
             run_tile(tile, block, weights, begin, end);
     }
 
-    // One tile of tokens by one block, from channel `begin` to `end`, group by group.
+    // One tile of tokens by one block, from channel `begin` to `end`, span by span.
     void run_tile(int64_t tile, int64_t block, const uint8_t *weights, int64_t begin,
                   int64_t end) const
     {
@@ -84,37 +92,33 @@ template <class Set, int Planes> struct Task {
         const Tile kernel = plan.unpacks ? tile_of<Set, false>(size) : tile_of<Set, true>(size);
         const int64_t bytes_of_pair = (plan.unpacks ? 8 : 4) * lanes;
         const int64_t run = Set::run(plan.a.activation_bits);
+        int64_t span = shape.span_of(begin);
         for (int64_t channel = begin; channel < end;) {
-            const int64_t group = channel / shape.span;
-            const int64_t last = smaller((group + 1) * shape.span, shape.channels);
-            const int64_t stop = smaller(end, last);
+            const int64_t last = shape.padded_end(span), stop = smaller(end, last);
             kernel(activations + channel * size, weights + (channel - begin) / 8 * bytes_of_pair,
-                   (stop - channel) / 8, run, channel == group * shape.span, sums(block, row));
-            if (plan.a.group && stop == last)
-                finish_group(block, row, size, group);
+                   (stop - channel) / 8, run, channel == shape.begin(span), sums(block, row));
+            if (plan.a.span_ends && stop == last)
+                finish_span(block, row, size, span);
             channel = stop;
+            ++span;
         }
     }
 
-    void finish_group(int64_t block, int64_t row, int64_t size, int64_t group) const
+    void finish_span(int64_t block, int64_t row, int64_t size, int64_t span) const
     {
         const OutputValues &values = scratch.values[block];
-        if (values.zero) {
+        with_terms(terms_of(plan.a), [&](auto terms) {
             for (int64_t r = row; r < row + size; ++r)
-                add_group<Set, Planes, true>(sums(block, r), values, group, token_sums(r)[group],
-                                             floats(block, r));
-        } else {
-            for (int64_t r = row; r < row + size; ++r)
-                add_group<Set, Planes, false>(sums(block, r), values, group, token_sums(r)[group],
-                                              floats(block, r));
-        }
+                add_span<Set, Planes, terms.value>(sums(block, r), values, span,
+                                                   token_values(r, span), floats(block, r));
+        });
     }
 
     // The outputs of all blocks of one token, so that they are written in one piece.
     void finish(int64_t row) const
     {
         const LinearArguments &a = plan.a;
-        const int64_t token = plan.first_row + first_row + row;
+        const int64_t token = token_of(row);
         const float token_step = a.token_step ? a.token_step[token] : 1.0f;
         const int64_t row_bytes = a.n * element_bytes(a.type);
         uint8_t *const outputs = static_cast<uint8_t *>(a.y) + token * row_bytes;
@@ -123,14 +127,13 @@ template <class Set, int Planes> struct Task {
         for (int64_t block = 0; block < blocks; ++block) {
             const OutputValues &values = scratch.values[block];
             float y[lanes];
-            if (a.group)
+            if (a.span_ends)
                 scale_floats<Set, Planes>(floats(block, row), values, token_step, y);
-            else if (values.zero)
-                scale_sums<Set, Planes, true>(sums(block, row), values, *token_sums(row),
-                                              token_step, y);
             else
-                scale_sums<Set, Planes, false>(sums(block, row), values, *token_sums(row),
-                                               token_step, y);
+                with_terms(terms_of(a), [&](auto terms) {
+                    scale_sums<Set, Planes, terms.value>(sums(block, row), values,
+                                                         token_values(row, 0), token_step, y);
+                });
             store_outputs<Set, Planes>(y, values, a.type, outputs);
         }
     }

@@ -1,5 +1,4 @@
-// Vectors of the compilers' own, and the element types of outputs and biases: float32 to bfloat16
-// and float16, and the loading of any.
+// Vectors of the compilers' own, and the element types of outputs: float32 to bfloat16 and float16.
 //
 // Rounded once, half to even, subnormal results and infinities included; NaN stays NaN. All by
 // integers and by sums of float32, equal on every processor.
@@ -102,14 +101,5 @@ inline uint16_t to_float16(float x)
 }
 
 inline int64_t element_bytes(int type) { return type == MQ_FLOAT32 ? 4 : 2; }
-
-inline float load_element(const void *from, int64_t index, int type)
-{
-    if (type == MQ_FLOAT32)
-        return static_cast<const float *>(from)[index];
-    const uint16_t half = static_cast<const uint16_t *>(from)[index];
-    return type == MQ_BFLOAT16 ? rows::BFloat16::value(int16_t(half))
-                               : rows::Float16::value(int16_t(half));
-}
 
 }  // namespace

@@ -40,6 +40,13 @@ inline void round_products(const float *__restrict x, float factor, CodeRange ra
         codes[i] = round_to_code(x[i] * factor, range);
 }
 
+inline void round_products_and_sums(const float *__restrict x, float factor, float added,
+                                    CodeRange range, int64_t count, int8_t *__restrict codes)
+{
+    for (int64_t i = 0; i < count; ++i)
+        codes[i] = round_to_code(x[i] * factor + added, range);
+}
+
 inline void round_sums(const float *__restrict x, const float *__restrict offset, CodeRange range,
                        int64_t count, int8_t *__restrict codes)
 {

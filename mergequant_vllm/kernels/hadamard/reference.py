@@ -1,10 +1,15 @@
-"""Definition of the online block-diagonal Hadamard rotation (R4; method: rotation).
+"""Definition of the online rotations: block-diagonal Hadamard (R4) and across heads (o's input).
 
 Each run of `block` channels is multiplied by the orthonormal Sylvester matrix H / sqrt(block),
 H[i, j] = (-1)^popcount(i & j). Block-diagonal, so that a tensor-parallel shard of whole blocks
 rotates by itself.
+
+Across heads, the input [..., h * d] of o is multiplied by M kron I_d: each channel of a head is
+mixed with the same channel of the other heads, M = Hartley(odd) kron Sylvester(2^k) being
+orthonormal of size h = odd * 2^k. A tensor-parallel shard mixes only its own heads.
 """
 
+import functools
 import math
 
 import torch
@@ -28,7 +33,7 @@ def rotate_by_matrix(x: Tensor, block: int) -> Tensor:
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """The fast Walsh-Hadamard form that every kernel follows, operation for operation.
+    """Return the fast Walsh-Hadamard form that every kernel follows, operation for operation.
 
     Stage by stage, distance 1, 2, 4, ..., block/2, each pair (a, b) becomes (a + b, a - b); then
     every value is multiplied by float32(1 / sqrt(block)). Each step rounds in float32.
@@ -40,11 +45,78 @@ def rotate(x: Tensor, block: int) -> Tensor:
     Returns:
         float32 [..., K].
     """
+    return _butterflies(x, 1, block) * (1 / math.sqrt(block))
+
+
+def _butterflies(x: Tensor, distance: int, block: int) -> Tensor:
+    """Return x [..., K] after the stages of `distance`, 2 * distance, ... below `block`."""
     shape = x.shape
-    distance = 1
     while distance < block:
         pairs = x.reshape(*shape[:-1], shape[-1] // (2 * distance), 2, distance)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2)
         distance *= 2
-    return x.reshape(shape) * (1 / math.sqrt(block))
+    return x.reshape(shape)
+
+
+def hartley_matrix(size: int) -> Tensor:
+    """Return the orthonormal Hartley transform: (cos a + sin a) / sqrt(n), a = 2 pi i j / n.
+
+    float64 [size, size]; symmetric, its own inverse. No entry is 0 for an odd size.
+    """
+    index = torch.arange(size)
+    # The product is reduced while it is an integer: large angles lose digits.
+    angle = (2 * math.pi / size) * (torch.outer(index, index) % size).to(torch.float64)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)
+
+
+@functools.cache
+def _odd_factor(size: int, device: torch.device) -> Tensor:
+    """Return `hartley_matrix` in float32 on a device, where CUDA graphs may read it again."""
+    with torch.inference_mode(False):  # whoever asks first, all may take gradients through it
+        return hartley_matrix(size).to(device=device, dtype=torch.float32)
+
+
+def heads_matrix(heads: int) -> Tensor:
+    """Return what mixes `heads` = odd * 2^k heads: Hartley(odd) kron Sylvester(2^k), float64."""
+    block = heads & -heads
+    return torch.kron(hartley_matrix(heads // block), hadamard_matrix(block))
+
+
+def mix_heads_by_matrix(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Return each run of h * d channels times M kron I_d, M = `heads_matrix(h)`: float64, slow."""
+    mixing = torch.kron(heads_matrix(heads[0]), torch.eye(heads[1], dtype=torch.float64))
+    runs = x.to(torch.float64).reshape(*x.shape[:-1], -1, len(mixing))
+    return (runs @ mixing.to(x.device)).reshape(x.shape)
+
+
+def mix_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Return the heads of x mixed with one another, channel by channel of a head.
+
+    The power of two goes as in `rotate`, at distances d, 2 d, ... and with its last product; then,
+    where h has an odd factor, each run i of 2^k heads becomes
+
+        x_0 * H[0, i] + x_1 * H[1, i] + ...,  H = float32(hartley_matrix(odd)),
+
+    from the left. Every product and every sum rounds in float32 by itself, so that the bits are
+    the same on every device; no compiler may contract them (`hadamard.operator`).
+
+    Args:
+        x: [..., K], any floating dtype, K a multiple of h * d; each run of so many channels is
+            mixed by itself. Of a tensor-parallel rank, its own heads.
+        heads: h and d.
+
+    Returns:
+        float32 [..., K].
+    """
+    count, width = heads
+    block = count & -count
+    z = _butterflies(x.to(torch.float32), width, width * block) * (1 / math.sqrt(block))
+    if count == block:
+        return z
+    runs = z.reshape(*x.shape[:-1], -1, count // block, block * width)
+    mixing = _odd_factor(count // block, x.device)
+    y = runs[..., :1, :] * mixing[0, :, None]
+    for i in range(1, count // block):
+        y = y + runs[..., i : i + 1, :] * mixing[i, :, None]
+    return y.reshape(x.shape)

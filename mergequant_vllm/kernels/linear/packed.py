@@ -16,15 +16,19 @@ class PackedLinear(PreparedLinear):
         stored: the linear, for its constants.
         weight: packed codes.
         weight_step: float32.
-        zero_points: or None.
-        operator: called with the codes, these tensors, the token's step and the constant, and
-            `form`.
+        zero_points: int8, or None.
+        weight_sums: int32, what a token's zero point is multiplied by, or None.
+        spans: int32, where the spans of the weight steps end, or None.
+        operator: called with the codes, these tensors, the token's step and zero point, the
+            constant, and `form`.
         form: the operator's other arguments, the output's dtype last.
     """
 
     weight: Tensor
     weight_step: Tensor
     zero_points: Tensor | None
+    weight_sums: Tensor | None
+    spans: Tensor | None
 
     def __init__(
         self,
@@ -33,6 +37,8 @@ class PackedLinear(PreparedLinear):
         weight: Tensor,
         weight_step: Tensor,
         zero_points: Tensor | None,
+        weight_sums: Tensor | None,
+        spans: Tensor | None,
         operator: Callable[..., Any],
         form: tuple[Any, ...],
     ) -> None:
@@ -41,6 +47,8 @@ class PackedLinear(PreparedLinear):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_step", weight_step)
         self.register_buffer("zero_points", zero_points)
+        self.register_buffer("weight_sums", weight_sums)
+        self.register_buffer("spans", spans)
         self.keep_constants(stored)
         self._operator = operator
         self._form = form
@@ -54,7 +62,10 @@ class PackedLinear(PreparedLinear):
             self.weight,
             self.weight_step,
             self.zero_points,
+            self.weight_sums,
+            self.spans,
             token_step,
+            token_zero,
             self.constant(add_bias),
             *self._form,
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
 from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.linear.triton.kernel import interpreted
 from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
@@ -134,6 +135,11 @@ class TokenQuantizer(nn.Module):
         clip: float32 [1].
         hadamard: block of the rotation, or None.
         zero_points: codes have a zero point per token.
+        heads: heads of the input and their width, where they are mixed first (definition:
+            `hadamard.reference.mix_heads`); None: they are not.
+
+    Raises:
+        ValueError: a number of heads or a width is below 1.
     """
 
     clip: Tensor
@@ -144,8 +150,12 @@ class TokenQuantizer(nn.Module):
         clip: Tensor,
         hadamard: int | None,
         zero_points: bool = False,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if heads is not None and min(heads) < 1:
+            raise ValueError(f"{heads[0]} heads of {heads[1]} channels cannot be mixed")
+        self.heads = heads
         self.form = form
         self.hadamard = hadamard
         self.zero_points = zero_points
@@ -154,6 +164,8 @@ class TokenQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [..., K] to codes [..., columns], steps float32 [..., 1] and zeros int32 or None."""
         form = self.form
+        if self.heads is not None:
+            x = mix_heads_opaque(x, *self.heads)
         codes, step, zero = self._source().token_codes(
             x,
             self.clip,

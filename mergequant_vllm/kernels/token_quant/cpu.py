@@ -21,18 +21,17 @@ def token_codes(
     """As `reference.token_codes`, in layout INT8 alone."""
     if layout is not CodeLayout.INT8:
         raise ValueError(f"The native quantizer writes int8 codes, not {layout.value}.")
-    if zero_points:
-        raise ValueError("The native quantizer writes no zero points yet.")
-    codes, step = token_quant_native(x, clip, bits, hadamard or 0, columns or x.shape[-1])
-    return codes, step, None
+    columns = columns or x.shape[-1]
+    codes, step, zero = token_quant_native(x, clip, bits, hadamard or 0, columns, zero_points)
+    return codes, step, zero if zero_points else None
 
 
 def _token_quant(
-    x: Tensor, clip: Tensor, bits: int, block: int, columns: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, clip: Tensor, bits: int, block: int, columns: int, zero_points: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, steps and zero points; without zero points an empty tensor stands for them."""
+    codes, step, zero = _fake(x, clip, bits, block, columns, zero_points)
     rows = as_rows(x, alignment=1)
-    codes = x.new_empty((*x.shape[:-1], columns), dtype=torch.int8)
-    step = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     if rows.shape[0]:
         native.call(
             "mq_token_quant",
@@ -47,13 +46,18 @@ def _token_quant(
             codes.data_ptr(),
             columns,
             step.data_ptr(),
+            zero.data_ptr() if zero_points else None,
         )
-    return codes, step
+    return codes, step, zero
 
 
-def _fake(x: Tensor, clip: Tensor, bits: int, block: int, columns: int) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, clip: Tensor, bits: int, block: int, columns: int, zero_points: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty((*x.shape[:-1], columns), dtype=torch.int8)
-    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    step = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    zeros = (*x.shape[:-1], 1) if zero_points else (0,)
+    return codes, step, x.new_empty(zeros, dtype=torch.int32)
 
 
 token_quant_native = define_operator("token_quant_native", _token_quant, _fake)

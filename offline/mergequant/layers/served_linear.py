@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.hadamard.reference import mix_heads
 from mergequant_vllm.kernels.linear.reference import centre, integer_linear
 from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.norm_round.reference import static_codes
@@ -99,8 +100,6 @@ class ServedLinear(nn.Module):
             return Codes(static_codes(x, bits, layout, index=self.index, offset=self.offset))
         assert self.clip is not None
         if dynamic.heads is not None:
-            from mergequant_vllm.kernels.hadamard.reference import mix_heads
-
             x = mix_heads(x.to(torch.float32), dynamic.heads)
         return Codes(
             *token_codes(

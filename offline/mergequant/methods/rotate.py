@@ -6,13 +6,17 @@ folded into the readers first) because R keeps the mean square; it would not hol
 whose mean was removed. Everything here is float64.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.hadamard.reference import hadamard_matrix, rotate
+from mergequant_vllm.kernels.hadamard.reference import (
+    hadamard_matrix,
+    hartley_matrix,
+    mix_heads,
+    rotate,
+)
 
 LARGEST_BLOCK = 128  # divides every Llama's intermediate size
 _LARGEST_FACTOR = 64  # two of them rotate 4096 channels in a sixth of a full matrix's time
@@ -72,8 +76,6 @@ class OnlineRotation:
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [..., K] to the same."""
         if self.heads is not None:
-            from mergequant_vllm.kernels.hadamard.reference import mix_heads
-
             x = mix_heads(x, self.heads)
         return x if self.hadamard is None else rotate(x, self.hadamard)
 
@@ -117,17 +119,6 @@ def hadamard_block(width: int, most: int = LARGEST_BLOCK) -> int:
     while block > most:
         block //= 2
     return block
-
-
-def hartley_matrix(size: int) -> Tensor:
-    """Discrete Hartley transform, orthonormal: (cos a + sin a) / sqrt(n), a = 2 pi i j / n.
-
-    float64 [size, size]; symmetric, its own inverse. No entry is 0 for an odd size.
-    """
-    index = torch.arange(size)
-    # The product is reduced while it is an integer: large angles lose digits.
-    angle = (2 * math.pi / size) * (torch.outer(index, index) % size).to(torch.float64)
-    return (angle.cos() + angle.sin()) / math.sqrt(size)
 
 
 def rotate_writer(tensor: Tensor, rotation: Orthogonal) -> Tensor:

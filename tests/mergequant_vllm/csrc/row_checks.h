@@ -33,14 +33,44 @@ struct RowCase {
     float size;
 };
 
-inline bool token_quant_passes(const RowCase &c, int64_t block, float clip, int isa, Random &random)
+// Step and, if asked, zero point of a row.
+struct TokenScale {
+    float step, zero;
+};
+
+inline TokenScale scale_of(const std::vector<float> &row, float clip, int bits, bool zero_points)
+{
+    float low = 0, high = 0;
+    for (const float value : row) {
+        low = fminf(low, value);
+        high = fmaxf(high, value);
+    }
+    const float smallest_step = ldexpf(1, -100);
+    if (!zero_points) {
+        float step = fmaxf(-low, high) * clip;
+        step *= float(1.0 / highest(bits));
+        return {fmaxf(step, smallest_step), 0};
+    }
+    float step = high - low;
+    step *= clip;
+    step *= float(1.0 / ((1 << bits) - 1));
+    step = fmaxf(step, smallest_step);
+    const float inverse = 1.0f / step;
+    float below = low * clip;
+    below *= inverse;
+    return {step, float(code_of(float(lowest(bits)) - below, bits))};
+}
+
+inline bool token_quant_passes(const RowCase &c, int64_t block, float clip, bool zero_points, int isa,
+                               Random &random)
 {
     const int64_t stride = c.k + c.gap, columns = c.k + c.padding;
     const auto x = reals(random, (c.m - 1) * stride + c.k, c.type, c.size);
     std::vector<int8_t> codes(size_t(c.m * columns), 99);
     std::vector<float> steps(size_t(c.m), NAN);
+    std::vector<int32_t> zeros(size_t(c.m), 99);
     if (mq_token_quant(isa, x.data(), c.type, stride, c.m, c.k, &clip, c.bits, block, codes.data(),
-                       columns, steps.data()))
+                       columns, steps.data(), zero_points ? zeros.data() : nullptr))
         return false;
     for (int64_t token = 0; token < c.m; ++token) {
         std::vector<float> row;
@@ -48,17 +78,18 @@ inline bool token_quant_passes(const RowCase &c, int64_t block, float clip, int 
             row.push_back(read(x.data(), token * stride + i, c.type));
         if (block)
             rotate(row, block);
-        float largest = 0;
-        for (const float value : row)
-            largest = fmaxf(largest, fabsf(value));
-        float step = largest * clip;
-        step *= float(1.0 / highest(c.bits));
-        step = fmaxf(step, ldexpf(1, -100));
-        if (!same(steps[size_t(token)], step))
+        const TokenScale scale = scale_of(row, clip, c.bits, zero_points);
+        if (!same(steps[size_t(token)], scale.step))
             return false;
-        const float inverse = 1.0f / step;
+        if (zeros[size_t(token)] != (zero_points ? int32_t(scale.zero) : 99))
+            return false;
+        const float inverse = 1.0f / scale.step;
         for (int64_t i = 0; i < columns; ++i) {
-            const int8_t wanted = i < c.k ? code_of(row[size_t(i)] * inverse, c.bits) : int8_t(0);
+            int8_t wanted = 0;
+            if (i < c.k) {
+                const float product = row[size_t(i)] * inverse;
+                wanted = code_of(product + scale.zero, c.bits);
+            }
             if (codes[size_t(token * columns + i)] != wanted)
                 return false;
         }
@@ -127,9 +158,10 @@ inline void check_rows(int isa, Tally &tally)
                         random.coin() * random.between(1, 70),
                         random.one_of<float>({0.0f, 1e-42f, 1e-3f, 1.0f, 300.0f, 1e30f})};
         const float clip = random.coin() ? 1.0f : 0.5f + 0.4f * fabsf(random.real(1.0f));
-        tally.note(token_quant_passes(c, block, clip, isa, random),
-                   "%s: token quantization m %d k %d type %d bits %d block %d size %g", name,
-                   int(c.m), int(c.k), c.type, c.bits, int(block), double(c.size));
+        const bool zero_points = random.coin();
+        tally.note(token_quant_passes(c, block, clip, zero_points, isa, random),
+                   "%s: token quantization m %d k %d type %d bits %d block %d size %g zero points %d",
+                   name, int(c.m), int(c.k), c.type, c.bits, int(block), double(c.size), zero_points);
         const bool gathers = random.coin(), shifts = random.coin();
         tally.note(static_round_passes(c, gathers, shifts, isa, random),
                    "%s: static rounding m %d k %d type %d bits %d index %d offset %d size %g", name,

@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.hadamard.reference import hadamard_matrix, rotate, rotate_by_matrix
+from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
+from mergequant_vllm.kernels.hadamard.reference import (
+    hadamard_matrix,
+    hartley_matrix,
+    heads_matrix,
+    mix_heads,
+    mix_heads_by_matrix,
+    rotate,
+    rotate_by_matrix,
+)
+from mergequant_vllm.kernels.selection.quantizers import CodeForm, TokenQuantizer
+from mergequant_vllm.kernels.token_quant.reference import token_codes
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -139,3 +151,66 @@ def test_triton_equals_the_butterfly(
     )
     expected = rotate(x, block)
     assert torch.equal(out.cpu().nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
+
+
+HEADS = [(1, 5), (2, 3), (3, 4), (4, 64), (5, 1), (7, 8), (12, 16), (28, 4), (32, 128), (40, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 15])
+def test_hartleys_matrix_is_symmetric_orthonormal_and_dense(size: int) -> None:
+    matrix = hartley_matrix(size)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-15)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size, dtype=torch.float64))
+    assert matrix.ne(0).all()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads_are_mixed_as_the_matrix_does(heads: tuple[int, int]) -> None:
+    count, width = heads
+    x = random(3, 2, count * width).to(torch.float32)
+    y, exact = mix_heads(x, heads), mix_heads_by_matrix(x, heads)
+    assert y.dtype == torch.float32 and y.shape == x.shape
+    # A rounding a stage, two a term of the odd factor, and the factors' own.
+    roundings = 2 * math.log2(count & -count) + 2 * (count // (count & -count)) + 4
+    sums = x.double().abs().reshape(3, 2, count, width).sum(2).repeat(1, 1, count)
+    largest = heads_matrix(count).abs().max()
+    assert ((y - exact).abs() <= roundings * 2.0**-24 * sums * largest).all()
+    torch.testing.assert_close(mix_heads_by_matrix(exact, heads), x.double())
+
+
+def test_the_sums_of_heads_round_one_by_one() -> None:
+    """Against Python's own order of operations, value by value."""
+    x = random(2, 7 * 3).to(torch.float32)
+    mixing = hartley_matrix(7).to(torch.float32)
+    wanted = torch.empty_like(x)
+    for t in range(2):
+        for i in range(7):
+            for c in range(3):
+                total = x[t, c] * mixing[0, i]
+                for j in range(1, 7):
+                    total = total + x[t, 3 * j + c] * mixing[j, i]
+                wanted[t, 3 * i + c] = total
+    assert torch.equal(mix_heads(x, (7, 3)), wanted)
+    assert torch.equal(mix_heads(x.bfloat16(), (7, 3)), mix_heads(x.bfloat16().float(), (7, 3)))
+
+
+def test_a_power_of_two_of_heads_of_one_channel_is_the_rotation() -> None:
+    x = random(3, 16).to(torch.float32)
+    assert torch.equal(mix_heads(x, (16, 1)), rotate(x, 16))
+
+
+def test_heads_are_mixed_before_the_blocks_and_the_step() -> None:
+    x, clip = random(5, 24).to(torch.bfloat16), torch.tensor([0.9])
+    form = CodeForm(4, CodeLayout.INT8, 32, Writer.REFERENCE)
+    quantizer = TokenQuantizer(form, clip, 8, zero_points=True, heads=(3, 8))
+    wanted = token_codes(
+        mix_heads(x, (3, 8)), clip, 4, form.layout, hadamard=8, columns=32, zero_points=True
+    )
+    for found, expected in zip(quantizer(x), wanted, strict=True):
+        assert expected is not None and torch.equal(found, expected)
+    with pytest.raises(ValueError, match="0 heads of 8 channels"):
+        TokenQuantizer(form, clip, None, heads=(0, 8))
+
+
+def test_the_mixing_is_one_operator_to_a_compiler() -> None:
+    torch.library.opcheck(mix_heads_opaque, (random(3, 24).to(torch.bfloat16), 3, 8))

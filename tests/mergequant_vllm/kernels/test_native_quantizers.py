@@ -25,11 +25,13 @@ def random(*shape: int, scale: float = 5.0, seed: int = 0) -> Tensor:
 
 
 def check_tokens(x: Tensor, clip: float, bits: int, block: int | None, columns: int) -> None:
-    form = (x, torch.tensor([clip]), bits, INT8)
-    codes, step, _ = token_quant_native.token_codes(*form, hadamard=block, columns=columns)
-    slow_codes, slow_step, _ = token_quant.token_codes(*form, hadamard=block, columns=columns)
-    assert torch.equal(step, slow_step)
-    assert torch.equal(codes, slow_codes)
+    for zero_points in (False, True):
+        form = {"hadamard": block, "columns": columns, "zero_points": zero_points}
+        found = token_quant_native.token_codes(x, torch.tensor([clip]), bits, INT8, **form)
+        slow = token_quant.token_codes(x, torch.tensor([clip]), bits, INT8, **form)
+        assert (found[2] is not None) is zero_points
+        for mine, theirs in zip(found, slow, strict=True):
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,8 +59,9 @@ def test_the_rotation(block: int) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
 def test_tokens_of_any_size(scale: float) -> None:
-    x = random(3, 40, scale=1.0).clamp(-1, 1) * scale
+    x = random(6, 40, scale=1.0).clamp(-1, 1) * scale
     x[1] = 0.0
+    x[2], x[3], x[4] = x[2].abs(), -x[3].abs(), -0.0
     check_tokens(x, 0.9, 4, None, 40)
 
 
@@ -108,7 +111,8 @@ def test_other_layouts_are_refused() -> None:
 
 def test_the_operators_are_traced_by_the_compiler() -> None:
     x, clip = random(3, 64), torch.tensor([0.9])
-    torch.library.opcheck(token_quant_native.token_quant_native, (x, clip, 4, 16, 80))
+    torch.library.opcheck(token_quant_native.token_quant_native, (x, clip, 4, 16, 80, False))
+    torch.library.opcheck(token_quant_native.token_quant_native, (x, clip, 4, 16, 80, True))
     index = torch.arange(64, dtype=torch.int32)
     operator = norm_round_native.static_round_native
     torch.library.opcheck(operator, (x, index, torch.zeros(64), 4, 80))

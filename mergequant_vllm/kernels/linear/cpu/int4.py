@@ -12,12 +12,14 @@ from torch import Tensor
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout, Writer, as_rows
 from mergequant_vllm.kernels.linear import refusals
+from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
+from mergequant_vllm.kernels.linear.reference import weight_sums
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.torch_operator import define_operator
 from mergequant_vllm.packing import unpack
 
-LARGEST_K = 65536  # sums of longer rows may leave int32: 255 * 128 * 65536 < 2^31
+NIBBLE = 15  # the most that a weight is in the kernel's sums, where its own codes are narrower
 
 
 class CpuInt4Linear:
@@ -34,40 +36,33 @@ class CpuInt4Linear:
             return reason
         if spec.dtype not in native.TYPES:
             return f"it computes in float32, bfloat16 and float16, not {spec.dtype_name}"
-        if spec.segments is not None or spec.token_zero_points:
-            return refusals.segments(spec) or refusals.token_zero_points(spec)
-        if spec.in_features > LARGEST_K:
-            return f"it sums up to {LARGEST_K} channels and the layer has {spec.in_features}"
-        return native.refusal()
+        return refusals.sums(spec, exact_columns(spec, INT32, NIBBLE)) or native.refusal()
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """uint8 [bytes]."""
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
+        spans = spec.spans
+        ends = None if spans is None else torch.tensor([x.stop for x in spans], dtype=torch.int32)
         return PackedLinear(
             spec.in_features,
             stored,
-            pack_weight(codes, spec.weight_bits, spec.group_size),
+            pack_weight(codes, spec.weight_bits),
             stored.weight_step.contiguous(),
             stored.zero_points,
+            weight_sums(stored, spec),
+            ends,
             integer_linear_cpu,
-            (
-                spec.in_features,
-                spec.weight_bits,
-                spec.activation_bits,
-                spec.group_size,
-                spec.dtype,
-            ),
+            (spec.in_features, spec.weight_bits, spec.activation_bits, spec.dtype),
         )
 
 
-def pack_weight(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """Weight codes int8 [N, K] in the layout of the instruction set: uint8 [bytes]."""
+def pack_weight(codes: Tensor, bits: int) -> Tensor:
+    """Return weight codes int8 [N, K] in the layout of the instruction set: uint8 [bytes]."""
     rows, columns = codes.shape
-    form = (rows, columns, group_size or 0, bits)
-    size = native.library().mq_linear_bytes(native.current_isa(), *form)
+    size = native.library().mq_linear_bytes(native.current_isa(), rows, columns, bits)
     packed = torch.empty(size, dtype=torch.uint8)
     codes = codes.to(torch.int8).contiguous()
-    native.call("mq_linear_pack", codes.data_ptr(), *form, packed.data_ptr())
+    native.call("mq_linear_pack", codes.data_ptr(), rows, columns, bits, packed.data_ptr())
     return packed
 
 
@@ -76,12 +71,14 @@ def integer_linear(
     weight: Tensor,
     weight_step: Tensor,
     zero_points: Tensor | None,
+    weight_sums: Tensor | None,
+    span_ends: Tensor | None,
     token_step: Tensor | None,
-    bias: Tensor | None,
+    token_zero: Tensor | None,
+    constant: Tensor | None,
     in_features: int,
     weight_bits: int,
     activation_bits: int,
-    group_size: int | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The operator: opaque to torch.compile.
@@ -89,26 +86,28 @@ def integer_linear(
     Args:
         codes: int8 [..., columns], columns at least K; rows may be further apart.
         weight: uint8 [bytes], see `pack_weight`.
-        weight_step: float32 [N, groups], contiguous.
-        zero_points: int8 [N, groups], contiguous, or None.
+        weight_step: float32 [N, spans], contiguous.
+        zero_points: int8 [N, spans], contiguous, or None.
+        weight_sums: int32 [N, spans], contiguous; needed with token_zero.
+        span_ends: int32 [spans], the column behind each span; None: one step per output channel.
         token_step: float32 [..., 1] or None.
-        bias: [N] of `out_dtype`, or None.
+        token_zero: int32 [..., 1] or None.
+        constant: float32 [N], contiguous, or None.
         in_features: K.
         weight_bits: width of a weight code.
         activation_bits: width of an activation code.
-        group_size: inputs that share a step; None: all.
         out_dtype: dtype of the result.
 
     Returns:
         `out_dtype` [..., N].
     """
     rows = as_rows(codes, alignment=1)
-    outputs = weight_step.shape[0]
+    outputs, spans = weight_step.shape
     y = codes.new_empty((*codes.shape[:-1], outputs), dtype=out_dtype)
     if rows.shape[0] == 0:
         return y
     step = None if token_step is None else token_step.contiguous()
-    bias = None if bias is None else bias.to(out_dtype)
+    zero = None if token_zero is None else token_zero.contiguous()
     native.call(
         "mq_linear",
         rows.data_ptr(),
@@ -116,18 +115,25 @@ def integer_linear(
         rows.shape[0],
         weight.data_ptr(),
         weight_step.data_ptr(),
-        None if zero_points is None else zero_points.data_ptr(),
-        None if step is None else step.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(zero_points),
+        _address(weight_sums),
+        _address(step),
+        _address(zero),
+        _address(constant),
         y.data_ptr(),
         native.TYPES[out_dtype],
         outputs,
         in_features,
-        group_size or 0,
+        _address(span_ends),
+        spans,
         weight_bits,
         activation_bits,
     )
     return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _fake(codes: Tensor, weight: Tensor, weight_step: Tensor, *others: Any) -> Tensor:

@@ -63,6 +63,8 @@ class TritonLinear:
             # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
             groups_first(stored.weight_step, shape, -1),
             None if zeros is None else groups_first(zeros, shape, 0),
+            None,
+            None,
             integer_linear_triton,
             (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
         )

@@ -1,6 +1,8 @@
 """The native INT4 linear equals the definition, to the last bit, in every instruction set."""
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.linear.cpu.fp32 import CpuFp32Linear
 from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear, integer_linear_cpu
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
 from tests.mergequant_vllm.kernels.made import (
@@ -16,6 +19,7 @@ from tests.mergequant_vllm.kernels.made import (
     make_linear,
     make_spec,
     make_token_step,
+    make_token_zero,
     random_codes,
     run,
 )
@@ -97,6 +101,75 @@ def test_every_stored_form_equals_the_definition(
             assert torch.equal(prepared(x, given, None, bias), slow(x, given, None, bias))
 
 
+@pytest.mark.parametrize("weight_bits", [3, 4, 8])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("token_zero_points", [False, True], ids=["centred", "shifted"])
+def test_segments_token_zero_points_and_offsets_equal_the_definition(
+    weight_bits: int, activation_bits: int, zero_points: bool, token_zero_points: bool
+) -> None:
+    """Segments of one vector and of more than is unpacked at once, the last one short."""
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+    lengths: list[tuple[int, ...] | None]
+    lengths = [None, (107,), (64, 43), (32, 256, 64, 1), (1120, 32, 1088, 101), (2240, 101)]
+    for segments, group_size in [*((x, None) for x in lengths), (None, 32), (None, 96)]:
+        spec = make_spec(
+            in_features=sum(segments or (107,)),
+            out_features=43,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            zero_points=zero_points,
+            segments=segments,
+            group_size=group_size,
+            dynamic=True,
+            token_zero_points=token_zero_points,
+            dtype=next(dtypes),
+        )
+        made = make_linear(spec, bias=True, offset=True)
+        prepared, slow = (
+            KERNEL.prepare(made.stored, spec),
+            CpuFp32Linear().prepare(made.stored, spec),
+        )
+        for tokens in (1, 3, 17, 65):
+            x = random_codes(activation_bits, tokens, spec.in_features, seed=tokens)
+            step = make_token_step(tokens)
+            zero = make_token_zero(activation_bits, tokens) if token_zero_points else None
+            for bias in (False, True):
+                y = prepared(x, step, zero, bias)
+                assert torch.equal(y, slow(x.to(torch.float32), step, zero, bias))
+
+
+@pytest.mark.parametrize("segments", [None, (32768, 33)])
+def test_the_largest_sums_of_both_zero_points_do_not_overflow(
+    segments: tuple[int, ...] | None,
+) -> None:
+    """255 * 255 * 32801 < 2^31: every code and every zero point at an end of its range."""
+    k = 32801
+    spec = make_spec(
+        in_features=k,
+        out_features=3,
+        weight_bits=8,
+        activation_bits=8,
+        zero_points=True,
+        segments=segments,
+        dynamic=True,
+        token_zero_points=True,
+    )
+    assert KERNEL.refusal(spec) is None
+    for weight, activation in ((-128, -128), (-128, 127), (127, -128), (127, 127)):
+        codes = torch.full((3, k), weight, dtype=torch.int8)
+        zeros = torch.full((3, spec.groups), -1 - weight, dtype=torch.int8)
+        made = unscaled(make_linear(spec, codes=codes, zero_points=zeros))
+        for tokens in (1, 13):
+            x = torch.full((tokens, k), activation, dtype=torch.int8)
+            zero, step = torch.full((tokens, 1), -1 - activation), torch.ones(tokens, 1)
+            product = (2 * weight + 1) * (2 * activation + 1)
+            parts = [float(torch.tensor(float(product * n))) for n in segments or (k,)]
+            exact = torch.tensor(parts, dtype=torch.float32).sum()
+            y = run(KERNEL, made, x, step, zero=zero.to(torch.int32))
+            assert torch.equal(y, exact.expand(tokens, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-42, 1e-20, 1.0, 1e30, 3e38])
 def test_steps_of_any_size_are_multiplied_as_the_definition_does(
@@ -147,8 +220,8 @@ def test_the_operator_is_traced_by_the_compiler() -> None:
     prepared = KERNEL.prepare(made.stored, made.spec)
     x, step = random_codes(4, 6, 352), make_token_step(6)
     arguments: tuple[object, ...] = (
-        x, prepared.weight, prepared.weight_step, None, step, prepared.constant_with_bias,
-        352, 4, 4, None, torch.float32,
+        x, prepared.weight, prepared.weight_step, None, None, None, step, None,
+        prepared.constant_with_bias, 352, 4, 4, torch.float32,
     )  # fmt: skip
     torch.library.opcheck(integer_linear_cpu, arguments)
 
@@ -159,7 +232,16 @@ def test_what_it_cannot_do_is_refused() -> None:
     refusals: dict[str, dict[str, object]] = {
         "runs on the CPU": {"device": "cuda"},
         "not float64": {"dtype": torch.float64},
-        "sums up to 65536": {"in_features": 65537},
+        "exact up to 17895697 channels": {"in_features": 17895698},
+        "exact up to 33025 channels and the layer adds 33026": {
+            "segments": (32, 33026),
+            "in_features": 33058,
+            "weight_bits": 8,
+            "activation_bits": 8,
+            "zero_points": True,
+            "dynamic": True,
+            "token_zero_points": True,
+        },
     }
     for reason, changes in refusals.items():
         assert reason in str(KERNEL.refusal(make_spec(**changes)))
@@ -169,11 +251,23 @@ def test_wrong_arguments_are_errors_and_not_crashes() -> None:
     weight = torch.zeros(1 << 16, dtype=torch.uint8)
     steps = torch.ones(4, 1)
 
-    def attempt(codes: Tensor, k: int, bits: int = 4, group: int | None = None) -> None:
-        integer_linear_cpu(codes, weight, steps, None, None, None, k, bits, 4, group, torch.float32)
-
     codes = torch.zeros(2, 64, dtype=torch.int8)
-    attempt(codes, 64)
-    for arguments in ((codes, 65), (codes, 0), (codes, 64, 5), (codes, 64, 4, 33)):
+    zero = torch.zeros(2, 1, dtype=torch.int32)
+
+    def attempt(
+        k: int, bits: int = 4, ends: tuple[int, ...] | None = None, zero: Tensor | None = None
+    ) -> None:
+        spans = len(ends or (0,))
+        there = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+        tensors = (codes, weight, steps.expand(4, spans).contiguous(), None, None, there)
+        integer_linear_cpu(*tensors, None, zero, None, k, bits, 4, torch.float32)
+
+    attempt(64)
+    attempt(64, 4, (32, 64))
+    wrong: list[tuple[Any, ...]] = [(65,), (0,), (64, 5), (64, 4, None, zero)]
+    wrong += [
+        (64, 4, ends) for ends in ((33, 64), (32, 32, 64), (64, 32), (32,), (32, 96), (-32, 64))
+    ]
+    for arguments in wrong:
         with pytest.raises(native.NativeError, match="out of range"):
             attempt(*arguments)

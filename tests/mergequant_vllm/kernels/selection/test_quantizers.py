@@ -102,7 +102,7 @@ def test_zero_points_move_the_codes_to_the_tokens_range(bits: int, clip: float) 
 
 def test_zero_points_reach_the_quantizer_and_no_compiler_looks_into_them() -> None:
     x, clip = torch.randn(5, 24), torch.tensor([0.9])
-    for writer in (Writer.REFERENCE,):
+    for writer in (Writer.REFERENCE, Writer.NATIVE):
         if writer is Writer.NATIVE and native.refusal() is not None:
             continue
         quantizer = TokenQuantizer(CodeForm(4, INT8, 32, writer), clip, 8, zero_points=True)
