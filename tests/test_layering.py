@@ -52,10 +52,11 @@ def test_the_server_never_imports_the_quantizer(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))
-def test_vllm_is_imported_in_three_files_or_inside_functions(file: Path) -> None:
-    if file not in TOUCHES_VLLM:
-        names = imports(file, top_level=True)
+def test_vllm_and_triton_are_imported_in_few_files_or_inside_functions(file: Path) -> None:
+    names = [] if file in TOUCHES_VLLM else list(imports(file, top_level=True))
+    if file.name != "program.py":  # only Triton programs need Triton, and only when launched
         assert not [name for name in names if name.split(".")[0] in ("vllm", "triton")]
+        assert not [name for name in names if "program" in name.split(".")]
 
 
 @pytest.mark.parametrize("file", files(QUANTIZER), ids=lambda file: str(file.relative_to(ROOT)))

@@ -84,12 +84,9 @@ def stamp(place: dict[str, Any], sources: tuple[Path, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def kernel_sources(*, tables: bool = True) -> tuple[Path, ...]:
-    """Files that our kernels' results and speed depend on; `tables`: the tuned tiles as well."""
-    found = [*KERNELS.rglob("*.py")]
-    if tables:
-        found += KERNELS.rglob("*.json")
-    return tuple(sorted(found))
+def kernel_sources() -> tuple[Path, ...]:
+    """Return the files that our kernels' results and speed depend on."""
+    return tuple(sorted(KERNELS.rglob("*.py")))
 
 
 def runs_triton(device: Device) -> bool:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu PART... [--minutes 7.5] [--again] [--smoke] [--results FOLDER]
 
-Parts: exact (kernels against the definition), tune (tiles of the Triton kernel), gemm, quantize,
-trace (kernels a block), serve (vLLM end to end), plots (from what is on disk), and all: exact,
-gemm, quantize, trace, serve. Results go to FOLDER/DEVICE/PART.json and PART.md. What is done with
-the same versions, device and kernel sources is not measured again. Exit status 0: done; 1: `exact`
-found a difference; 3: time is up, run it again to go on.
+Parts: exact (kernels against the definition), gemm, quantize, trace (kernels a block), serve (vLLM
+end to end), plots (from what is on disk), and all: all but the plots. Results go to
+FOLDER/DEVICE/PART.json and PART.md. What is done with the same versions, device and kernel sources
+is not measured again. Exit status 0: done; 1: `exact` found a difference; 3: time is up, run it
+again to go on.
 
 Each part runs in a process of its own, and in another one if that dies.
 """
@@ -19,8 +19,7 @@ from pathlib import Path
 
 from benchmarks.common.shapes import MODELS
 
-PARTS = ("exact", "tune", "gemm", "quantize", "trace", "serve")
-ALL = ("exact", "gemm", "quantize", "trace", "serve")
+PARTS = ("exact", "gemm", "quantize", "trace", "serve")
 RESULTS = Path(__file__).parents[1] / "results"
 GRACE = 60  # seconds that a part has to end after its time is up
 MOST_RESTARTS = 20
@@ -33,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(given)
     if options.worker:
         return work(options)
-    parts = [p for name in options.parts for p in (ALL if name == "all" else (name,))]
-    if options.smoke and parts == list(ALL):
+    parts = [p for name in options.parts for p in (PARTS if name == "all" else (name,))]
+    if options.smoke and parts == list(PARTS):
         parts = ["exact", "gemm", "quantize"]  # an engine takes minutes: only if asked
     if options.smoke and options.results == RESULTS:
         options.results = Path("/tmp/mergequant-smoke")
@@ -62,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--again", action="store_true", help="measure anew what is done")
     found.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
     found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--models", nargs="+", choices=MODELS, help="gemm, tune: which shapes")
+    found.add_argument("--models", nargs="+", choices=MODELS, help="gemm: which shapes")
     found.add_argument("--kernels", nargs="+", help="exact, gemm: which of ours")
     found.add_argument("--methods", nargs="+", help="serve, trace: which of them")
     found.add_argument("--batches", nargs="+", type=int, help="serve: sequences at a time")

@@ -15,7 +15,6 @@ from benchmarks.gpu.context import Context
 # Part: module that runs it, module of its table and goals.
 MODULES = {
     "exact": ("exact.measure", "exact.measure"),
-    "tune": ("tune", "tune"),
     "gemm": ("gemm.measure", "gemm.table"),
     "quantize": ("quantize.measure", "quantize.table"),
     "trace": ("trace.measure", "trace.table"),
@@ -44,8 +43,7 @@ def run_part(part: str, results: Path, command: str, run: str, end: float, **opt
     folder.mkdir(parents=True, exist_ok=True)
     place = where(device)
     head = {"part": part, "command": command, **place}
-    # `tune` writes the tables of tiles, so its own cells must not depend on them.
-    sources = kernel_sources(tables=part != "tune")
+    sources = kernel_sources()
     cells = Cells(
         folder / f"{part}.json",
         head,

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
 from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
-from mergequant_vllm.kernels.linear.triton.kernel import interpreted
 from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
 from mergequant_vllm.kernels.norm_round import fused as norm_round_fused
 from mergequant_vllm.kernels.norm_round import reference as norm_round
@@ -36,6 +35,7 @@ from mergequant_vllm.kernels.token_quant import cpu as token_quant_native
 from mergequant_vllm.kernels.token_quant import fused as token_quant_fused
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+from mergequant_vllm.kernels.triton_mode import interpreted
 
 
 @dataclass(frozen=True)

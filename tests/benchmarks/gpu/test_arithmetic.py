@@ -21,11 +21,9 @@ from benchmarks.gpu.serve import table as serve_table
 from benchmarks.gpu.serve.child import speeds
 from benchmarks.gpu.trace import table as trace_table
 from benchmarks.gpu.trace.measure import per_block
-from benchmarks.gpu.tune import descend
 from mergequant_vllm.format import parse
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
-from mergequant_vllm.kernels.linear.triton.tiles import Tile
 from mergequant_vllm.packing import pack
 
 
@@ -139,23 +137,6 @@ def test_kernels_a_block_are_half_the_difference(tmp_path: Path) -> None:
     cell = per_block(shallow, deep)
     assert cell["prefill"] == {"a": 2.0} and cell["decode"] == {"a": 3.0}
     assert "| x | 3 | 2 | k |" in trace_table.table(make_cells(tmp_path, {"x": cell}))
-
-
-def test_the_search_changes_one_thing_at_a_time() -> None:
-    pool = [
-        Tile(m, n, 128, w, s) for m in (16, 32) for n in (32, 64) for w in (4, 8) for s in (2, 3)
-    ]
-    best = Tile(32, 64, 128, 8, 3)
-
-    def time_of(tile: Tile) -> float:
-        if tile.num_stages == 2:
-            return float("inf")
-        return 1.0 + sum(a != b for a, b in zip(tile, best, strict=True))
-
-    found, times = descend(Tile(16, 32, 128, 4, 3), pool, time_of)
-    assert found == best and len(times) < len(pool)
-    with pytest.raises(RuntimeError, match="none of"):
-        descend(pool[0], pool[:1], lambda tile: float("inf"))
 
 
 def make_product(kernel_changes: float, **changes: Any) -> Product:

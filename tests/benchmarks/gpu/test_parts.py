@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("exact", "gemm", "quantize", "tune")
+PARTS = ("exact", "gemm", "quantize")
 TWICE = """
 import sys, time
 from pathlib import Path

@@ -22,11 +22,12 @@ from mergequant_vllm.kernels.hadamard.reference import (
 )
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, TokenQuantizer
 from mergequant_vllm.kernels.token_quant.reference import token_codes
+from tests.mergequant_vllm.kernels.programs import forget_programs
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-    from mergequant_vllm.kernels.hadamard.triton import rotate_row
+    from mergequant_vllm.kernels.hadamard.program import rotate_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = [2, 4, 8, 16, 32, 64, 128]
@@ -133,11 +134,12 @@ def test_triton_equals_the_butterfly(
 ) -> None:
     """Bit for bit, also where sums cancel, overflow and are subnormal."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from mergequant_vllm.kernels.hadamard.triton import build_rotate_row
-
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    names = {"tl": triton.language, "rotate_row": build_rotate_row()}
+    forget_programs()
+    from mergequant_vllm.kernels.hadamard import program
+
+    names = {"tl": triton.language, "rotate_row": program.rotate_row}
     for name, value in names.items():
         monkeypatch.setitem(globals(), name, value)
     x = random(4, blocks * block, seed=block).to(torch.float32)
@@ -149,6 +151,7 @@ def test_triton_equals_the_butterfly(
     triton.jit(rotate_program)[(4,)](
         x.to(DEVICE), out, ROOT=1 / math.sqrt(block), enable_fp_fusion=False, **constants
     )
+    forget_programs()
     expected = rotate(x, block)
     assert torch.equal(out.cpu().nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
 

@@ -13,6 +13,7 @@ from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+from tests.mergequant_vllm.kernels.programs import forget_programs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = (norm_round_triton, token_quant_triton)
@@ -35,7 +36,7 @@ hostile = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 @pytest.fixture
 def kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without a GPU, kernels are built for the interpreter and forgotten after the test.
+    """Without a GPU, programs are loaded for the interpreter and forgotten after the test.
 
     They write into poisoned memory.
     """
@@ -50,10 +51,9 @@ def kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in MODULES:
         monkeypatch.setattr(module, "empty_codes", poisoned)
-        module.build_kernel.cache_clear()
+    forget_programs()
     yield
-    for module in MODULES:
-        module.build_kernel.cache_clear()
+    forget_programs()
 
 
 def random(*shape: int, scale: float = 5.0, seed: int = 0) -> Tensor:
@@ -89,12 +89,18 @@ def check_tokens(
     x: Tensor, bits: int, layout: CodeLayout, clip: float = 0.9, **arguments: Any
 ) -> None:
     ratio = torch.tensor([clip])
-    codes, step, _ = token_quant.token_codes(x, ratio, bits, layout, **arguments)
-    result = token_quant_triton.token_codes(
-        x.to(DEVICE), ratio.to(DEVICE), bits, layout, **arguments
-    )
-    assert_same(result[0], codes)
-    assert_same(result[1], step)
+    for zero_points in (False, True):
+        form = {**arguments, "zero_points": zero_points}
+        expected = token_quant.token_codes(x, ratio, bits, layout, **form)
+        result = token_quant_triton.token_codes(
+            x.to(DEVICE), ratio.to(DEVICE), bits, layout, **form
+        )
+        for mine, wanted in zip(result, expected, strict=True):
+            if wanted is None:
+                assert mine is None
+            elif wanted.dtype != torch.int32 or expected[1].isfinite().all():
+                assert mine is not None
+                assert_same(mine, wanted)
 
 
 @runs
@@ -348,7 +354,7 @@ def test_operators_are_registered_soundly(optional: bool) -> None:
     static = torch.ops.mergequant.static_codes_triton.default
     tokens = torch.ops.mergequant.token_codes_triton.default
     torch.library.opcheck(static, (x, 4, "nibbles", index, offset, 10))
-    torch.library.opcheck(tokens, (x, clip, 4, "int8", 4 if optional else None, 10))
+    torch.library.opcheck(tokens, (x, clip, 4, "int8", 4 if optional else None, 10, optional))
 
 
 @runs
@@ -357,8 +363,10 @@ def test_fake_results_are_like_real_ones(layout: CodeLayout) -> None:
     x, clip = random(2, 3, 8).to(DEVICE), torch.ones(1, device=DEVICE)
 
     def quantize(x: Tensor, clip: Tensor) -> list[Tensor]:
-        codes, step, _ = token_quant_triton.token_codes(x, clip, 4, layout, hadamard=8, columns=10)
-        return [norm_round_triton.static_codes(x, 4, layout, columns=10), codes, step]
+        form: dict[str, Any] = {"hadamard": 8, "columns": 10, "zero_points": True}
+        codes, step, zero = token_quant_triton.token_codes(x, clip, 4, layout, **form)
+        assert zero is not None
+        return [norm_round_triton.static_codes(x, 4, layout, columns=10), codes, step, zero]
 
     with FakeTensorMode() as mode:
         fakes = quantize(mode.from_tensor(x), mode.from_tensor(clip))

@@ -1,9 +1,9 @@
 """INT4 and INT8 linears on NVIDIA GPUs by humming-kernels, which vLLM for CUDA installs.
 
-What the library takes and how it is spoken to: `humming_library`.
+What the library takes and how it is spoken to: `library`.
 
 Numerics: `humming.rounding`. By default one thread block sums each output, so that results equal
-`humming_reference.emulate` and depend neither on the batch nor on the run. `stream_k` lets blocks
+`rounding.emulate` and depend neither on the batch nor on the run. `stream_k` lets blocks
 share an output, which keeps more of the GPU busy with few tokens and rounds their parts in 16 bits.
 
 Compilation. The first call of a layer's shape compiles a kernel for each range of M that the
@@ -153,7 +153,7 @@ class HummingPrepared(PreparedLinear):
     def forward(
         self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
     ) -> Tensor:
-        """As `humming_reference.emulate`."""
+        """As `rounding.emulate`."""
         scale = self.input_scale if token_step is None else token_step
         if token_step is not None and self.unit != 1:
             scale = token_step * self.unit

@@ -1,8 +1,8 @@
 """INT4 linear on GPUs, the portable one: a Triton kernel over int8 tensor cores.
 
-Kernel layout: weights int8 [N, bytes] (`triton_layout`), at 3, 4 or 8 bits until they are in
-registers; steps and zero points [groups, N]. Activation codes are int8 [..., columns], columns
-being K padded to whole tiles. The arithmetic is in `triton_program`.
+Kernel layout: weights int8 [N, bytes] (`layout`), at 3, 4 or 8 bits until they are in registers;
+steps, zero points and weight sums [spans, N]. Activation codes are int8 [..., columns], columns
+being K padded to whole tiles. The arithmetic is in `program`.
 """
 
 import torch
@@ -14,15 +14,13 @@ from mergequant_vllm.kernels.codes import CodeLayout, Writer
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
+from mergequant_vllm.kernels.linear.reference import weight_sums
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.linear.triton.layout import SHORTEST_RUN, to_kernel_layout
 from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
-from mergequant_vllm.kernels.linear.triton.program import interpreted
-from mergequant_vllm.kernels.linear.triton.tile_tables import tile_for
 from mergequant_vllm.kernels.linear.triton.tiles import LinearShape
+from mergequant_vllm.kernels.triton_mode import interpreted
 from mergequant_vllm.packing import unpack
-
-__all__ = ["TritonLinear", "interpreted"]
 
 OLDEST_CAPABILITY = 80  # Triton compiles no int8 products for older GPUs
 
@@ -52,28 +50,29 @@ class TritonLinear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """See the module's docstring."""
-        shape = LinearShape(spec.out_features, spec.in_features, spec.weight_bits, spec.group_size)
-        tile_for(shape, 1, stored.weight_packed.device)  # a broken table stops loading, not serving
+        form = (spec.in_features, spec.weight_bits, spec.group_size, spec.segments)
+        shape = LinearShape(spec.out_features, *form)
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
-        zeros = stored.zero_points
+        zeros, sums, ends = stored.zero_points, weight_sums(stored, spec), shape.segment_ends()
+        device = stored.weight_packed.device
         return PackedLinear(
             shape.layout.columns,
             stored,
             to_kernel_layout(codes, shape.layout),
             # Groups beyond K add 0 * -1 = -0, which changes no sum, not even the sign of a 0.
-            groups_first(stored.weight_step, shape, -1),
-            None if zeros is None else groups_first(zeros, shape, 0),
-            None,
-            None,
+            spans_first(stored.weight_step, shape, -1),
+            None if zeros is None else spans_first(zeros, shape, 0),
+            None if sums is None else spans_first(sums, shape, 0),
+            None if ends is None else torch.tensor(ends, dtype=torch.int32, device=device),
             integer_linear_triton,
-            (spec.in_features, spec.weight_bits, spec.group_size, spec.dtype),
+            (*form, spec.dtype),
         )
 
 
-def groups_first(per_group: Tensor, shape: LinearShape, padding: float) -> Tensor:
-    """[N, groups] to [groups, N], with `padding` for the groups beyond K."""
-    missing = shape.groups - per_group.shape[1]
-    return F.pad(per_group, (0, missing), value=padding).T.contiguous()
+def spans_first(per_span: Tensor, shape: LinearShape, padding: float) -> Tensor:
+    """Return [N, spans] as [spans, N], with `padding` for the groups beyond K."""
+    missing = shape.spans - per_span.shape[1]
+    return F.pad(per_span, (0, missing), value=padding).T.contiguous()
 
 
 def _form_refusal(spec: LinearSpec) -> str | None:
@@ -86,8 +85,6 @@ def _form_refusal(spec: LinearSpec) -> str | None:
             f"it takes groups of whole multiples of {SHORTEST_RUN} channels and the layer's have "
             f"{spec.group_size}"
         )
-    if spec.segments is not None or spec.token_zero_points:
-        return refusals.segments(spec) or refusals.token_zero_points(spec)
     if spec.dtype not in _OUT_DTYPES:
         return f"it writes bfloat16, float16 and float32 and the model has {spec.dtype}"
     return refusals.sums(spec, exact_columns(spec, INT32, SHIFTED))

@@ -1,23 +1,25 @@
 """`torch.ops.mergequant.integer_linear_triton`: the operator that launches the Triton program."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.codes import as_rows
-from mergequant_vllm.kernels.linear.triton.program import build_kernel, interpreted, unpacking
-from mergequant_vllm.kernels.linear.triton.tile_tables import tile_for
-from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile
+from mergequant_vllm.kernels.linear.spans import span_slices
+from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile, tile_for
+from mergequant_vllm.kernels.linear.triton.unpacking import unpacking
 from mergequant_vllm.kernels.torch_operator import define_operator
+from mergequant_vllm.kernels.triton_mode import interpreted
 
 
 def compile_options(tile: Tile) -> dict[str, int]:
-    """Triton's own options.
+    """Return Triton's own options.
 
-    No fusion: `y * step + bias` contracted to one multiply-add would round once where the reference
-    rounds twice.
+    No fusion: `y * step + constant` contracted to one multiply-add would round once where the
+    reference rounds twice.
     """
     return {
         "num_warps": tile.num_warps,
@@ -32,13 +34,14 @@ def integer_linear(
     weight_step: Tensor,
     zero_points: Tensor | None,
     weight_sums: Tensor | None,
-    spans: Tensor | None,
+    ends: Tensor | None,
     token_step: Tensor | None,
     token_zero: Tensor | None,
-    bias: Tensor | None,
+    constant: Tensor | None,
     in_features: int,
     weight_bits: int,
     group_size: int | None,
+    segments: Sequence[int] | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The operator: opaque to torch.compile.
@@ -46,19 +49,24 @@ def integer_linear(
     Args:
         codes: int8 [..., columns]; rows may be further apart.
         weight: int8 [N, bytes], contiguous.
-        weight_step: float32 [groups, N].
-        zero_points: int8 [groups, N] or None.
+        weight_step: float32 [spans, N].
+        zero_points: int8 [spans, N] or None.
+        weight_sums: int32 [spans, N]; needed with token_zero.
+        ends: int32 [groups], see `LinearShape.segment_ends`; needed with segments.
         token_step: float32 [..., 1] or None.
-        bias: float32 [N], the constant, or None.
+        token_zero: int32 [..., 1] or None.
+        constant: float32 [N] or None.
         in_features: K.
         weight_bits: width of the stored codes.
-        group_size: inputs that share a step; None: all.
+        group_size: inputs that share a step; None: no groups.
+        segments: lengths of the segments; None: no segments.
         out_dtype: dtype of the result.
 
     Returns:
         `out_dtype` [..., N].
     """
-    shape = LinearShape(weight.shape[0], in_features, weight_bits, group_size)
+    lengths = None if segments is None else tuple(segments)
+    shape = LinearShape(weight.shape[0], in_features, weight_bits, group_size, lengths)
     if codes.shape[-1] != shape.layout.columns:
         raise ValueError(
             f"The Triton linear takes rows of {shape.layout.columns} codes, not {codes.shape[-1]}."
@@ -70,34 +78,51 @@ def integer_linear(
         (tokens, weight.shape[0]), dtype=torch.float32 if interpreted() else out_dtype
     )
     if tokens > 0:
-        step = None if token_step is None else token_step.reshape(-1).contiguous()
-        tile = tile_for(shape, tokens, x.device)
-        launch(tile, shape, x, weight, weight_step, zero_points, step, bias, out)
+        tensors = Tensors(
+            weight,
+            weight_step,
+            zero_points,
+            weight_sums,
+            ends,
+            None if token_step is None else token_step.reshape(-1).contiguous(),
+            None if token_zero is None else token_zero.reshape(-1).contiguous(),
+            constant,
+        )
+        launch(tile_for(shape, tokens, x.device), shape, x, tensors, out)
     return out.to(out_dtype).reshape(*codes.shape[:-1], weight.shape[0])
 
 
-def launch(
-    tile: Tile,
-    shape: LinearShape,
-    codes: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    zero_points: Tensor | None,
-    token_step: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Run the program with one tile, which benchmarks choose: see `integer_linear_program`."""
+class Tensors(NamedTuple):
+    """What the program reads besides the codes: see `integer_linear_program`."""
+
+    weight: Tensor
+    weight_step: Tensor
+    zero_points: Tensor | None
+    weight_sums: Tensor | None
+    ends: Tensor | None
+    token_step: Tensor | None
+    token_zero: Tensor | None
+    constant: Tensor | None
+
+
+def launch(tile: Tile, shape: LinearShape, codes: Tensor, given: Tensors, out: Tensor) -> None:
+    """Run the program with one tile: see `integer_linear_program`."""
+    from mergequant_vllm.kernels.linear.triton.program import integer_linear_program
+
     layout = shape.layout
     tokens, outputs = out.shape
-    build_kernel()[(-(-tokens // tile.block_m) * -(-outputs // tile.block_n),)](
+    zero_points = given.zero_points
+    integer_linear_program[(-(-tokens // tile.block_m) * -(-outputs // tile.block_n),)](
         codes,
-        weight,
-        weight_step,
+        given.weight,
+        given.weight_step,
         zero_points,
-        None if zero_points is None else sum_groups(codes, shape),
-        token_step,
-        bias,
+        None if zero_points is None else sum_spans(codes, shape),
+        given.weight_sums,
+        given.ends,
+        given.token_step,
+        given.token_zero,
+        given.constant,
         out,
         tokens,
         outputs,
@@ -107,7 +132,7 @@ def launch(
         BITS=layout.bits,
         RUN=layout.run,
         PARTS=layout.parts,
-        GROUP=shape.group_size or 0,
+        GROUP=shape.group or 0,
         UNPACK=() if interpreted() else unpacking(layout.bits),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -116,11 +141,14 @@ def launch(
     )
 
 
-def sum_groups(codes: Tensor, shape: LinearShape) -> Tensor:
-    """Sums of the activation codes of each group: int8 [M, columns] to int32 [groups, M].
+def sum_spans(codes: Tensor, shape: LinearShape) -> Tensor:
+    """Return the sums of the activation codes of each span: int8 [M, columns] to int32 [spans, M].
 
     Here, once a token, and not in the kernel, where each tile of outputs would sum them again.
     """
+    if shape.segments is not None:
+        spans = span_slices(shape.in_features, None, shape.segments) or []
+        return torch.stack([codes[:, span].sum(-1, dtype=torch.int32) for span in spans])
     if shape.group_size is None:
         return codes[:, : shape.in_features].sum(-1, dtype=torch.int32)
     short = shape.groups * shape.group_size - shape.layout.columns

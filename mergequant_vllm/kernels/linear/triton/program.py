@@ -6,57 +6,59 @@ of capability 9.0 and later read only their first operand from registers, where 
 A code of b bits is unpacked into the top b bits of an int8, which is the code times 2^(8-b): a
 shift and a mask, without sign extension. The sums are shifted back, exactly.
 
-Triton is imported when the kernel is first built: this module also loads where Triton is absent.
+See `triton_mode` for who may import this module.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import triton.language as tl
+import triton
+import triton.language as tl
 
 
-def interpreted() -> bool:
-    """Whether the user asks Triton to interpret kernels, which needs no GPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@triton.jit
+def centred(
+    products: tl.tensor,
+    zero_points: tl.tensor | None,
+    code_sums: tl.tensor | None,
+    weight_sums: tl.tensor | None,
+    token_zero: tl.tensor | None,
+    span: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+) -> tl.tensor:
+    """Return a span's sums of codes times weights, both less their zero points.
 
-
-def unpacking(bits: int) -> tuple[str, ...]:
-    """PTX for each part of a tile: four bytes of the planes, $1 and $2, to four int8 codes, $0.
-
-    Triton would unpack byte by byte. Its interpreter knows no assembly and runs the program's plain
-    formulas, which are these.
+    Args:
+        products: int32 [BLOCK_N, BLOCK_M], sums of codes times weight codes.
+        span: number of the span.
+        rows: the tile's tokens.
+        outputs: the tile's outputs; the others are as the program has them.
     """
-    if bits == 4:
-        return (
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
-            "and.b32 $0, $1, 0xF0F0F0F0;",
-        )
-    if bits == 3:
-        return tuple(_unpacking_of_3_bits(part) for part in range(8))
-    return ()
+    if zero_points is not None:
+        zero = tl.load(zero_points + span * N + outputs, mask=outputs < N, other=0).to(tl.int32)
+        in_span = tl.load(code_sums + span * M + rows, mask=rows < M, other=0)
+        products -= zero[:, None] * in_span[None, :]
+    if token_zero is not None:
+        weights = tl.load(weight_sums + span * N + outputs, mask=outputs < N, other=0)
+        zero = tl.load(token_zero + rows, mask=rows < M, other=0)
+        products -= weights[:, None] * zero[None, :]
+    return products
 
 
-def _unpacking_of_3_bits(part: int) -> str:
-    up = 5 - part // 2 * 2
-    low = f"shl.b32 t, $1, {up}" if up > 0 else f"shr.b32 t, $1, {-up}"
-    return (
-        f"{{ .reg .b32 t, s; {low}; and.b32 t, t, 0x60606060; "
-        f"shl.b32 s, $2, {7 - part}; and.b32 s, s, 0x80808080; or.b32 $0, t, s; }}"
-    )
-
-
+@triton.jit(do_not_specialize=["M"])
 def integer_linear_program(
     codes: tl.tensor,
     weight: tl.tensor,
     weight_step: tl.tensor,
     zero_points: tl.tensor | None,
     code_sums: tl.tensor | None,
+    weight_sums: tl.tensor | None,
+    ends: tl.tensor | None,
     token_step: tl.tensor | None,
-    bias: tl.tensor | None,
+    token_zero: tl.tensor | None,
+    constant: tl.tensor | None,
     out: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
@@ -72,17 +74,24 @@ def integer_linear_program(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """One [BLOCK_M, BLOCK_N] tile of the output; source of the Triton kernel.
+    """Compute one [BLOCK_M, BLOCK_N] tile of the output.
+
+    Sums of products of int32 run over a span: all inputs, a group or a segment. A segment is a run
+    of groups of which `ends` names the last.
 
     Args:
         codes: int8 [M, columns], `row_codes` apart.
-        weight: int8 [N, row_bytes], contiguous, see `triton_layout`.
-        weight_step: float32 [groups, N].
-        zero_points: int8 [groups, N] or None.
-        code_sums: int32 [groups, M], sums of each group's activation codes; None without zero
+        weight: int8 [N, row_bytes], contiguous, see `layout`.
+        weight_step: float32 [spans, N].
+        zero_points: int8 [spans, N] or None.
+        code_sums: int32 [spans, M], sums of each span's activation codes; None without zero
             points.
+        weight_sums: int32 [spans, N], what a token's zero point is multiplied by; None without.
+        ends: int32 [groups], the segment that ends with each group, or -1; None: every group is a
+            span.
         token_step: float32 [M] or None.
-        bias: [N] of any floating dtype, or None.
+        token_zero: int32 [M] or None.
+        constant: float32 [N] or None.
         out: [M, N], contiguous, written in its own dtype.
         M: tokens.
         N: outputs.
@@ -156,43 +165,49 @@ def integer_linear_program(
                 after = (step + 1) * BLOCK_K
                 group_ends = True if GROUP <= BLOCK_K else (after % GROUP == 0) | (after == columns)
                 if group_ends:
-                    group = (step * BLOCK_K + part * RUN) // GROUP
-                    products = sums >> (8 - BITS)
-                    if zero_points is not None:
-                        at = zero_points + group * N + outputs
-                        zero = tl.load(at, mask=in_outputs, other=0).to(tl.int32)
-                        in_group = tl.load(code_sums + group * M + rows, mask=in_rows, other=0)
-                        products -= zero[:, None] * in_group[None, :]
-                    at = weight_step + group * N + outputs
-                    scale = tl.load(at, mask=in_outputs, other=0)
-                    y += products.to(tl.float32) * scale[:, None]
-                    sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
+                    span = (step * BLOCK_K + part * RUN) // GROUP
+                    if ends is not None:
+                        span = tl.load(ends + span)
+                    span_ends = True if ends is None else span >= 0
+                    if span_ends:
+                        products = centred(
+                            sums >> (8 - BITS),
+                            zero_points,
+                            code_sums,
+                            weight_sums,
+                            token_zero,
+                            span,
+                            rows,
+                            outputs,
+                            M,
+                            N,
+                        )
+                        at = weight_step + span * N + outputs
+                        scale = tl.load(at, mask=in_outputs, other=0)
+                        y += products.to(tl.float32) * scale[:, None]
+                        sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
 
     if GROUP == 0:
-        products = sums >> (8 - BITS)
-        if zero_points is not None:
-            zero = tl.load(zero_points + outputs, mask=in_outputs, other=0).to(tl.int32)
-            in_row = tl.load(code_sums + rows, mask=in_rows, other=0)
-            products -= zero[:, None] * in_row[None, :]
+        products = centred(
+            sums >> (8 - BITS),
+            zero_points,
+            code_sums,
+            weight_sums,
+            token_zero,
+            0,
+            rows,
+            outputs,
+            M,
+            N,
+        )
         y = products.to(tl.float32)
     # The reference's order; `compile_options` keeps it.
     if token_step is not None:
         y = y * tl.load(token_step + rows, mask=in_rows, other=0)[None, :]
     if GROUP == 0:
         y = y * tl.load(weight_step + outputs, mask=in_outputs, other=0)[:, None]
-    if bias is not None:
-        y = y + tl.load(bias + outputs, mask=in_outputs, other=0).to(tl.float32)[:, None]
+    if constant is not None:
+        y = y + tl.load(constant + outputs, mask=in_outputs, other=0)[:, None]
     out_at = out + rows.to(tl.int64)[:, None] * N + outputs[None, :]
     in_out = in_rows[:, None] & in_outputs[None, :]
     tl.store(out_at, tl.trans(y.to(out.dtype.element_ty)), mask=in_out)
-
-
-@functools.cache
-def build_kernel() -> Any:
-    """The Triton kernel of `integer_linear_program`; interpreted if TRITON_INTERPRET=1 by now."""
-    import triton
-    import triton.language
-
-    # Triton resolves `tl` among the globals of the program's module, its interpreter only there.
-    globals()["tl"] = triton.language
-    return triton.jit(integer_linear_program, do_not_specialize=["M"])

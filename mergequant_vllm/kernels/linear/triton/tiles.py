@@ -1,17 +1,20 @@
-"""Tiles of the Triton linear: the defaults, and what a benchmark may measure instead of them.
+"""Which tile of the output a program of the Triton linear computes: by reasoning, not measured."""
 
-Which one runs: `tile_tables`.
-"""
-
-from itertools import product
+import functools
+import math
 from typing import NamedTuple
 
+import torch
+
+from mergequant_vllm.kernels.capability import read_capability
+from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.linear.triton.layout import TritonLayout, choose_layout
 
 KIB = 1024
 _WANTED_PROGRAMS = 128  # about as many as GPUs of these capabilities have multiprocessors
 # GPUs with less shared memory hold a 128 x 256 tile's sums in registers that they do not have.
 _LARGEST_TILE_NEEDS = 200 * KIB
+LONGEST_GROUP = 256  # of segments
 _BARRIERS = 256  # bytes that the compiler adds for its own synchronisation
 
 # Shared memory of one program, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -30,22 +33,53 @@ class Tile(NamedTuple):
 
 
 class LinearShape(NamedTuple):
-    """What tiles are chosen for, besides the number of tokens."""
+    """What tiles are chosen for, besides the number of tokens; see `LinearSpec`."""
 
     out_features: int
     in_features: int
     weight_bits: int
     group_size: int | None
+    segments: tuple[int, ...] | None = None
+
+    @property
+    def group(self) -> int | None:
+        """Columns between two places where sums may end; None: they end with the row.
+
+        Segments are runs of groups. A power of two, so that weights keep their width, and not above
+        LONGEST_GROUP, because K is padded to whole groups.
+        """
+        if self.segments is None:
+            return self.group_size
+        return math.gcd(LONGEST_GROUP, *self.segments[:-1])
 
     @property
     def layout(self) -> TritonLayout:
         """The layout of its weights."""
-        return choose_layout(self.in_features, self.weight_bits, self.group_size)
+        return choose_layout(self.in_features, self.weight_bits, self.group)
 
     @property
     def groups(self) -> int:
+        """Groups of a row in the kernel's layout, those of padding included."""
+        return 1 if self.group is None else -(-self.layout.columns // self.group)
+
+    @property
+    def spans(self) -> int:
         """Weight steps of an output in the kernel's layout, those of padding included."""
-        return 1 if self.group_size is None else -(-self.layout.columns // self.group_size)
+        return self.groups if self.segments is None else len(self.segments)
+
+    def segment_ends(self) -> list[int] | None:
+        """Return for each group the segment that ends with it, or -1; None without segments.
+
+        The last segment has the padding.
+        """
+        spans = span_slices(self.in_features, None, self.segments)
+        if spans is None or self.group is None:
+            return None
+        ends = [-1] * self.groups
+        for number, span in enumerate(spans[:-1]):
+            ends[span.stop // self.group - 1] = number
+        ends[-1] = len(spans) - 1
+        return ends
 
 
 # Tokens, outputs and warps of the default tiles, the largest first.
@@ -64,36 +98,27 @@ _DEFAULTS = (
 
 
 def shared_limit(capability: int | None) -> int:
-    """Bytes of shared memory that one program may use; 99 KiB where it is not known."""
+    """Return the bytes of shared memory that one program may use; 99 KiB where it is not known."""
     return _SHARED.get(capability or 0, 99) * KIB
 
 
 def stage_bytes(tile: Tile, shape: LinearShape) -> int:
-    """Shared memory that one stage of the pipeline fills: codes, weights and a group's steps."""
+    """Return the bytes that one stage of the pipeline fills: codes, weights, a group's steps."""
     weights = tile.block_n * tile.block_k * shape.layout.bits // 8
     steps = 0
-    if shape.group_size is not None:
-        steps = 4 * tile.block_n * max(1, tile.block_k // shape.group_size)
+    if shape.group is not None:
+        steps = 4 * tile.block_n * max(1, tile.block_k // shape.group)
     return tile.block_m * tile.block_k + weights + steps
 
 
-def shared_bytes(tile: Tile, shape: LinearShape) -> int:
-    """Upper bound of a program's shared memory: the pipeline, or the turned output after it.
-
-    The output is turned in its own dtype, at most four bytes, with padding between rows.
-    """
-    turned = 4 * (tile.block_m + 4) * (tile.block_n + 4)
-    return max(tile.num_stages * stage_bytes(tile, shape), turned) + _BARRIERS
-
-
 def fit_to_layout(tile: Tile, layout: TritonLayout) -> Tile:
-    """`tile` with a block_k that the layout allows."""
+    """Return `tile` with a block_k that the layout allows."""
     block_k = max(layout.tile, min(tile.block_k, layout.largest_step))
     return tile._replace(block_k=block_k)
 
 
 def default_tile(shape: LinearShape, tokens: int, limit: int) -> Tile:
-    """The largest tile that leaves each multiprocessor a program, by reasoning, not measured.
+    """Return the largest tile that leaves each multiprocessor a program.
 
     Args:
         shape: the linear.
@@ -101,7 +126,7 @@ def default_tile(shape: LinearShape, tokens: int, limit: int) -> Tile:
         limit: bytes of shared memory of one program.
     """
     largest_m = _power_of_two(tokens)
-    widest = 256 if shape.group_size is None and limit >= _LARGEST_TILE_NEEDS else 128
+    widest = 256 if shape.group is None and limit >= _LARGEST_TILE_NEEDS else 128
     fitting = [(m, n, warps) for m, n, warps in _DEFAULTS if m <= largest_m and n <= widest]
     block_m, block_n, warps = next(
         (
@@ -125,31 +150,22 @@ def _stages(tile: Tile, shape: LinearShape, limit: int) -> int:
     return max(1, min(fitting, 4 if tile.block_m >= 64 else 8))
 
 
-def candidates(shape: LinearShape, tokens: int, limit: int) -> list[Tile]:
-    """Tiles worth measuring: those that fit shared memory and leave registers for the sums.
+def tile_for(shape: LinearShape, tokens: int, device: torch.device) -> Tile:
+    """Return the tile to run: the same in every run on one GPU.
 
     Args:
         shape: the linear.
-        tokens: M.
-        limit: bytes of shared memory of one program, `shared_limit`.
+        tokens: M, at least 1.
+        device: a GPU; the CPU for the interpreter.
     """
-    layout = shape.layout
-    largest_m = min(_power_of_two(tokens), 256)
-    sums = 1 if shape.group_size is None else 2  # int32, and float32 where there are groups
-    blocks = product((16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128, 256, 512))
-    found = []
-    for (block_m, block_n, block_k), warps, stages in product(blocks, (2, 4, 8), (2, 3, 4, 6)):
-        tile = Tile(block_m, block_n, block_k, warps, stages)
-        registers = sums * block_m * block_n // (32 * warps)
-        if (
-            min(largest_m // 2, 64) <= block_m <= largest_m
-            and 8 <= registers <= 128
-            and block_k >= min(128, layout.largest_step)
-            and tile == fit_to_layout(tile, layout)
-            and shared_bytes(tile, shape) <= limit
-        ):
-            found.append(tile)
-    return found
+    if device.type == "cpu":
+        return default_tile(shape, tokens, shared_limit(None))
+    return _tile_on_gpu(shape, tokens, device.index or 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_on_gpu(shape: LinearShape, tokens: int, device: int) -> Tile:
+    return default_tile(shape, tokens, shared_limit(read_capability(device)))
 
 
 def _power_of_two(tokens: int) -> int:

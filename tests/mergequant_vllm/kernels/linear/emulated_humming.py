@@ -2,7 +2,7 @@
 
 Each version's functions have that version's own signatures. What they are handed is checked as the
 library checks it, decoded bit by bit from the documented layouts, multiplied in 64-bit integers and
-rounded by `humming_reference`.
+rounded by `humming.rounding`.
 """
 
 import inspect

@@ -3,6 +3,7 @@
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,22 @@ def test_so_they_do_with_a_bias(
     x = random_codes(bits, 129, 127, seed=1)
     assert torch.equal(run(KERNEL, made, x, None, bias=True), expected(made, x, None, bias=True))
     assert torch.equal(run(KERNEL, made, x, None), expected(made, x, None))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_constant_is_rounded_to_the_models_dtype(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    made = make_on_gpu(43, 127)
+    made = make_linear(made.spec, codes=made.codes, bias=bias, offset=True)
+    x = random_codes(4, 9, 127, seed=1)
+    for add_bias in (False, True):
+        constant = made.stored.constant(add_bias)
+        assert constant is not None
+        stored = replace(made.stored, bias=None, output_offset=constant.to(torch.bfloat16))
+        wanted = expected(replace(made, stored=stored), x, None)
+        assert torch.equal(run(KERNEL, made, x, None, add_bias), wanted)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["two roundings", "fused"])

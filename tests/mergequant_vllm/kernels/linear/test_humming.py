@@ -1,6 +1,6 @@
 """Humming's kernels behind an emulation of the library: layouts, scales, calls and refusals.
 
-What the library itself computes is compared with `humming_reference` on a GPU, not here.
+What the library itself computes is compared with `humming.rounding` on a GPU, not here.
 """
 
 import dataclasses
@@ -88,15 +88,16 @@ def test_what_the_library_is_handed_decodes_to_the_emulation(
     for m, n, k, bias, dynamic in SIZES:
         spec = gpu_spec(in_features=k, out_features=n, dtype=dtype, dynamic=dynamic, **form)
         assert kernel.refusal(spec) is None
-        made = make_linear(spec, bias=bias, seed=m)
         x = random_codes(spec.activation_bits, m, k, seed=n)
         step = make_token_step(m) if dynamic else None
-        prepared = kernel.prepare(made.stored, spec)
-        codes = lay_out(x, kernel.layout, prepared.columns)
-        for add_bias in {bias, False}:
-            y = prepared(codes, step, None, add_bias)
-            assert y.dtype == dtype and torch.isfinite(y).all()
-            assert torch.equal(y, emulate(made.stored, spec, x, step, add_bias))
+        for offset in (False, True):
+            made = make_linear(spec, bias=bias, offset=offset, seed=m)
+            prepared = kernel.prepare(made.stored, spec)
+            codes = lay_out(x, kernel.layout, prepared.columns)
+            for add_bias in {bias, False}:
+                y = prepared(codes, step, None, add_bias)
+                assert y.dtype == dtype and torch.isfinite(y).all()
+                assert torch.equal(y, emulate(made.stored, spec, x, step, add_bias))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

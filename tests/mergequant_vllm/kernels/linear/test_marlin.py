@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,22 @@ def test_bias_rounds_twice(
     allowed += 2 * half_ulp(torch.float32, biased) + half_ulp(dtype, biased.float().double())
     difference = (y.double() - expected(made, x, step, bias=True).double()).abs()
     assert (difference <= allowed).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_constant_is_rounded_to_the_models_dtype(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated_marlin.install(monkeypatch)
+    made = make_on_gpu(43, 127)
+    made = make_linear(made.spec, codes=made.codes, bias=bias, offset=True)
+    bare = replace(made, stored=replace(made.stored, bias=None, output_offset=None))
+    x = random_codes(4, 9, 127, seed=1)
+    for add_bias in (False, True):
+        constant = made.stored.constant(add_bias)
+        assert constant is not None
+        wanted = expected(bare, x, None) + constant.to(torch.bfloat16)
+        assert torch.equal(run(KERNEL, made, x, None, add_bias), wanted)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

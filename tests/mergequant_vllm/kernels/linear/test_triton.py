@@ -1,7 +1,7 @@
 """The Triton kernel equals the reference: on a GPU where there is one, else interpreted.
 
-The kernel calls no function that Triton itself jits, so it can be interpreted in a process that
-imported Triton before TRITON_INTERPRET was set; no subprocess is needed.
+The program calls no function of Triton's own that is jitted, so it can be interpreted in a process
+that imported Triton before TRITON_INTERPRET was set; no subprocess is needed.
 """
 
 import itertools
@@ -22,15 +22,16 @@ from mergequant_vllm.kernels.linear.triton import operator as triton_operator
 from mergequant_vllm.kernels.linear.triton.kernel import SHIFTED, TritonLinear
 from mergequant_vllm.kernels.linear.triton.layout import choose_layout, to_kernel_layout
 from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
-from mergequant_vllm.kernels.linear.triton.program import build_kernel
 from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile, fit_to_layout
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     make_linear,
     make_spec,
     make_token_step,
+    make_token_zero,
     random_codes,
 )
+from tests.mergequant_vllm.kernels.programs import forget_programs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = TritonLinear()
@@ -42,38 +43,45 @@ SIZES = [(1, 1), (7, 43), (43, 7), (129, 127), (127, 129), (172, 352)]
 
 @pytest.fixture
 def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without a GPU, the kernel is built for the interpreter and forgotten after the test."""
+    """Without a GPU, the program is loaded for the interpreter and forgotten after the test."""
     if DEVICE == "cpu":
         pytest.importorskip("triton", reason="Triton is not installed")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    build_kernel.cache_clear()
+    forget_programs()
     yield
-    build_kernel.cache_clear()
+    forget_programs()
 
 
 def on_device(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(DEVICE)
 
 
-def run(made: MadeLinear, x: Tensor, token_step: Tensor | None, bias: bool) -> Tensor:
+def run(
+    made: MadeLinear, x: Tensor, token_step: Tensor | None, bias: bool, zero: Tensor | None
+) -> Tensor:
     """The kernel's output for codes `x` int8 [..., K], on the CPU."""
     stored = StoredLinear(
         made.stored.weight_packed.to(DEVICE),
         made.stored.weight_step.to(DEVICE),
         on_device(made.stored.zero_points),
         on_device(made.stored.bias),
+        on_device(made.stored.output_offset),
     )
     prepared = KERNEL.prepare(stored, made.spec).to(DEVICE)
     codes = lay_out(x, KERNEL.layout, prepared.columns).to(DEVICE)
-    y: Tensor = prepared(codes, on_device(token_step), None, bias)
+    y: Tensor = prepared(codes, on_device(token_step), on_device(zero), bias)
     return y.cpu()
 
 
 def assert_equals_reference(
-    made: MadeLinear, x: Tensor, token_step: Tensor | None = None, bias: bool = False
+    made: MadeLinear,
+    x: Tensor,
+    token_step: Tensor | None = None,
+    bias: bool = False,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    result = run(made, x, token_step, bias)
-    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, None, bias)
+    result = run(made, x, token_step, bias, zero)
+    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, zero, bias)
     assert result.dtype == made.spec.dtype
     assert torch.equal(result, expected)
     assert torch.equal(result.signbit(), expected.signbit())
@@ -116,14 +124,60 @@ def test_every_stored_form(weight_bits: int, group_size: int | None, zero_points
 
 
 @pytest.mark.usefixtures("kernel_runs")
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(3, 4), (4, 8), (4, 4), (8, 8)])
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("token_zero_points", [False, True], ids=["centred", "shifted"])
+def test_segments_token_zero_points_and_offsets(
+    weight_bits: int, activation_bits: int, zero_points: bool, token_zero_points: bool
+) -> None:
+    """Segments of one group and of many, the last one short."""
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+    forms: list[tuple[tuple[int, ...] | None, int | None]] = [(None, None), (None, 64)]
+    forms += [((107,), None), ((64, 43), None), ((96, 288, 32, 1), None), ((512, 256, 43), None)]
+    for (segments, group_size), tokens in zip(forms, (1, 3, 17, 65, 3, 1), strict=True):
+        spec = make_spec(
+            in_features=sum(segments or (107,)),
+            out_features=33,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            zero_points=zero_points,
+            segments=segments,
+            group_size=group_size,
+            dynamic=True,
+            token_zero_points=token_zero_points,
+            dtype=next(dtypes),
+        )
+        made = make_linear(spec, bias=True, offset=True)
+        x = random_codes(activation_bits, tokens, spec.in_features, seed=tokens)
+        zero = make_token_zero(activation_bits, tokens) if token_zero_points else None
+        for bias in (False, True):
+            assert_equals_reference(made, x, make_token_step(tokens), bias, zero)
+
+
+def test_segments_are_runs_of_groups() -> None:
+    def shape(*segments: int) -> LinearShape:
+        return LinearShape(1, sum(segments), 4, None, segments)
+
+    assert (shape(107).group, shape(107).segment_ends()) == (256, [0])
+    assert (shape(64, 43).group, shape(64, 43).segment_ends()) == (64, [0, 1])
+    assert (shape(96, 64, 1).group, shape(96, 64, 1).segment_ends()) == (32, [-1, -1, 0, -1, 1, 2])
+    wide = shape(512, 512, 3072)
+    assert wide.group == 256 and wide.layout.bits == 4
+    assert wide.segment_ends() == [-1, 0, -1, 1, *[-1] * 11, 2]
+    # Padding is the last segment's: a tile of the layout has more groups than there are columns.
+    padded = shape(32, 1)
+    assert padded.segment_ends() == [0, *[-1] * (padded.groups - 2), 1]
+    assert LinearShape(1, 64, 4, 32).segment_ends() is None
+
+
+@pytest.mark.usefixtures("kernel_runs")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("group_size", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_epilogue(dynamic: bool, group_size: int | None, dtype: torch.dtype) -> None:
-    """The output and the bias have the model's dtype; a float32 bias may meet any output."""
+    """The output and the bias have the model's dtype; a float32 constant may meet any output."""
     spec = make_spec(in_features=172, dynamic=dynamic, group_size=group_size, dtype=dtype)
-    made = make_linear(spec, bias=True)
-    wide = replace(made, stored=replace(made.stored, bias=torch.randn(spec.out_features)))
+    made, wide = make_linear(spec, bias=True), make_linear(spec, bias=True, offset=True)
     step = make_token_step(7) if dynamic else None
     for linear, bias in ((made, False), (made, True), (wide, True)):
         assert_equals_reference(linear, random_codes(4, 7, 172), step, bias)
@@ -224,10 +278,10 @@ def test_what_lies_beyond_the_linear_does_not_matter(bits: int, zero_points: boo
             rows.to(DEVICE)[:n],
             steps.to(DEVICE)[None, :n],
             zeros.to(DEVICE)[None, :n] if zero_points else None,
-            None,
-            None,
+            *(None, None, None, None, None),
             k,
             bits,
+            None,
             None,
             torch.float32,
         )
@@ -240,10 +294,12 @@ def operator_arguments(tokens: int, group_size: int | None, full: bool) -> tuple
     weight = to_kernel_layout(random_codes(4, 7, 64), shape.layout)
     zeros = random_codes(4, shape.groups, 7)
     tensors: list[Tensor | None] = [random_codes(4, tokens, shape.layout.columns), weight]
-    tensors += [torch.rand(shape.groups, 7), zeros, torch.rand(tokens, 1), torch.randn(7)]
+    sums, token_zero = zeros.to(torch.int32), make_token_zero(4, tokens)
+    tensors += [torch.rand(shape.groups, 7), zeros, sums, None]
+    tensors += [torch.rand(tokens, 1), token_zero, torch.randn(7)]
     if not full:
-        tensors[3:] = [None] * 3
-    return (*map(on_device, tensors), 64, 4, group_size, torch.bfloat16)
+        tensors[3:] = [None] * 6
+    return (*map(on_device, tensors), 64, 4, group_size, None, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -300,6 +356,12 @@ def test_rows_of_another_length_are_refused() -> None:
             {"in_features": 131072, "activation_bits": 8},
             "its sums are exact up to 131071 channels and the layer adds 131072",
         ),
+        (
+            {"in_features": 70000, "segments": (32, 69968), "activation_bits": 8, "dynamic": True}
+            | {"weight_bits": 8, "token_zero_points": True},
+            "its sums are exact up to 65793 channels and the layer adds 69968",
+        ),
+        ({"segments": (32, 320), "dynamic": True, "token_zero_points": True}, None),
         ({"capability": 75}, "it needs compute capability 8.0 and the GPU has 7.5"),
         ({"device": "cpu"}, "it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on cpu"),
         ({"capability": 80}, None),

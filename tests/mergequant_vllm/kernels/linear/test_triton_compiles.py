@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from mergequant_vllm.kernels.linear.triton.operator import compile_options
-from mergequant_vllm.kernels.linear.triton.program import build_kernel, unpacking
 from mergequant_vllm.kernels.linear.triton.tiles import (
     LinearShape,
     Tile,
     default_tile,
-    shared_bytes,
     shared_limit,
 )
+from mergequant_vllm.kernels.linear.triton.unpacking import unpacking
+from tests.mergequant_vllm.kernels.programs import forget_programs
 
 POINTERS = {
     "codes": "*i8",
@@ -21,20 +21,29 @@ POINTERS = {
     "weight_step": "*fp32",
     "zero_points": "*i8",
     "code_sums": "*i32",
+    "weight_sums": "*i32",
+    "ends": "*i32",
     "token_step": "*fp32",
-    "bias": "*bf16",
+    "token_zero": "*i32",
+    "constant": "*fp32",
     "out": "*bf16",
 }
 
-# Capability, tokens, weight bits, group size, and which optional tensors there are. Each width,
-# each kind of group and each tensor-core instruction (mma, wgmma, tcgen05) once.
-VARIANTS = [
+ZEROS = ("zero_points", "code_sums")
+TOKEN_ZEROS = ("token_step", "weight_sums", "token_zero")
+Variant = tuple[int, int, int, int | tuple[int, ...] | None, tuple[str, ...]]
+
+# Capability, tokens, weight bits, group size or segments, and which optional tensors there are.
+# Each width, each kind of span and each tensor-core instruction (mma, wgmma, tcgen05) once.
+VARIANTS: list[Variant] = [
     (80, 1, 4, None, ("token_step",)),
-    (80, 64, 8, None, ("bias",)),
-    (90, 1, 3, 128, ("zero_points", "code_sums")),
-    (90, 64, 4, 512, ("zero_points", "code_sums", "token_step", "bias")),
-    (100, 64, 4, None, ("token_step", "bias")),
-    (120, 1, 3, None, ()),
+    (80, 64, 8, None, ("constant",)),
+    (80, 64, 4, (256, 3840), ("ends", "token_step")),
+    (90, 1, 3, 128, ZEROS),
+    (90, 64, 4, 512, (*ZEROS, "token_step", "constant")),
+    (90, 64, 4, (128, 1920, 2048), (*ZEROS, *TOKEN_ZEROS, "ends", "constant")),
+    (100, 64, 4, None, ("token_step", "constant")),
+    (120, 1, 3, None, TOKEN_ZEROS),
 ]
 
 
@@ -43,15 +52,16 @@ def compile_for(capability: int, tile: Tile, shape: LinearShape, optional: tuple
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = build_kernel()
+    from mergequant_vllm.kernels.linear.triton.program import integer_linear_program as kernel
+
     layout = shape.layout
-    absent = {"zero_points", "code_sums", "token_step", "bias"} - set(optional)
+    absent = POINTERS.keys() - {"codes", "weight", "weight_step", "out", *optional}
     constants = {
         **dict.fromkeys(absent),
         "BITS": layout.bits,
         "RUN": layout.run,
         "PARTS": layout.parts,
-        "GROUP": shape.group_size or 0,
+        "GROUP": shape.group or 0,
         "UNPACK": unpacking(layout.bits),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -72,22 +82,21 @@ def compile_for(capability: int, tile: Tile, shape: LinearShape, optional: tuple
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_compiles_for_gpus(
-    variant: tuple[int, int, int, int | None, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiles_for_gpus(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Int8 tensor cores, no fused multiply-add, no flushed subnormals, small enough."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    capability, tokens, bits, group_size, optional = variant
-    shape = LinearShape(4096, 4096, bits, group_size)
+    capability, tokens, bits, spans, optional = variant
+    form = (None, spans) if isinstance(spans, tuple) else (spans, None)
+    shape = LinearShape(4096, 4096, bits, *form)
     limit = shared_limit(capability)
     tile = default_tile(shape, tokens, limit)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    build_kernel.cache_clear()
+    forget_programs()
     compiled = compile_for(capability, tile, shape, optional)
-    build_kernel.cache_clear()
+    forget_programs()
     ptx = compiled.asm["ptx"]
     assert re.search(r"mma.*(\.s8\.s8|kind::i8)", ptx)
     assert "fma." not in ptx and ".ftz" not in ptx
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= shared_bytes(tile, shape) <= limit
+    assert compiled.metadata.shared <= limit
     assert not re.search(r"\.local\b", ptx)

@@ -13,7 +13,7 @@ from mergequant_vllm.kernels.linear.triton.layout import (
     from_kernel_layout,
     to_kernel_layout,
 )
-from mergequant_vllm.kernels.linear.triton.program import unpacking
+from mergequant_vllm.kernels.linear.triton.unpacking import unpacking
 from tests.mergequant_vllm.kernels.made import random_codes
 
 GROUPS = [None, 32, 64, 96, 128, 160, 192, 256, 384, 512, 1024]

@@ -19,6 +19,8 @@ INT4: dict[str, Any] = {}
 BY_INT8: dict[str, Any] = {"activation_bits": 8}
 W3: dict[str, Any] = {"weight_bits": 3}
 W3_GROUPS: dict[str, Any] = {"weight_bits": 3, "group_size": 128, "zero_points": True}
+SEGMENTS: dict[str, Any] = {"segments": (128, 3968)}
+SHIFTED: dict[str, Any] = {"dynamic": True, "token_zero_points": True}
 W8: dict[str, Any] = {"weight_bits": 8, "activation_bits": 8}
 
 
@@ -55,6 +57,8 @@ def gpu(capability: int | None, **changes: object) -> Any:
         *((c, w, "humming-int8") for c in (80, 86, 89) for w in (W3, W3_GROUPS, W8)),
         *((c, form, "marlin-int8") for c in (90, 100, 120) for form in (INT4, BY_INT8)),
         *((c, w, "humming-int8") for c in (90, 100, 120) for w in (W3, W3_GROUPS, W8)),
+        *((c, form, "triton") for c in (80, 90, 100, 120) for form in (SEGMENTS, SHIFTED)),
+        *((75, form, "reference") for form in (SEGMENTS, SHIFTED)),
         (103, W3, "triton"),
         (None, INT4, "triton"),
         (130, INT4, "triton"),
@@ -88,6 +92,20 @@ def test_every_gpu_in_range_has_a_row_for_every_kind() -> None:
         ("marlin-int8", gpu(75), r"needs compute capability 8\.0 and the GPU has 7\.5"),
         ("marlin-int8", gpu(90, weight_bits=3), "reads 4-bit weights and the layer has 3"),
         ("marlin-int8", gpu(90, group_size=128), "has groups of 128"),
+        (
+            "marlin-int8",
+            gpu(90, **SEGMENTS),
+            "a step per output .*, the layer has 2 segments",
+        ),
+        ("marlin-int8", gpu(90, **SHIFTED), "takes no zero points of activations"),
+        (
+            "cutlass-int8",
+            gpu(90, **SEGMENTS),
+            "a step per output .*, the layer has 2 segments",
+        ),
+        ("cutlass-int8", gpu(90, **SHIFTED), "takes no zero points of activations"),
+        ("humming-int4", gpu(86, **SEGMENTS), "takes no segments of input channels"),
+        ("humming-int8", gpu(90, **SHIFTED), "takes no zero points of activations"),
         ("marlin-int8", gpu(90, dtype=torch.float32), "use --dtype bfloat16"),
         ("cutlass-int8", gpu(100), "choose marlin-int8"),
         ("triton", gpu(75), r"needs compute capability 8\.0 and the GPU has 7\.5"),

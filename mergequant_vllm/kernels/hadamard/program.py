@@ -3,18 +3,19 @@
 What a stage costs is whether both values of each pair lie in one thread. A thread loads a run of 8
 channels, so the stages of distance 1, 2 and 4 run on the row as it was loaded. One movement through
 shared memory brings the other distances of a block into threads, and one brings the row back.
+
+See `triton_mode` for who may import this module.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import triton.language as tl
+import triton
+import triton.language as tl
 
 
+@triton.jit
 def butterfly(x: tl.tensor, STAGES: tl.constexpr, OTHERS: tl.constexpr) -> tl.tensor:
-    """Every stage along the first dimension of `x` float32 [2^STAGES, OTHERS].
+    """Run every stage along the first dimension of `x` float32 [2^STAGES, OTHERS].
 
     A stage pairs neighbours, that is the lowest bit of the first dimension, and puts this bit back
     as the highest. So the distance doubles from stage to stage, and after the last one every bit is
@@ -28,10 +29,11 @@ def butterfly(x: tl.tensor, STAGES: tl.constexpr, OTHERS: tl.constexpr) -> tl.te
     return x
 
 
+@triton.jit
 def rotate_row(
     z: tl.tensor, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr
 ) -> tl.tensor:
-    """`rotate` of one row.
+    """Return `rotate` of one row.
 
     Args:
         z: float32 [COLUMNS], whole blocks.
@@ -52,16 +54,3 @@ def rotate_row(
     far = tl.reshape(tl.permute(near, (2, 1, 0)), (FAR, BLOCKS * NEAR))
     far = tl.reshape(butterfly(far, FAR_STAGES, BLOCKS * NEAR), (FAR, BLOCKS, NEAR))
     return tl.reshape(tl.permute(far, (1, 0, 2)), (COLUMNS,)) * ROOT
-
-
-_BUTTERFLY = butterfly
-
-
-def build_rotate_row() -> Any:
-    """`rotate_row` as a Triton function; interpreted if TRITON_INTERPRET=1 by now."""
-    import triton
-    import triton.language
-
-    # Triton looks up what a function calls, `tl` too, among its module's globals.
-    globals().update(tl=triton.language, butterfly=triton.jit(_BUTTERFLY))
-    return triton.jit(rotate_row)
