@@ -86,10 +86,10 @@ def stamp(place: dict[str, Any], sources: tuple[Path, ...]) -> str:
 
 def kernel_sources(*, tables: bool = True) -> tuple[Path, ...]:
     """Files that our kernels' results and speed depend on; `tables`: the tuned tiles as well."""
-    found = [*KERNELS.rglob("*.py")]
+    sources = [*KERNELS.rglob("*.py")]
     if tables:
-        found += KERNELS.rglob("*.json")
-    return tuple(sorted(found))
+        sources += KERNELS.rglob("*.json")
+    return tuple(sorted(sources))
 
 
 def runs_triton(device: Device) -> bool:
