@@ -31,14 +31,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pad, nothing strong": {**PAD, "alpha": 50.0, "staggered": True},
     "rotation offline": {"rotation": "offline"},
     "rotation online": {"rotation": "online"},
+    "rotation online, heads mixed": {"rotation": "online", "mix_heads": 2},
     "rotation online, small blocks": {"rotation": "online", "hadamard_block": 2},
     "segments": {"segments": 2},
     "segments, pad": {**PAD, "segments": 3, "asymmetric": True},
-    "zero points of static inputs": {"static_zero_points": True},
+    # They fit the text that they were found on: what lies beyond it is clipped on both sides.
+    "zero points of static inputs": {"static_zero_points": True, "statistics_samples": 64},
     "zero points of static inputs, pad, staggered": {
         **PAD,
         "staggered": True,
         "static_zero_points": True,
+        "statistics_samples": 64,
     },
     "zero points per token": {"dynamic_zero_points": True},
     "all of it": {**PAD, "staggered": True, "rotation": "online", "group_size": 32},
@@ -73,6 +76,8 @@ def plain(
     for name, source in sources.items():
         output = tmp_path_factory.mktemp("plain") / name
         found[name] = distance(quantize(source, output, [text], options, progress=False), source)
+        # 8 bits leave 0.02 of these random models: a pipeline that is wrong everywhere shows here.
+        assert found[name] < 0.03
     return found
 
 
