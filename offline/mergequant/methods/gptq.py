@@ -159,8 +159,19 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
     return grid.round_weight(weight)
 
 
-def output_loss(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> float:
-    """Relative squared error at the layer's output, tr(E H E^T) / tr(W H W^T)."""
+def output_loss(
+    weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, energy: float | None = None
+) -> float:
+    """Relative squared error at the layer's output, tr(E H E^T) / tr(W H W^T).
+
+    Args:
+        energy: tr(W H W^T) where it is known, see `output_energy`.
+    """
     error = weight - grid.dequantize(codes)
-    energy = ((weight @ hessian) * weight).sum()
-    return float(((error @ hessian) * error).sum() / energy) if float(energy) > 0 else 0.0
+    energy = output_energy(weight, hessian) if energy is None else energy
+    return output_energy(error, hessian) / energy if energy > 0 else 0.0
+
+
+def output_energy(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H W^T), twice the mean square of the layer's output summed over its channels."""
+    return float(((weight @ hessian) * weight).sum())

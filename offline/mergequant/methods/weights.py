@@ -29,6 +29,8 @@ from mergequant_vllm.rounding import (
 _SMALLEST_STEP = 2.0**-24  # smallest positive float16
 _LOWEST_RATIO, _RATIOS = 0.2, 81  # a ratio each hundredth
 _EXPONENT = 2.4  # of GPTQ's authors' search: above 2, so that large weights are clipped less
+_LOOKED_AT = 8  # ratios between two looks at which rows have seen their best
+_SURELY = 1.05  # steps are rounded: a range that shrinks by a hundredth may grow by 2^-8 of itself
 _ELEMENTS_AT_ONCE = 2**18  # of the weight, in a search: its temporaries stay within a cache
 
 
@@ -163,11 +165,30 @@ def _search(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Ten
 def _best_ratio(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
     ratios = torch.linspace(1.0, _LOWEST_RATIO, _RATIOS, dtype=low.dtype, device=low.device)
     best, least = torch.ones_like(low), _error(grouped, low, high, form)
-    for ratio in ratios[1:]:
+    rows = torch.arange(len(low), device=low.device)
+    for number, ratio in enumerate(ratios[1:], start=1):
+        if number % _LOOKED_AT == 0:
+            # What a range cuts off only grows as it shrinks: such rows have seen their best.
+            cut = _cut_off(grouped, low * ratio, high * ratio, form)
+            left = ~(cut > _SURELY * least[rows]).all(dim=1)
+            rows, grouped, low, high = rows[left], grouped[left], low[left], high[left]
+            if len(rows) == 0:
+                break
         error = _error(grouped, low * ratio, high * ratio, form)
-        better = error < least
-        best, least = torch.where(better, ratio, best), torch.where(better, error, least)
+        better = error < least[rows]
+        best[rows] = torch.where(better, ratio, best[rows])
+        least[rows] = torch.where(better, error, least[rows])
     return best
+
+
+def _cut_off(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
+    """The part of `_error` that lies beyond the first and the last code: [out, groups]."""
+    step, zero = _fit(low, high, form)
+    offset = torch.zeros_like(step) if zero is None else zero
+    top = (largest_code(form.bits) - offset) * step
+    bottom = (smallest_code(form.bits) - offset) * step
+    beyond = grouped - grouped.clamp(bottom[:, :, None], top[:, :, None])
+    return beyond.abs_().pow_(_EXPONENT).sum(dim=2)
 
 
 def _error(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:

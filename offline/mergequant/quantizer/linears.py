@@ -16,6 +16,7 @@ from mergequant.methods.gptq import (
     NotPositiveDefiniteError,
     gptq_working_weight,
     invert_hessian,
+    output_energy,
     output_loss,
     round_to_nearest,
 )
@@ -119,13 +120,14 @@ def _quantize_linear(
         return LinearResult(name, line, source, weight.float(), offset, None)
     _refuse_unstorable(weight, plan.form.bits, block.name_of(name))
     grid = weight_grid(weight, plan.form, plan.search)
+    energy = output_energy(weight, hessian)
     working = weight
     codes = round_to_nearest(weight, grid)
-    line.loss_rtn = line.loss = output_loss(weight, codes, grid, hessian)
+    line.loss_rtn = line.loss = output_loss(weight, codes, grid, hessian, energy)
     if inverse is not None:
         working = gptq_working_weight(weight, grid, inverse, plan.gptq_block)
         codes = round_to_nearest(working, grid)
-        line.loss_gptq = line.loss = output_loss(weight, codes, grid, hessian)
+        line.loss_gptq = line.loss = output_loss(weight, codes, grid, hessian, energy)
         line.damping = inverse.damping
     rounding = Rounding(grid, codes)
     if trained:
