@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.shapes import Model
-from mergequant_vllm.format import CheckpointFormat, LinearFormat, Provenance
+from mergequant_vllm.format import (
+    BLOCK,
+    FORMAT_VERSION,
+    CheckpointFormat,
+    DynamicInput,
+    LinearEntry,
+    LinearForm,
+    Provenance,
+    StaticInput,
+    Target,
+    WeightForm,
+)
 
 Config = dict[str, Any]
 
@@ -45,24 +56,29 @@ def _mergequant(model: Model, blocks: int, head: bool = False) -> Config:
         "mlp.gate_proj": (inner, hidden, "post_attention_layernorm"),
         "mlp.up_proj": (inner, hidden, "post_attention_layernorm"),
     }
+    block = f"model.layers.{BLOCK}"
     linears = {
-        name: LinearFormat(shape=(n, k), activations="static", norm=norm)
+        f"{block}.{name}": LinearEntry(shape=(n, k), norm=f"{block}.{norm}")
         for name, (n, k, norm) in static.items()
     }
     dynamic = {"self_attn.o_proj": (hidden, model.query_size), "mlp.down_proj": (hidden, inner)}
-    linears |= {
-        name: LinearFormat(shape=shape, activations="dynamic") for name, shape in dynamic.items()
-    }
-    head_format = LinearFormat(
-        shape=(model.vocab_size, hidden), weight_bits=8, activation_bits=8, activations="dynamic"
-    )
+    linears |= {f"{block}.{name}": LinearEntry(shape=shape) for name, shape in dynamic.items()}
+    token = LinearForm(input=DynamicInput())
+    targets = [
+        Target(pattern=r"re:.*\.(q|k|v|gate|up)_proj$", linear=LinearForm(input=StaticInput())),
+        Target(pattern=r"re:.*\.(o|down)_proj$", linear=token),
+    ]
+    if head:
+        linears["lm_head"] = LinearEntry(shape=(model.vocab_size, hidden))
+        eight = LinearForm(weight=WeightForm(bits=8), input=DynamicInput(bits=8))
+        targets.append(Target(pattern="lm_head", linear=eight))
     checkpoint = CheckpointFormat(
         quant_method="mergequant",
-        format_version=1,
-        block="model.layers.{block}",
+        format_version=FORMAT_VERSION,
+        block=block,
         blocks=blocks,
+        targets=targets,
         linears=linears,
-        outer={"lm_head": head_format} if head else {},
         tensors={},
         provenance=Provenance(options={}, versions={}, calibration_sha256=""),
     )
@@ -151,7 +167,7 @@ def write_checkpoint(folder: Path, name: str, model: Model, blocks: int, context
     config = model.config(context, blocks)
     if variant.quantization is not None:
         config["quantization_config"] = variant.quantization(model, blocks)
-        if config["quantization_config"].get("outer"):
+        if "lm_head" in config["quantization_config"].get("linears", {}):
             config["tie_word_embeddings"] = False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))

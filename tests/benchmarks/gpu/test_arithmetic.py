@@ -182,9 +182,10 @@ def test_checkpoints_without_tensors(tmp_path: Path, name: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 4 and config["vocab_size"] == 128256
     if name.startswith("mergequant"):
-        linears = parse(config["quantization_config"]).linears
+        linears = parse(config["quantization_config"]).block_linears(3)
         assert linears["self_attn.k_proj"].shape == (1024, 4096)
-        assert linears["mlp.down_proj"].activations == "dynamic"
+        assert linears["mlp.down_proj"].static is None
+        assert len(linears) == 7
 
 
 def test_variants_are_looked_up_by_name() -> None:

@@ -39,6 +39,7 @@ class Quantizer:
     def __init__(self) -> None:
         self.exported: list[Options] = []
         self.in_memory: list[Options] = []
+        self.baselines: list[Any] = []  # of those in memory
         self.fails: dict[str, BaseException] = {}  # by rotation
 
     def report(self, options: Options) -> list[dict[str, Any]]:
@@ -70,9 +71,10 @@ class Quantizer:
         return output
 
     def quantize_in_memory(
-        self, model: Path, calibration: object, options: Options, *, progress: bool
+        self, model: Path, calibration: object, options: Options, change: object, *, progress: bool
     ) -> tuple[Any, list[dict[str, Any]]]:
         self.in_memory.append(options)
+        self.baselines.append(getattr(change, "__self__", None))
         return Model(), self.report(options)
 
 

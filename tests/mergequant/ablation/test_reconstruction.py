@@ -11,6 +11,7 @@ from mergequant.ablation import ablate, reconstruction
 from mergequant.ablation.reconstruction import kept_shapes
 from mergequant.ablation.rows import RowMaker, Shapes
 from mergequant.ablation.tables import tables
+from mergequant.quantizer.choose_reconstruction import Decision
 from tests.tiny import make_model
 
 WIDTHS = {"hidden": 64, "queries": 64, "intermediate": 172}
@@ -32,11 +33,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     """What was to be decided; offline, nothing measures best."""
     seen: list[Options] = []
 
-    def decide(*arguments: Any) -> Options:
+    def decide(*arguments: Any) -> Decision:
         options: Options = arguments[2]
         seen.append(options)
         mode = "none" if options.rotation == "offline" else "prune"
-        return options.model_copy(update={"reconstruction": mode, "alpha": float(len(seen))})
+        return Decision.model_validate(
+            {"reconstruction": mode, "alpha": float(len(seen)), "max_extra_channels": 0.25}
+        )
 
     monkeypatch.setattr(reconstruction, "resolve_reconstruction", decide)
     return seen

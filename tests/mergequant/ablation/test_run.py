@@ -21,10 +21,11 @@ def test_every_row_of_every_table_runs_once(
     quantizer: Quantizer, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     done = run(llama, tmp_path / "out", text)
-    asked = [x.model_dump_json() for x in quantizer.exported + quantizer.in_memory]
+    asked = [(x.model_dump_json(), None) for x in quantizer.exported]
+    made = zip(quantizer.in_memory, quantizer.baselines, strict=True)
+    asked += [(options.model_dump_json(), baseline) for options, baseline in made]
     assert len(asked) == len(set(asked)) == 24
-    assert all(not options.exported for options in quantizer.in_memory)
-    assert all(options.exported for options in quantizer.exported)
+    assert not any(baseline.exported for baseline in quantizer.baselines)
     assert not done.failed and "not run" not in done.markdown
     assert (tmp_path / "out" / "ablation.md").read_text() == done.markdown
     assert len(json.loads((tmp_path / "out" / "ablation.json").read_text())["tables"]) == 4
