@@ -1,5 +1,5 @@
-// The mixing of heads (kernels/hadamard/reference.py, `mix_heads`): a row of `heads` runs of `width`
-// channels, heads = odd * 2^s, times M kron I:
+// The mixing of heads (kernels/hadamard/reference.py, `mix_heads`): a row of `heads` runs of
+// `width` channels, heads = odd * 2^s, times M kron I:
 //
 //     power of two   at distance width, 2 width, ..., below 2^s width: pairs (a, b) become
 //                    (a + b, a - b); then all is multiplied by float32(1 / sqrt(2^s))
