@@ -1,6 +1,5 @@
 """vLLM's view of a mergequant checkpoint: validates it and hands each linear its method."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from mergequant_vllm.format import (
-    BLOCK,
     QUANT_METHOD,
     CheckpointFormat,
     FormatError,
@@ -41,7 +39,7 @@ class MergeQuantConfig(QuantizationConfig):
         self.kernel = requested_kernel()
 
     def __repr__(self) -> str:
-        return f"MergeQuantConfig({len(self.checkpoint.linears)} linears a block)"
+        return f"MergeQuantConfig({len(self.checkpoint.quantized)} linears)"
 
     @classmethod
     def get_name(cls) -> str:
@@ -90,7 +88,7 @@ class MergeQuantConfig(QuantizationConfig):
         refuse_lora()
         refuse_offload()
         if isinstance(layer, ParallelLMHead):
-            head = self.checkpoint.outer.get(prefix)
+            head = self.checkpoint.quantized.get(prefix)
             return None if head is None else MergeQuantLinearMethod(prefix, [head], self.kernel)
         if not isinstance(layer, LinearBase):
             return None
@@ -101,13 +99,10 @@ class MergeQuantConfig(QuantizationConfig):
 
     def _linears_behind(self, prefix: str) -> list[LinearFormat]:
         """The checkpoint's linears that vLLM merges into the module `prefix`, in its order."""
-        pattern = re.escape(self.checkpoint.block).replace(re.escape(BLOCK), r"\d+")
-        match = re.fullmatch(rf"{pattern}\.(.+)", prefix)
-        if match is None:
-            return []
-        parent, _, module = match[1].rpartition(".")
+        parent, _, module = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(module, [module])]
-        known = [self.checkpoint.linears[name] for name in names if name in self.checkpoint.linears]
+        quantized = self.checkpoint.quantized
+        known = [quantized[name] for name in names if name in quantized]
         if known and len(known) != len(names):
             raise FormatError(
                 f"vLLM merges {', '.join(names)} of {prefix!r} into one linear, and only some of "

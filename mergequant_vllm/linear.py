@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 
@@ -41,7 +42,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
         self.parts = len(merged)
         self.format = merged[0]
         for other in merged[1:]:
-            if other.input_format() != self.format.input_format():
+            if other.merge_key() != self.format.merge_key():
                 raise FormatError(
                     f"The linears that vLLM merges into {prefix!r} are stored in different ways: "
                     "quantize the model again."
@@ -68,13 +69,15 @@ class MergeQuantLinearMethod(LinearMethodBase):
         self.spec = LinearSpec(
             in_features=in_features,
             out_features=rows,
-            weight_bits=form.weight_bits,
-            activation_bits=form.activation_bits,
-            dynamic=form.activations == "dynamic",
+            weight_bits=form.weight.bits,
+            activation_bits=form.input.bits,
+            dynamic=form.static is None,
             device=device,
             dtype=params_dtype,
-            group_size=form.group_size,
-            zero_points=form.zero_points,
+            group_size=form.weight.group_size,
+            segments=form.weight.segments,
+            zero_points=form.weight.zero_points,
+            token_zero_points=form.static is None and form.input.zero_points,
             capability=current_capability(device),
         )
         self.kernel = select_linear(self.spec, self.requested)
@@ -84,12 +87,21 @@ class MergeQuantLinearMethod(LinearMethodBase):
         """vLLM's loader would cut packed words in silence; groups and Hadamard blocks likewise."""
         if shard == whole:
             return
-        form = self.format
+        form, dynamic = self.format, self.format.dynamic
+        if form.weight.segments is not None:
+            raise ValueError(
+                f"{self.prefix}: {whole} input channels over {whole // shard} tensor-parallel "
+                f"ranks would cut its {len(form.weight.segments)} segments of columns, which have "
+                "weight steps of their own: use --tensor-parallel-size 1, or quantize without "
+                "segments there."
+            )
         units = {
-            codes_per_border(form.weight_bits): "packed words",
-            form.group_size or 1: "groups",
-            form.hadamard or 1: "Hadamard blocks",
+            codes_per_border(form.weight.bits): "packed words",
+            form.weight.group_size or 1: "groups",
         }
+        if dynamic is not None:
+            units |= {dynamic.hadamard or 1: "Hadamard blocks"}
+            units |= {dynamic.heads_run or 1: "runs of mixed heads"}
         cut = {unit: what for unit, what in units.items() if shard % unit}
         if not cut:
             return
@@ -120,11 +132,13 @@ class MergeQuantLinearMethod(LinearMethodBase):
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)
         bias = getattr(layer, "bias", None)
+        constant = getattr(layer, "output_offset", None)
         stored = StoredLinear(
             weight_packed=layer.weight_packed.data,
             weight_step=layer.weight_scale.data.contiguous(),
             zero_points=None if zeros is None else zeros.data.to(torch.int8),
             bias=None if bias is None else bias.data,
+            output_offset=None if constant is None else self._own_constant(layer, constant.data),
         )
         layer.product = self.kernel.prepare(stored, self.spec)
         layer.quantizer = self._quantizer(layer)
@@ -132,15 +146,27 @@ class MergeQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
 
+    def _own_constant(self, layer: Any, constant: Tensor) -> Tensor:
+        """The constant on one rank of a row-parallel linear, whose ranks' outputs are added up."""
+        summed = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+        return torch.zeros_like(constant) if summed else constant.clone()
+
     def _quantizer(self, layer: Any) -> StaticQuantizer | TokenQuantizer:
         form = CodeForm(
-            bits=self.format.activation_bits,
+            bits=self.format.input.bits,
             layout=self.kernel.layout,
             columns=layer.product.columns,
             writer=writer_for(self.spec, self.kernel),
         )
-        if self.spec.dynamic:
-            return TokenQuantizer(form, layer.input_clip.data[:1].clone(), self.format.hadamard)
+        dynamic = self.format.dynamic
+        if dynamic is not None:
+            return TokenQuantizer(
+                form,
+                layer.input_clip.data[:1].clone(),
+                dynamic.hadamard,
+                zero_points=dynamic.zero_points,
+                heads=dynamic.heads,
+            )
         index, offset = getattr(layer, "input_index", None), getattr(layer, "input_offset", None)
         return StaticQuantizer(
             form,

@@ -23,6 +23,7 @@ STORED = (
     "weight_packed",
     "weight_scale",
     "weight_zero_point",
+    "output_offset",
     "input_index",
     "input_offset",
     "input_clip",
@@ -80,10 +81,10 @@ def create_parameters(
         parts: how many of the checkpoint's linears are merged.
         loader: vLLM's weight loader.
     """
-    words = words_per_row(in_features, form.weight_bits)
-    per_word = codes_per_word(form.weight_bits)
+    bits = form.weight.bits
+    per_word = codes_per_word(bits)
     packed = PackedvLLMParameter(
-        data=torch.zeros(rows, words, dtype=torch.int32),
+        data=torch.zeros(rows, words_per_row(in_features, bits), dtype=torch.int32),
         input_dim=1,
         output_dim=0,
         packed_dim=1,
@@ -92,35 +93,40 @@ def create_parameters(
     )
     layer.register_parameter("weight_packed", packed)
     _create_weight_steps(layer, form, rows, in_features, loader)
-    if form.columns is not None:
-        index = torch.full((in_features,), _NO_CHANNEL, dtype=torch.int32)
+    if form.output_offset is not None:
+        constant = torch.full((rows,), torch.nan, dtype=torch.float32)
         layer.register_parameter(
-            "input_index", SharedInputParameter(data=index, weight_loader=loader)
+            "output_offset",
+            ChannelQuantScaleParameter(data=constant, output_dim=0, weight_loader=loader),
         )
-    if form.offsets:
-        offset = torch.full((in_features,), torch.nan, dtype=torch.float32)
-        layer.register_parameter(
-            "input_offset", SharedInputParameter(data=offset, weight_loader=loader)
-        )
-    if form.activations == "dynamic":
+    if form.static is None:
         clips = torch.full((parts,), torch.nan, dtype=torch.float32)
         layer.register_parameter(
             "input_clip", PerTensorScaleParameter(data=clips, weight_loader=loader)
         )
+        return
+    shared = {}
+    if form.static.columns is not None:
+        shared["input_index"] = torch.full((in_features,), _NO_CHANNEL, dtype=torch.int32)
+    if form.static.offsets:
+        shared["input_offset"] = torch.full((in_features,), torch.nan, dtype=torch.float32)
+    for name, data in shared.items():
+        layer.register_parameter(name, SharedInputParameter(data=data, weight_loader=loader))
 
 
 def _create_weight_steps(
     layer: Any, form: LinearFormat, rows: int, in_features: int, loader: Callable[..., None]
 ) -> None:
-    size = form.group_size or in_features
-    groups = -(-in_features // size)
+    size = form.weight.group_size
+    groups = form.groups if size is None else -(-in_features // size)
     tensors = {"weight_scale": torch.full((rows, groups), torch.nan, dtype=torch.float32)}
-    if form.zero_points:
+    if form.weight.zero_points:
         tensors["weight_zero_point"] = torch.full((rows, groups), _NO_ZERO_POINT, dtype=torch.int16)
     for name, data in tensors.items():
+        # Groups are cut with the input's shards; segments are never cut, see `linear`.
         parameter = (
             ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
-            if form.group_size is None
+            if size is None
             else GroupQuantScaleParameter(
                 data=data, input_dim=1, output_dim=0, weight_loader=loader
             )
@@ -138,25 +144,35 @@ def check_loaded(layer: Any, form: LinearFormat, prefix: str) -> None:
     def refuse(name: str, fault: str) -> None:
         raise FormatError(f"{prefix}.{name} was not loaded in full or {fault}: {_REMEDY}")
 
-    if not bool(torch.isfinite(layer.weight_scale.data).all()):
+    if not _is_finite(layer.weight_scale):
         refuse("weight_scale", "is not finite")
-    if form.zero_points:
-        half = 2 ** (form.weight_bits - 1)
+    if form.weight.zero_points:
+        half = 2 ** (form.weight.bits - 1)
         zeros = layer.weight_zero_point.data
         if not bool(((zeros >= -half) & (zeros < half)).all()):
             refuse("weight_zero_point", f"is outside [{-half}, {half - 1}]")
-    if form.columns is not None:
+    if form.output_offset is not None and not _is_finite(layer.output_offset):
+        refuse("output_offset", "is not finite")
+    if form.static is None:
+        _check_clips(layer.input_clip.data, prefix, refuse)
+        return
+    if form.static.columns is not None:
         index = layer.input_index.data
         if not bool(((index >= 0) & (index < form.shape[1])).all()):
             refuse("input_index", f"names channels outside [0, {form.shape[1] - 1}]")
-    if form.offsets and not bool(torch.isfinite(layer.input_offset.data).all()):
+    if form.static.offsets and not _is_finite(layer.input_offset):
         refuse("input_offset", "is not finite")
-    if form.activations == "dynamic":
-        clips = layer.input_clip.data
-        if not bool(((clips > 0) & (clips <= 1)).all()):
-            refuse("input_clip", "is outside (0, 1]")
-        if not bool((clips == clips[0]).all()):
-            raise FormatError(
-                f"The linears that vLLM merges into {prefix!r} have different clip ratios "
-                f"{clips.tolist()}: quantize the model again."
-            )
+
+
+def _check_clips(clips: Tensor, prefix: str, refuse: Callable[[str, str], None]) -> None:
+    if not bool(((clips > 0) & (clips <= 1)).all()):
+        refuse("input_clip", "is outside (0, 1]")
+    if not bool((clips == clips[0]).all()):
+        raise FormatError(
+            f"The linears that vLLM merges into {prefix!r} have different clip ratios "
+            f"{clips.tolist()}: quantize the model again."
+        )
+
+
+def _is_finite(parameter: Any) -> bool:
+    return bool(torch.isfinite(parameter.data).all())

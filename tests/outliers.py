@@ -29,15 +29,15 @@ def with_outliers(source: Path, target: Path, seed: int = 0) -> Path:
     tensors = load_file(file)
     for number in range(reader.config["num_hidden_layers"]):
         prefix = architecture.block.format(block=number)
-        for stage in architecture.stages():
-            if stage.norm is None:
+        for readers in architecture.readers():
+            if readers.norm is None:
                 continue
-            norm = tensors[f"{prefix}.{stage.norm.name}.weight"]
+            norm = tensors[f"{prefix}.{readers.norm.name}.weight"]
             count = max(1, round(SHARE * len(norm)))
             channels = torch.randperm(len(norm), generator=generator)[:count]
             factor = torch.empty(count).uniform_(*FACTORS, generator=generator).to(norm.dtype)
             norm[channels] *= factor
-            for linear in stage.linears:
+            for linear in readers.linears:
                 tensors[f"{prefix}.{linear.name}.weight"][:, channels] /= factor
     save_file(tensors, file, metadata={"format": "pt"})
     return target

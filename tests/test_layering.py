@@ -13,7 +13,8 @@ SERVER = ROOT / "mergequant_vllm"
 QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
-SHARED = ("format", "packing", "rounding", "kernels.codes", "kernels.linear.reference")
+SHARED = ("format", "format.targets", "packing", "rounding", "kernels.codes")
+SHARED += ("kernels.linear.reference", "kernels.linear.spans")
 SHARED += ("kernels.linear.spans",)
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
@@ -73,14 +74,47 @@ def test_methods_are_pure_of_everything_but_torch_and_references(file: Path) -> 
         assert name.split(".")[0] == "torch" or name in allowed, name
 
 
-def test_the_quantizers_layers_point_downwards() -> None:
-    lower = {"architecture", "architectures", "checkpoint", "corpus", "methods", "options"}
-    lower |= {"contract", "durable", "fingerprint", "rotated", "staging"}
-    for file in files(QUANTIZER):
-        room = file.relative_to(QUANTIZER).parts[0].removesuffix(".py")
-        if room in lower:
-            used = {x.split(".")[1] for x in imports(file) if x.startswith("mergequant.")}
-            assert not used & {"cli", "pipeline", "stage", "evaluate", "decoder"}, file
+# The quantizer's folders and files, floor by floor: each imports from floors below its own.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "options", "methods"),
+    ("calibration", "model", "cli_flags"),
+    ("layers", "output"),
+    ("quantizer", "evaluate"),
+    ("ablation",),
+    ("cli", "__init__"),
+)
+# Who may look at `Options`: what reads them, and what resolves them into the steps' own plans.
+RESOLVES_OPTIONS = {"cli_flags.py", "__init__.py", "output/fingerprint.py"}
+RESOLVES_OPTIONS |= {
+    f"quantizer/{name}.py"
+    for name in ("choose_reconstruction", "columns", "in_memory", "plan", "prepare", "run")
+}
+RESOLVES_OPTIONS |= {"quantizer/memory/needed.py"}
+
+
+def room(file: Path) -> str:
+    """The quantizer's folder that a file is in, or the file itself."""
+    return file.relative_to(QUANTIZER).parts[0].removesuffix(".py")
+
+
+def test_every_room_of_the_quantizer_has_a_floor() -> None:
+    assert {room(file) for file in files(QUANTIZER)} == {x for floor in FLOORS for x in floor}
+
+
+@pytest.mark.parametrize("file", files(QUANTIZER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_quantizers_rooms_import_from_the_floors_below(file: Path) -> None:
+    own = next(number for number, floor in enumerate(FLOORS) if room(file) in floor)
+    below = {name for floor in FLOORS[:own] for name in floor} | {room(file)}
+    # A name that the package hands out is none of its modules.
+    used = {x.split(".")[1] for x in imports(file) if x.startswith("mergequant.")}
+    assert used <= below | ({"cli_flags"} if room(file) == "cli" else set())
+
+
+@pytest.mark.parametrize("file", files(QUANTIZER), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_step_below_the_plan_looks_at_options(file: Path) -> None:
+    name = str(file.relative_to(QUANTIZER))
+    if name not in RESOLVES_OPTIONS and room(file) != "ablation":
+        assert "mergequant.options" not in set(imports(file))
 
 
 @pytest.mark.parametrize("file", files(SERVER), ids=lambda file: str(file.relative_to(ROOT)))

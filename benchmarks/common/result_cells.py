@@ -22,7 +22,7 @@ from typing import Any
 Record = dict[str, Any]
 
 
-class Refused(Exception):  # noqa: N818 (a finding, not an error)
+class Refused(Exception):  # noqa: N818 (a result, not an error)
     """What is to be measured does not run here; the message is a clause that says why."""
 
 
@@ -172,7 +172,7 @@ class Cells:
         except Exception as error:
             raise DeadDeviceError(sentence(error)) from error
 
-    def bury(self) -> None:
+    def record_interrupted(self) -> None:
         """Record the cell in which an earlier process of this part died."""
         if self.marker.exists():
             key, run = json.loads(self.marker.read_text())

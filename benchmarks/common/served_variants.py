@@ -19,8 +19,8 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to quantize.
+class Variant:
+    """A way to quantize and serve a model.
 
     Attributes:
         quantization: from the model and its number of blocks to `quantization_config`, or None.
@@ -85,22 +85,22 @@ def _compressed_tensors(
 
 
 def _arguments(bits: int, kind: str, strategy: str, **more: Any) -> Config:
-    found = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy}
-    return {**found, "dynamic": False, **more}
+    required = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy}
+    return {**required, "dynamic": False, **more}
 
 
-METHODS = {
-    "bf16": Method(),
-    "marlin-w4a16": Method(
+VARIANTS = {
+    "bf16": Variant(),
+    "marlin-w4a16": Variant(
         _compressed_tensors("pack-quantized", _arguments(4, "int", "group", group_size=128), None),
         weight_step=0.004,
         engine={"linear_backend": "marlin"},  # on Hopper vLLM itself would choose Machete
     ),
-    "w4a16": Method(  # with the kernel that vLLM chooses
+    "w4a16": Variant(  # with the kernel that vLLM chooses
         _compressed_tensors("pack-quantized", _arguments(4, "int", "group", group_size=128), None),
         weight_step=0.004,
     ),
-    "int8": Method(
+    "int8": Variant(
         _compressed_tensors(
             "int-quantized",
             _arguments(8, "int", "channel"),
@@ -108,7 +108,7 @@ METHODS = {
         ),
         weight_step=0.0003,
     ),
-    "fp8": Method(
+    "fp8": Variant(
         _compressed_tensors(
             "float-quantized",
             _arguments(8, "float", "channel"),
@@ -116,8 +116,8 @@ METHODS = {
         ),
         weight_step=0.02,
     ),
-    "mergequant": Method(_mergequant, weight_step=0.004, norm=2.0),
-    "mergequant-head8": Method(partial(_mergequant, head=True), weight_step=0.004, norm=2.0),
+    "mergequant": Variant(_mergequant, weight_step=0.004, norm=2.0),
+    "mergequant-head8": Variant(partial(_mergequant, head=True), weight_step=0.004, norm=2.0),
 }
 
 
@@ -125,32 +125,32 @@ FP8_CACHE = "+fp8-cache"
 
 
 def base_name(name: str) -> str:
-    """The method alone: without a kernel or a cache."""
+    """Name of the variant alone, without a kernel or a cache."""
     return name.removesuffix(FP8_CACHE).partition(":")[0]
 
 
-def find_method(name: str) -> tuple[Method, str | None]:
-    """The method called `name` and, after a colon, the kernel asked for.
+def find_variant(name: str) -> tuple[Variant, str | None]:
+    """The variant called `name` and, after a colon, the kernel asked for.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such variant.
     """
     base, _, kernel = name.removesuffix(FP8_CACHE).partition(":")
-    if base not in METHODS or (kernel and not base.startswith("mergequant")):
-        known = ", ".join(METHODS)
-        raise ValueError(f"{name!r} is no method: choose from {known}, mergequant:KERNEL")
-    method = METHODS[base]
+    if base not in VARIANTS or (kernel and not base.startswith("mergequant")):
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"{name!r} is no variant: choose from {known}, mergequant:KERNEL")
+    variant = VARIANTS[base]
     if name.endswith(FP8_CACHE):
-        method = replace(method, engine={**method.engine, "kv_cache_dtype": "fp8"})
-    return method, kernel or None
+        variant = replace(variant, engine={**variant.engine, "kv_cache_dtype": "fp8"})
+    return variant, kernel or None
 
 
 def write_checkpoint(folder: Path, name: str, model: Model, blocks: int, context: int) -> Path:
     """A folder that vLLM loads with `load_format="dummy"`."""
-    method, _ = find_method(name)
+    variant, _ = find_variant(name)
     config = model.config(context, blocks)
-    if method.quantization is not None:
-        config["quantization_config"] = method.quantization(model, blocks)
+    if variant.quantization is not None:
+        config["quantization_config"] = variant.quantization(model, blocks)
         if config["quantization_config"].get("outer"):
             config["tie_word_embeddings"] = False
     folder.mkdir(parents=True, exist_ok=True)

@@ -102,8 +102,8 @@ GPU_MODELS = ("Llama-2-7B", "Llama-3-8B", "Llama-2-70B")
 
 def distinct(models: tuple[str, ...]) -> list[tuple[str, Linear]]:
     """The linears of `models` without repetition, each with its title `MODEL LINEAR`."""
-    seen: dict[tuple[int, int, bool], tuple[str, Linear]] = {}
+    titled: dict[tuple[int, int, bool], tuple[str, Linear]] = {}
     for model in models:
         for linear in MODELS[model].linears():
-            seen.setdefault(linear[1:], (f"{model} {linear.name}", linear))
-    return list(seen.values())
+            titled.setdefault(linear[1:], (f"{model} {linear.name}", linear))
+    return list(titled.values())

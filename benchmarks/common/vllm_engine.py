@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.served_variants import Method, find_method, write_checkpoint
+from benchmarks.common.served_variants import Variant, find_variant, write_checkpoint
 from benchmarks.common.shapes import MODELS
 
 SETTINGS = {
@@ -26,13 +26,13 @@ SETTINGS = {
 def start(
     name: str, model: str, scratch: Path, *, blocks: int, context: int, **arguments: Any
 ) -> Any:
-    """A `vllm.LLM` for method `name` and the model of `benchmarks/common/shapes.py` called `model`.
+    """Start a `vllm.LLM` for variant `name` and the model called `model` in `common.shapes`.
 
     `arguments` and settings that this version of vLLM does not know are left out.
     """
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
-    method, kernel = find_method(name)
+    variant, kernel = find_variant(name)
     if kernel is not None:
         os.environ["MERGEQUANT_KERNEL"] = kernel
     from vllm import LLM
@@ -41,7 +41,7 @@ def start(
     import mergequant_vllm
 
     mergequant_vllm.register()  # an installed plugin is found by itself; a checkout is not
-    register_random_loader(method)
+    register_random_loader(variant)
     folder = write_checkpoint(scratch / "model", name, MODELS[model], blocks, context)
     wanted = {
         "dtype": "bfloat16",
@@ -51,7 +51,7 @@ def start(
         "enable_prefix_caching": False,
         "seed": 0,
         "kernel_config": _kernel_config(),
-        **method.engine,
+        **variant.engine,
         **arguments,
     }
     if torch.cuda.is_available() and wanted.get("attention_backend") is None:
@@ -65,8 +65,8 @@ def default_attention() -> str | None:
     """Triton's where vLLM came without its FlashAttention libraries; else vLLM's own choice."""
     spec = importlib.util.find_spec("vllm.vllm_flash_attn")
     places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    found = any(list(place.glob("_vllm_fa*_C*.so")) for place in places)
-    return None if found else "TRITON_ATTN"
+    has_flash_attention = any(list(place.glob("_vllm_fa*_C*.so")) for place in places)
+    return None if has_flash_attention else "TRITON_ATTN"
 
 
 def _kernel_config() -> dict[str, bool] | None:
@@ -81,7 +81,7 @@ def _kernel_config() -> dict[str, bool] | None:
     return dict.fromkeys(missing & known, False) or None
 
 
-def register_random_loader(method: Method) -> None:
+def register_random_loader(variant: Variant) -> None:
     """Make `load_format="dummy"` draw all weights at random.
 
     vLLM's own leaves integer weights as they are allocated, often zero, on which products run
@@ -95,22 +95,22 @@ def register_random_loader(method: Method) -> None:
             super().load_weights(model, model_config)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    randomize(name, parameter.data, method)
+                    randomize(name, parameter.data, variant)
 
     register_model_loader("dummy")(RandomLoader)
 
 
-def randomize(name: str, data: torch.Tensor, method: Method) -> None:
+def randomize(name: str, data: torch.Tensor, variant: Variant) -> None:
     """Overwrite one parameter: weights at random, steps and norms with plausible constants."""
     leaf = name.rsplit(".", 1)[-1]
     if leaf in ("weight_packed", "qweight"):
         data.random_(-(2**31), 2**31)
     elif leaf == "weight_scale":
-        data.fill_(method.weight_step)
+        data.fill_(variant.weight_step)
     elif leaf == "input_clip":
         data.fill_(0.9)
     elif leaf == "weight" and "norm" in name:
-        data.fill_(method.norm if name.endswith(("layernorm.weight",)) else 1.0)
+        data.fill_(variant.norm if name.endswith(("layernorm.weight",)) else 1.0)
     elif leaf == "weight" and data.dtype is torch.int8:
         data.random_(-128, 128)
     elif leaf == "weight" and data.dtype is torch.float8_e4m3fn:
@@ -138,26 +138,26 @@ def generate(llm: Any, inputs: Sequence[Any], tokens: int) -> int:
 def linear_kernels(llm: Any) -> dict[str, str]:
     """What runs each linear of the first block."""
 
-    def look(model: nn.Module) -> dict[str, str]:
-        found = {}
+    def list_kernels(model: nn.Module) -> dict[str, str]:
+        kernels = {}
         for name, module in model.named_modules():
             quant_method = getattr(module, "quant_method", None)
             if ".layers.0." in f".{name}" and name.endswith("proj") and quant_method is not None:
                 scheme = getattr(module, "scheme", quant_method)
                 kernel = getattr(scheme, "kernel", getattr(scheme, "fp8_linear", scheme))
-                found[name.rsplit(".", 1)[-1]] = getattr(kernel, "name", type(kernel).__name__)
-        return found
+                kernels[name.rsplit(".", 1)[-1]] = getattr(kernel, "name", type(kernel).__name__)
+        return kernels
 
-    result: dict[str, str] = llm.apply_model(look)[0]
+    result: dict[str, str] = llm.apply_model(list_kernels)[0]
     return result
 
 
 def model_bytes(llm: Any) -> int:
     """Bytes of all parameters and buffers, each storage once."""
 
-    def look(model: nn.Module) -> int:
+    def sum_bytes(model: nn.Module) -> int:
         tensors = [*model.parameters(), *model.buffers()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
-    return int(llm.apply_model(look)[0])
+    return int(llm.apply_model(sum_bytes)[0])

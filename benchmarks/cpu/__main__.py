@@ -2,11 +2,11 @@
 
     python -m benchmarks.cpu linear  [--models NAME...] [--tokens M...] [--kernel NAME]
     python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--llama-path FOLDER]
-    python -m benchmarks.cpu profile [--method NAME] [--layers L]
+    python -m benchmarks.cpu profile [--variant NAME] [--layers L]
 
-All take --isa NAME (everybody is held to that instruction set where it is AVX2; above, nothing is
-restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER. Before anything
-is timed the kernels' tests must pass (--no-tests leaves them out). Results go to
+All take --isa NAME (every library is restricted to that instruction set where it is AVX2; above,
+nothing is restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER.
+Before anything is timed the kernels' tests must pass (--no-tests leaves them out). Results go to
 FOLDER/PART-ISA-THREADSt.json and .md; losses are there like wins.
 """
 
@@ -31,7 +31,7 @@ REFUSED = 2
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(given)
+    options = make_parser().parse_args(given)
     if options.worker:
         return work(options, given)
     cores = machine.cores()
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tests_pass(environment: dict[str, str]) -> bool:
-    """Run the tests of the native kernels at the level that is to be timed."""
+    """Run the tests of the native kernels with the instruction set that is to be timed."""
     command = [sys.executable, "-m", "pytest", "-q", *TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -62,23 +62,31 @@ def tests_pass(environment: dict[str, str]) -> bool:
     return done.returncode == 0
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = found.add_subparsers(dest="part", required=True)
+    parts = parser.add_subparsers(dest="part", required=True)
     linear = parts.add_parser("linear", help="single linears")
     linear.add_argument("--models", nargs="+", choices=MODELS, default=list(LINEAR_MODELS))
     linear.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512])
     linear.add_argument("--kernel", default="cpu-int4", help="ours; another one to try this out")
     serve = parts.add_parser("serve", help="whole models")
-    serve.add_argument("--methods", nargs="+", help="see benchmarks/cpu/serve/baselines.py")
+    serve.add_argument(
+        "--methods",
+        "--variants",
+        nargs="+",
+        dest="variants",
+        metavar="VARIANT",
+        help="see benchmarks/cpu/serve/variants.py",
+    )
     serve.add_argument("--llama-path", type=Path, help="where llama-cpp-python and gguf are")
     profile = parts.add_parser("profile", help="where the time of ours goes")
-    profile.add_argument("--method", default="mergequant")
+    profile.add_argument("--variant", default="mergequant")
+    profile.add_argument("--method", dest="variant", default="mergequant", help=argparse.SUPPRESS)
     for part in (serve, profile):
         part.add_argument("--model", choices=MODELS, default="TinyLlama-1.1B")
         part.add_argument("--layers", type=int, help="fewer than the model has")
@@ -89,10 +97,10 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--threads", type=int, help="default: all cores")
         part.add_argument("--rounds", type=int, default=rounds)
         part.add_argument("--results", type=Path, default=RESULTS)
-        part.add_argument("--no-amx", action="store_true", help="nobody uses AMX")
+        part.add_argument("--no-amx", action="store_true", help="do not use AMX")
         part.add_argument("--no-tests", action="store_true", help="do not run the tests first")
         part.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return found
+    return parser
 
 
 def work(options: argparse.Namespace, given: list[str]) -> int:

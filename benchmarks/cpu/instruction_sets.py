@@ -1,4 +1,4 @@
-"""Instruction sets: what holds everybody to one, and what one can multiply in a cycle.
+"""Instruction sets: what restricts every library to one, and what one can multiply in a cycle.
 
 A name is one of `kernels.native_library.instruction_sets()`. PyTorch, MKL, oneDNN and our
 library are told by environment variables, which they read when they are loaded; vLLM asks PyTorch
@@ -14,7 +14,7 @@ NO_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "DNNL_MAX_CPU_ISA": "AVX512_
 
 
 @dataclass(frozen=True)
-class Level:
+class InstructionSet:
     """One instruction set.
 
     Attributes:
@@ -31,8 +31,8 @@ class Level:
     why: str = ""
 
 
-LEVELS = {
-    "avx2": Level(
+INSTRUCTION_SETS = {
+    "avx2": InstructionSet(
         {
             "ATEN_CPU_CAPABILITY": "avx2",
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -43,35 +43,37 @@ LEVELS = {
         floats=16,
         why="vpmaddubsw and vpaddw, three of the two in a cycle, for 32 products",
     ),
-    "avx512": Level(
+    "avx512": InstructionSet(
         codes=64, floats=32, why="vpmaddubsw and vpaddw, two of the two in a cycle, for 64 products"
     ),
-    "avx512-vnni": Level(codes=128, floats=32, why="two vpdpbusd in a cycle of 64 products each"),
+    "avx512-vnni": InstructionSet(
+        codes=128, floats=32, why="two vpdpbusd in a cycle of 64 products each"
+    ),
 }
-ANY = Level()
+ANY = InstructionSet()
 
 
-def find_level(isa: str | None) -> Level:
-    """The level called `isa`; one that restricts nothing if there is none of that name."""
-    return LEVELS.get(isa or "", ANY)
+def find_instruction_set(isa: str | None) -> InstructionSet:
+    """Instruction set called `isa`; one that restricts nothing if there is none of that name."""
+    return INSTRUCTION_SETS.get(isa or "", ANY)
 
 
 def environment(
     isa: str | None, threads: int, cores: Sequence[int], *, amx: bool
 ) -> dict[str, str]:
-    """Variables for a process that is to run on `cores` with `threads` threads at level `isa`.
+    """Variables for a process that is to run on `cores` with `threads` threads and `isa`.
 
     Args:
         isa: None: the fastest that there is.
         amx: leave PyTorch and oneDNN their AMX units, where `isa` restricts nothing.
     """
-    found = dict(find_level(isa).environment) or ({} if amx else dict(NO_AMX))
+    variables = dict(find_instruction_set(isa).environment) or ({} if amx else dict(NO_AMX))
     if isa is not None:
-        found[OURS] = isa
+        variables[OURS] = isa
     numbers = " ".join(str(core) for core in cores[:threads])
     return {
         **os.environ,
-        **found,
+        **variables,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_CPU_AFFINITY": numbers,
@@ -88,7 +90,7 @@ def hide_newer(isa: str | None, *, amx: bool) -> None:
 
     beyond_avx512 = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
     beyond_avx2 = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_vnni_supported")
-    restricted = bool(find_level(isa).environment)
+    restricted = bool(find_instruction_set(isa).environment)
     hidden = (*beyond_avx512, *beyond_avx2) if restricted else () if amx else beyond_avx512
     for name in hidden:
         if hasattr(torch.cpu, name):

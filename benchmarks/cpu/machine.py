@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.instruction_sets import find_level
+from benchmarks.cpu.instruction_sets import find_instruction_set
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 64 * 2**20
@@ -18,8 +18,8 @@ def cores() -> list[int]:
 
 def cpu_name(text: str | None = None) -> str:
     """As its maker calls it; `text` in place of /proc/cpuinfo."""
-    found = Path("/proc/cpuinfo").read_text() if text is None else text
-    for line in found.splitlines():
+    information = Path("/proc/cpuinfo").read_text() if text is None else text
+    for line in information.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             return value.strip()
@@ -55,12 +55,12 @@ def where(isa: str, threads: int, *, amx: bool) -> dict[str, Any]:
     """Date, CPU, instruction set, versions, for `benchmarks.common.record.save`."""
     from benchmarks.common.record import environment
 
-    found = environment()
-    off = not amx or find_level(isa).environment
+    details = environment()
+    off = not amx or find_instruction_set(isa).environment
     tiles = f", AMX {'switched off' if off else 'left to the others'}" if has_amx() else ""
     waiting = os.environ.get("OMP_WAIT_POLICY", "as OpenMP chooses").lower()
-    found["device"] = (
+    details["device"] = (
         f"{cpu_name()}, {threads} of {os.cpu_count()} cores, {isa}{tiles}, "
         f"last-level cache {cache_bytes() / 2**20:.0f} MiB, waiting threads {waiting}"
     )
-    return found
+    return details

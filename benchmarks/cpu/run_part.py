@@ -11,12 +11,12 @@ from benchmarks.cpu import instruction_sets, machine
 from benchmarks.cpu.linear import measure as linear
 from benchmarks.cpu.linear import table as linear_table
 from benchmarks.cpu.linear.limits import Limits
-from benchmarks.cpu.serve.baselines import OURS
+from benchmarks.cpu.serve.variants import OURS
 
 AMX_OFF = "-noamx"
 
 
-def level_name(isa: str | None, kernel: str = "cpu-int4") -> str:
+def instruction_set_name(isa: str | None, kernel: str = "cpu-int4") -> str:
     """The instruction set that our kernels run; PyTorch's, in small letters, for other kernels.
 
     Raises:
@@ -39,7 +39,7 @@ def file_name(part: str, isa: str, threads: int, *, amx: bool) -> str:
 
 def run_linear(options: argparse.Namespace, threads: int, command: str) -> None:
     """Part `linear`; what is measured so far is written after each shape."""
-    isa, amx = level_name(options.isa, options.kernel), not options.no_amx
+    isa, amx = instruction_set_name(options.isa, options.kernel), not options.no_amx
     instruction_sets.hide_newer(isa, amx=amx)
     torch.set_num_threads(threads)
     where, cache = machine.where(isa, threads, amx=amx), machine.cache_bytes()
@@ -47,8 +47,8 @@ def run_linear(options: argparse.Namespace, threads: int, command: str) -> None:
     def progress(limits: Limits, rows: Sequence[Mapping[str, Any]]) -> None:
         text = linear_table.table(options.kernel, isa, limits, cache, rows)
         name = file_name("linear", isa, threads, amx=amx)
-        found = [{"limits": vars(limits)}, *map(dict, rows)]
-        save(name, command, found, text, where, options.results)
+        records = [{"limits": vars(limits)}, *map(dict, rows)]
+        save(name, command, records, text, where, options.results)
         print(linear_table.lines_of(rows[-len(options.tokens) :]), flush=True)
 
     with torch.no_grad():
@@ -61,10 +61,10 @@ def run_serve(options: argparse.Namespace, threads: int, command: str) -> None:
     from benchmarks.cpu.serve import measure as serve
     from benchmarks.cpu.serve import table as serve_table
 
-    isa, amx = level_name(options.isa), not options.no_amx
+    isa, amx = instruction_set_name(options.isa), not options.no_amx
     where = machine.where(isa, threads, amx=amx)
-    variant = serve.ours_of(serve.methods_of(options)).removeprefix(OURS)
-    name = file_name(f"serve{variant}", isa, threads, amx=amx)
+    suffix = serve.ours_of(serve.variants_of(options)).removeprefix(OURS)
+    name = file_name(f"serve{suffix}", isa, threads, amx=amx)
     log = options.results / "logs"
 
     def progress(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -80,7 +80,7 @@ def run_profile(options: argparse.Namespace, threads: int, command: str) -> None
     from benchmarks.cpu.profile import measure as profile
     from benchmarks.cpu.profile import table as profile_table
 
-    isa, amx = level_name(options.isa), not options.no_amx
+    isa, amx = instruction_set_name(options.isa), not options.no_amx
     instruction_sets.hide_newer(isa, amx=amx)
     where = machine.where(isa, threads, amx=amx)
     rows = profile.run(options)

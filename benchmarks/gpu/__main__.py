@@ -29,7 +29,7 @@ UNFINISHED, DIED = 3, 75
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(given)
+    options = make_parser().parse_args(given)
     if options.worker:
         return work(options)
     parts = [p for name in options.parts for p in (PARTS if name == "all" else (name,))]
@@ -49,25 +49,26 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("parts", nargs="+", choices=(*PARTS, "plots", "all"), metavar="PART")
-    found.add_argument("--minutes", type=float, default=7.5, help="limit of each part")
-    found.add_argument("--again", action="store_true", help="measure anew what is done")
-    found.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
-    found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--models", nargs="+", choices=MODELS, help="gemm: which shapes")
-    found.add_argument("--kernels", nargs="+", help="exact, gemm: which of ours")
-    found.add_argument("--methods", nargs="+", help="serve, trace: which of them")
-    found.add_argument("--batches", nargs="+", type=int, help="serve: sequences at a time")
-    found.add_argument("--attention", help="serve, trace: attention backend of vLLM")
-    found.add_argument("--worker", nargs=2, metavar=("RUN", "END"), help=argparse.SUPPRESS)
-    return found
+    parser.add_argument("parts", nargs="+", choices=(*PARTS, "plots", "all"), metavar="PART")
+    parser.add_argument("--minutes", type=float, default=7.5, help="limit of each part")
+    parser.add_argument("--again", action="store_true", help="measure anew what is done")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="gemm: which shapes")
+    parser.add_argument("--kernels", nargs="+", help="exact, gemm: which of ours")
+    parser.add_argument("--variants", nargs="+", help="serve, trace: which served variants")
+    parser.add_argument("--methods", dest="variants", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--batches", nargs="+", type=int, help="serve: sequences at a time")
+    parser.add_argument("--attention", help="serve, trace: attention backend of vLLM")
+    parser.add_argument("--worker", nargs=2, metavar=("RUN", "END"), help=argparse.SUPPRESS)
+    return parser
 
 
 def supervise(part: str, given: list[str], options: argparse.Namespace) -> int:
@@ -99,7 +100,7 @@ def work(options: argparse.Namespace) -> int:
     from benchmarks.gpu.run_part import run_part
 
     run, end = options.worker
-    names = ("again", "smoke", "models", "kernels", "methods", "batches", "attention")
+    names = ("again", "smoke", "models", "kernels", "variants", "batches", "attention")
     chosen = {name: getattr(options, name) for name in names}
     words = [
         f"--{name.replace('_', '-')} {_words(value)}".strip()

@@ -12,7 +12,7 @@ from benchmarks.common.result_cells import Cells
 from benchmarks.gpu.gemm.baselines import BF16
 from benchmarks.gpu.gemm.table import derive, products
 from benchmarks.gpu.quantize.table import times
-from benchmarks.gpu.serve.table import BASE, by_method, speedups
+from benchmarks.gpu.serve.table import BASE, by_variant, speedups
 from benchmarks.gpu.trace.table import total
 
 
@@ -108,14 +108,14 @@ def _trace(cells: Cells, path: Path) -> list[Path]:
 
 def _serve(cells: Cells, path: Path) -> list[Path]:
     """Speedups over bf16 by batch: prefill, decode, end to end."""
-    methods = by_method(cells)
+    variants = by_variant(cells)
     files = []
     for what in ("prefill", "decode", "end to end"):
         title = f"{what}, {cells.head['device']}"
         figure, axes = _figure(title, "batch", f"speedup over {BASE}")
-        for name, batches in methods.items():
+        for name, batches in variants.items():
             points = {
-                batch: speedups(cell, methods.get(BASE, {}).get(batch)).get(what)
+                batch: speedups(cell, variants.get(BASE, {}).get(batch)).get(what)
                 for batch, cell in sorted(batches.items())
             }
             shown = {str(batch): ratio for batch, ratio in points.items() if ratio is not None}

@@ -54,7 +54,7 @@ def run_part(part: str, results: Path, command: str, run: str, end: float, **opt
         foreign=getattr(runner, "foreign", lambda key: False),
         foreign_stamp=stamp(place, ()),
     )
-    cells.bury()
+    cells.record_interrupted()
     status = PASSED
     try:
         with torch.no_grad():

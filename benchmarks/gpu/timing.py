@@ -159,11 +159,11 @@ def compare(
     Raises:
         SubjectDiedError: a subject failed and the device does not answer any more.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     ready: dict[str, tuple[Runner, int]] = {}
     for name, make in subjects.items():
         if dead and name in dead:
-            found[name] = {"failed": dead[name]}
+            results[name] = {"failed": dead[name]}
             continue
         try:
             runner = make_runner(
@@ -171,9 +171,9 @@ def compare(
             )
             ready[name] = (runner, repeats(runner, round_seconds))
         except Refused as reason:
-            found[name] = {"refused": str(reason)}
+            results[name] = {"refused": str(reason)}
         except Exception as error:  # recorded beside the others
-            found[name] = {"failed": sentence(error)}
+            results[name] = {"failed": sentence(error)}
             _check_alive(device, name)
     times: dict[str, list[float]] = {name: [] for name in ready}
     names = list(ready)
@@ -183,8 +183,8 @@ def compare(
             runner, repeat = ready[name]
             times[name].append(runner.seconds(repeat) / (repeat * runner.calls) * 1e6)
     for name, (runner, _) in ready.items():
-        found[name] = {**summary(times[name]), "timer": runner.timer}
-    return {name: found[name] for name in subjects}
+        results[name] = {**summary(times[name]), "timer": runner.timer}
+    return {name: results[name] for name in subjects}
 
 
 def _check_alive(device: Device, subject: str) -> None:

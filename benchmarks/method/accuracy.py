@@ -77,12 +77,14 @@ def measure(model: Path, text: Path, windows: int, engine: Engine) -> Iterator[R
                     output = Path(scratch) / f"{outliers}-{number}"
                     folder = quantize(source, output, [calibration], options, progress=False)
                 seconds = time.monotonic() - began
-                found = perplexity(
+                result = perplexity(
                     folder, evaluation, engine=engine, most_windows=windows, progress=False
                 )
-                full = found.loss if options is None else full
-                excess = found.loss - full
-                row = Row(model.name, outliers, variant, found.loss, excess, found.tokens, seconds)
+                full = result.loss if options is None else full
+                excess = result.loss - full
+                row = Row(
+                    model.name, outliers, variant, result.loss, excess, result.tokens, seconds
+                )
                 print(
                     f"{row.model:<14} {row.outliers!s:<6} {variant:<48} {row.loss:.4f}", flush=True
                 )

@@ -117,13 +117,13 @@ def measure(
     command += [str(scratch / f"out-{hidden}-{blocks}"), str(text), json.dumps(method)]
     environ = {**os.environ, **({} if slack else {"MALLOC_MMAP_THRESHOLD_": str(MIB // 2)})}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    memory: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {
         "hidden": hidden,
         "blocks": blocks,
         "model_bytes": (model / "model.safetensors").stat().st_size,
-        "imports": found["baseline"],
-        "measured": found["peak"] - found["baseline"],
+        "imports": memory["baseline"],
+        "measured": memory["peak"] - memory["baseline"],
         "predicted": predicted(model, method),
     }
 
@@ -154,8 +154,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [str(row["hidden"]), str(row["blocks"]), *(f"{x / MIB:.0f}" for x in sizes)]
         lines.append(f"| {' | '.join(cells)} | {row['predicted'] / row['measured']:.2f} |")
     for hidden in dict.fromkeys(row["hidden"] for row in rows):
-        found = [row["measured"] for row in rows if row["hidden"] == hidden]
-        change = found[-1] / found[0] - 1
+        measured = [row["measured"] for row in rows if row["hidden"] == hidden]
+        change = measured[-1] / measured[0] - 1
         lines.append(f"\nHidden {hidden}, the deepest against the shallowest: {change:+.1%}")
     return "\n".join(lines)
 

@@ -96,9 +96,9 @@ def plot(rows: list[Row], file: Path) -> None:
     for row in rows[1:]:
         label = f"{row.mode}, by {row.split_by}" + (", staggered" if row.staggered else "")
         lines.setdefault(label, []).append(row)
-    for label, found in lines.items():
-        axes[0].plot([x.alpha for x in found], [x.excess for x in found], "o-", label=label)
-        axes[1].plot([x.copies for x in found], [x.excess for x in found], "o-", label=label)
+    for label, points in lines.items():
+        axes[0].plot([x.alpha for x in points], [x.excess for x in points], "o-", label=label)
+        axes[1].plot([x.copies for x in points], [x.excess for x in points], "o-", label=label)
     for axis, name in zip(axes, ("threshold alpha", "copies M, mean over the norms"), strict=True):
         axis.axhline(rows[0].excess, color="grey", linestyle="--", label="no reconstruction")
         axis.set_xlabel(name)

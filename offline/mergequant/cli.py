@@ -147,11 +147,11 @@ def inspect(
     """What a checkpoint stores, linear by linear."""
     from mergequant.evaluate.checkpoint_contents import as_table, inspect_checkpoint
 
-    summary = inspect_checkpoint(checkpoint)
+    contents = inspect_checkpoint(checkpoint)
     if as_json:
-        _print_json(summary.as_dict())
+        _print_json(contents.as_dict())
     else:
-        typer.echo(as_table(summary))
+        typer.echo(as_table(contents))
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """The command line's options that are fields of `Options`, made from the fields themselves."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,19 +14,22 @@ from mergequant.options import Options
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
     "activation_step": "channel, or a baseline: tensor, smooth.",
-    "mix_activations": "o's and down's step: token, or tensor (ablation only).",
     "rotation": "none, offline or online.",
     "hadamard_block": "Largest block of the online rotation.",
+    "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",
     "static_bits": "Bits of norm-fed activations: 4 or 8.",
     "dynamic_bits": "Bits of o's and down's: 4 or 8.",
+    "static_zero_points": "Norm-fed activations with a zero point a channel.",
+    "dynamic_zero_points": "o's and down's with a zero point a token.",
     "reconstruction": "none, prune, pad, or auto: what measures best.",
     "alpha": "Threshold of a strong channel (Eq. 6): a number, architecture, or auto.",
     "split_by": "What Eq. 6 measures: step or folded.",
     "staggered": "Copies round at different offsets.",
     "max_extra_channels": "Growth of K allowed to pad, as a fraction.",
-    "weights": "gptq, rtn (round to nearest), or none (16 bits, ablation only).",
+    "weights": "gptq or rtn (round to nearest).",
     "weight_bits": "3, 4 or 8.",
     "group_size": "Channels that share a weight step.",
+    "segments": "Weight steps along K of norm-fed linears, whose columns are sorted.",
     "asymmetric": "Weights with zero points.",
     "weight_search": "Weight steps: minmax or mse.",
     "head_bits": "8 or 16: as it is.",
@@ -41,6 +45,8 @@ HELP = {
     "gptq_block": "Columns that GPTQ updates at once.",
     "lowest_clip": "Smallest clip ratio tried.",
     "clip_points": "Clip ratios tried.",
+    "ignore": "Linears that stay in 16 bits: a name, or re:PATTERN. Repeatable.",
+    "overrides": "What differs for some: weight_bits=8,static_bits=8@re:PATTERN. Repeatable.",
     "seed": "Picks the calibration windows.",
     "device": "cpu, cuda, or auto.",
 }
@@ -88,28 +94,67 @@ def with_option_flags(*names: str) -> Callable[[Callable[..., None]], Callable[.
 
 def read_options(flags: Mapping[str, Any], **changes: Any) -> Options:
     """Options of the flags, `changes` over them; raises InputError that names the wrong flag."""
+    given = {**flags, **changes}
+    if "overrides" in given:
+        given["overrides"] = _read_overrides(given["overrides"])
     try:
-        return Options.model_validate({**flags, **changes})
+        return Options.model_validate(given)
     except ValidationError as error:
         faults = error.errors()
         field = faults[0]["loc"][:1]
-        where = "--" + str(field[0]).replace("_", "-") if field else "Options:"
+        where = _flag(str(field[0])) if field else "Options:"
         # A field of several types has a fault for each.
         messages = " or ".join(fault["msg"] for fault in faults if fault["loc"][:1] == field)
         raise InputError(f"{where} is wrong: {messages}.") from error
 
 
+def _read_overrides(spelled: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`field=value,field=value@pattern`, several times, as `Options.overrides` has it."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in spelled:
+        fields, at, pattern = text.partition("@")
+        pairs = [field.partition("=") for field in fields.split(",")]
+        if not at or not pattern or not all(name and value for name, _, value in pairs):
+            raise InputError(
+                f"--override {text!r} is not understood: write it as "
+                "weight_bits=8,static_bits=8@re:PATTERN, or @NAME for one linear."
+            )
+        named = {
+            name.strip().replace("-", "_"): _read_value(value.strip()) for name, _, value in pairs
+        }
+        overrides.setdefault(pattern, {}).update(named)
+    return overrides
+
+
+def _read_value(text: str) -> Any:
+    """A number, true, false, null, or a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _flag(name: str) -> str:
+    """A field's flag; one that is given several times is named in the singular."""
+    return "--override" if name == "overrides" else "--" + name.replace("_", "-")
+
+
 def _default(name: str) -> Any:
-    default = Options.model_fields[name].default
+    default = Options.model_fields[name].get_default(call_default_factory=True)
+    if _type(name) == list[str]:
+        return []
     return str(default) if _type(name) is str else default
 
 
 def _annotation(name: str) -> Any:
-    return Annotated[_type(name), typer.Option(help=HELP[name])]
+    flags = [_flag(name)] if name == "overrides" else []
+    return Annotated[_type(name), typer.Option(*flags, help=HELP[name])]
 
 
 def _type(name: str) -> Any:
-    """Words stay words here; `Options` says which are known."""
+    """Type of a flag: words stay words here, `Options` says which are known."""
+    if name in ("ignore", "overrides"):
+        return list[str]
     annotation = Options.model_fields[name].annotation
     if annotation in (bool, int, float, int | None):
         return annotation

@@ -1,8 +1,41 @@
 """Every choice of the quantizer, frozen, with unit, default and the paper's symbol."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from mergequant_vllm.format.targets import check_pattern, matches
+
+# Fields that may differ from linear to linear.
+OVERRIDABLE: Final = frozenset(
+    {
+        "activations",
+        "alpha",
+        "asymmetric",
+        "clipping",
+        "dynamic_bits",
+        "dynamic_zero_points",
+        "group_size",
+        "max_extra_channels",
+        "reconstruction",
+        "segments",
+        "split_by",
+        "staggered",
+        "static_bits",
+        "static_zero_points",
+        "weight_bits",
+        "weight_search",
+        "weights",
+    }
+)
 
 
 class Options(BaseModel):
@@ -14,13 +47,17 @@ class Options(BaseModel):
         activation_step: of the norm-fed linears: one a `channel` (the paper); one for the whole
             `tensor`; one for the tensor after its channels were evened out as SmoothQuant does,
             `smooth`. The last two are the static baselines of the paper's tables.
-        mix_activations: o's and down's step: one a `token`, or one static step for the `tensor`,
-            a baseline that no checkpoint holds.
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
             weights (R1, R2); `online`: also down's input, by the server (R4).
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
+        mix_heads: with rotation `online`, o's input is mixed across so many heads, by the server;
+            0: not at all. It divides the number of heads, and a tensor-parallel rank holds whole
+            multiples of it.
         static_bits: width of the norm-fed linears' activation codes.
         dynamic_bits: width of o's and down's (with `activations` dynamic: of all).
+        static_zero_points: norm-fed activations have a zero point for each channel, which costs
+            the server nothing: it is an offset before rounding, and a constant of the output.
+        dynamic_zero_points: o's and down's tokens have zero points.
         reconstruction: `none`; `prune`: strong channels split, as many others dropped (paper 4.2);
             `pad`: split and nothing dropped, K grows up to `max_extra_channels`; `auto`: what
             measures best on calibration text, see `pilot`.
@@ -30,10 +67,11 @@ class Options(BaseModel):
             `folded` weight column, step times the column's norm.
         staggered: copies of a channel round at different offsets, so that their sum resolves finer.
         max_extra_channels: bound on the growth of K under `pad`, as a fraction of the channels.
-        weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest; `none` leaves
-            them as they are (the paper's Table 7), which no checkpoint holds.
+        weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest.
         weight_bits: width of a weight code.
         group_size: input channels that share a weight step; None: one step per output channel.
+        segments: weight steps along K of the norm-fed linears: their columns are sorted by size
+            and cut into so many runs, each with a step of its own; None: one step.
         asymmetric: weights have zero points.
         weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
         head_bits: width of the head's weight codes: 8, with a step per token for its 8-bit input;
@@ -52,6 +90,11 @@ class Options(BaseModel):
         gptq_block: columns that GPTQ updates at once.
         lowest_clip: smallest clip ratio tried.
         clip_points: clip ratios tried, evenly spaced from `lowest_clip` to 1.
+        ignore: patterns on full module names: linears that stay in 16 bits.
+        overrides: by pattern, the fields that differ for the linears whose full names it matches;
+            of several that match, the later one counts. A pattern is a module's name, or `re:` and
+            a regular expression that must match from the name's beginning. Linears that vLLM
+            merges (q, k, v; gate, up) must be alike.
         seed: picks the calibration windows.
         device: torch device that calibrates, such as `cpu` or `cuda`; `auto` prefers CUDA.
     """
@@ -60,19 +103,22 @@ class Options(BaseModel):
 
     activations: Literal["static", "dynamic"] = "static"
     activation_step: Literal["channel", "tensor", "smooth"] = "channel"
-    mix_activations: Literal["token", "tensor"] = "token"
     rotation: Literal["none", "offline", "online"] = "none"
     hadamard_block: int = Field(default=128, ge=2)
+    mix_heads: int = Field(default=0, ge=0)
     static_bits: Literal[4, 8] = 4
     dynamic_bits: Literal[4, 8] = 4
+    static_zero_points: bool = False
+    dynamic_zero_points: bool = False
     reconstruction: Literal["none", "prune", "pad", "auto"] = "auto"
     alpha: Annotated[float, Field(ge=0)] | Literal["architecture", "auto"] = "auto"
     split_by: Literal["step", "folded"] = "folded"
     staggered: bool = True
     max_extra_channels: float = Field(default=0.125, gt=0)
-    weights: Literal["gptq", "rtn", "none"] = "gptq"
+    weights: Literal["gptq", "rtn"] = "gptq"
     weight_bits: Literal[3, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
+    segments: int | None = Field(default=None, ge=2)
     asymmetric: bool = False
     weight_search: Literal["minmax", "mse"] = "mse"
     head_bits: Literal[8, 16] = 16
@@ -88,25 +134,70 @@ class Options(BaseModel):
     gptq_block: int = Field(default=128, ge=1)
     lowest_clip: float = Field(default=0.4, gt=0, le=1)
     clip_points: int = Field(default=13, ge=2)
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
 
     @model_validator(mode="after")
     def _baselines_are_plain(self) -> Self:
-        plain = self.clipping == "none" and self.reconstruction == "none"
+        plain = self.clipping == "none" and self.reconstruction == "none" and self.segments is None
+        plain = plain and not self.static_zero_points
         if self.activation_step != "channel" and not plain:
             raise ValueError(
-                f"activation_step {self.activation_step!r} has no channels to clip or reconstruct: "
-                "give --clipping none --reconstruction none"
+                f"activation_step {self.activation_step!r} has no channels to clip, reconstruct or "
+                "sort: give --clipping none --reconstruction none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _steps_along_k_are_of_one_kind(self) -> Self:
+        if self.segments is not None and self.group_size is not None:
+            raise ValueError("a weight has groups or segments, not both: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_are_mixed_online(self) -> Self:
+        if self.mix_heads and self.rotation != "online":
+            raise ValueError("mix_heads is done by the server: give --rotation online")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_and_overrides_are_known(self) -> Self:
+        for pattern in (*self.ignore, *self.overrides):
+            check_pattern(pattern)
+        for pattern, fields in self.overrides.items():
+            unknown = sorted(fields.keys() - OVERRIDABLE)
+            if unknown:
+                known = ", ".join(sorted(OVERRIDABLE))
+                raise ValueError(f"{unknown[0]!r} cannot differ between layers; these can: {known}")
+            _overridden(self, fields, pattern)
+        return self
+
+    def for_linear(self, name: str) -> "Options":
+        """The options of one linear: these, with what `overrides` say of its full name."""
+        options = self
+        for pattern, fields in self.overrides.items():
+            if matches(pattern, name):
+                options = _overridden(options, fields, pattern)
+        return options
+
+    def ignores(self, name: str) -> bool:
+        """Whether the linear of this full name stays in 16 bits."""
+        return any(matches(pattern, name) for pattern in self.ignore)
 
     @property
     def compensated(self) -> bool:
         """Whether blocks are trained."""
-        return self.compensation_rank > 0 and self.weights != "none"
+        return self.compensation_rank > 0
 
-    @property
-    def exported(self) -> bool:
-        """Whether a checkpoint can hold the result; else it runs in the reference engine alone."""
-        return self.weights != "none" and self.mix_activations == "token"
+
+def _overridden(options: Options, fields: Mapping[str, JsonValue], pattern: str) -> Options:
+    """`options` but for `fields`; raises ValueError that names the pattern."""
+    values = options.model_dump(exclude={"ignore", "overrides"})
+    try:
+        return Options.model_validate({**values, **fields})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ValueError(f"for {pattern!r}, {where}: {fault['msg']}") from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.format import LinearFormat
+from tests.forms import linear_form
 
 pytest.importorskip("vllm")
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -63,13 +64,9 @@ class Block(torch.nn.Module):
         sizes |= {"gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
         for name, shape in sizes.items():
             static = name in ("qkv", "gate_up")
-            form = LinearFormat(
-                shape=shape,
-                activations="static" if static else "dynamic",
-                norm="n" if static else None,
-                columns=shape[1] if static else None,
-                offsets=static,
-            )
+            form = linear_form(shape, "dynamic")
+            if static:
+                form = linear_form(shape, "static", columns=shape[1], offsets=True)
             plain = torch.nn.Linear(shape[1], shape[0], bias=False)
             setattr(self, name, Linear(form) if quantized else plain)
         self.gains = torch.nn.Parameter(torch.rand(2, HIDDEN) + 1, requires_grad=False)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from mergequant import quantize
 from mergequant.evaluate.reference_forward import load_model
-from mergequant_vllm.format import FormatError, LinearFormat
+from mergequant_vllm.format import FormatError
 from tests.conftest import SMALL
+from tests.forms import linear_form
 from tests.tiny import make_model
 
 pytest.importorskip("vllm")
@@ -152,7 +153,7 @@ def test_a_linear_that_was_not_loaded_is_refused(checkpoint: Path) -> None:
 
 @pytest.mark.usefixtures("_ranks")
 def test_shards_that_cut_words_are_refused_with_sizes_and_remedy() -> None:
-    linear = LinearFormat(shape=(64, 172), activations="dynamic")
+    linear = linear_form((64, 172), "dynamic")
     method = MergeQuantLinearMethod(f"{BLOCK}.mlp.down_proj", [linear], None)
     sizes: dict[str, Any] = {
         "layer": torch.nn.Module(),

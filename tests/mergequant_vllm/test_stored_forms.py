@@ -2,16 +2,18 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mergequant.layers.served_linear import QuantizedLinear
+from mergequant.layers.served_linear import ServedLinear
 from mergequant_vllm.format import FormatError, LinearFormat
 from mergequant_vllm.kernels.codes import Writer
 from mergequant_vllm.packing import pack
+from tests.forms import linear_form
 from tests.mergequant_vllm.kernels.made import random_codes
 
 pytest.importorskip("vllm")
@@ -58,31 +60,34 @@ class Given(QuantizationConfig):
 
 def make_tensors(form: LinearFormat, seed: int) -> dict[str, Tensor]:
     """What a checkpoint would hold of a linear of this form."""
-    rows, k, bits = form.shape[0], form.in_features, form.weight_bits
+    rows, k, bits = form.shape[0], form.in_features, form.weight.bits
     generator = torch.Generator().manual_seed(seed)
     codes = random_codes(bits, rows, k, seed=seed)
     step = torch.rand(rows, form.groups, generator=generator) + 0.01
     tensors = {"weight_packed": pack(codes, bits), "weight_scale": step.to(torch.bfloat16)}
-    if form.zero_points:
+    if form.weight.zero_points:
         tensors["weight_zero_point"] = random_codes(bits, rows, form.groups, seed=seed + 1)
     if form.columns is not None:
         index = torch.randint(0, form.shape[1], (k,), generator=torch.Generator().manual_seed(0))
         tensors["input_index"] = index.to(torch.int32)
-    if form.offsets:
+    if form.static is not None and form.static.offsets:
         tensors["input_offset"] = torch.rand(k, generator=torch.Generator().manual_seed(1)) - 0.5
-    if form.activations == "dynamic":
+    if form.output_offset is not None:
+        tensors["output_offset"] = torch.rand(rows, generator=generator) - 0.5
+    if form.static is None:
         tensors["input_clip"] = torch.tensor([0.8125])
     return tensors
 
 
-def oracle(form: LinearFormat, tensors: dict[str, Tensor]) -> QuantizedLinear:
+def oracle(form: LinearFormat, tensors: dict[str, Tensor]) -> ServedLinear:
     from mergequant_vllm.packing import unpack
 
-    return QuantizedLinear(
+    return ServedLinear(
         form,
-        unpack(tensors["weight_packed"], form.weight_bits, form.in_features),
+        unpack(tensors["weight_packed"], form.weight.bits, form.in_features),
         tensors["weight_scale"],
         zero_points=tensors.get("weight_zero_point"),
+        output_offset=tensors.get("output_offset"),
         clip=tensors.get("input_clip"),
         index=tensors.get("input_index"),
         offset=tensors.get("input_offset"),
@@ -127,6 +132,10 @@ WEIGHTS: list[dict[str, Any]] = [
     {"weight_bits": 8},
     {},
 ]
+SEGMENTS: list[dict[str, Any]] = [
+    {"segments": (32, 64, 32), "zero_points": True},
+    {"segments": (64, 64), "output_offset": "float32", "weight_bits": 8},
+]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -142,10 +151,7 @@ WEIGHTS: list[dict[str, Any]] = [
     ids=str,
 )
 def test_static_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
-    forms = [
-        LinearFormat(shape=(rows, 64), activations="static", norm="n", **weights, **inputs)
-        for rows in (43, 20)
-    ]
+    forms = [linear_form((rows, 64), "static", **weights, **inputs) for rows in (43, 20)]
     tensors = [make_tensors(form, seed) for seed, form in enumerate(forms)]
     layer = merged_layer(*forms)
     load(layer, *tensors)
@@ -153,6 +159,20 @@ def test_static_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[s
     expected = torch.cat([oracle(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
     assert torch.equal(layer(x)[0], expected)
     assert not dict(layer.named_parameters()).keys() & {"weight_packed", "weight_scale"}
+
+
+@pytest.mark.parametrize("kernel", ["cpu-int4", "cpu-fp32", "reference"])
+@pytest.mark.parametrize("weights", SEGMENTS, ids=str)
+def test_segments_and_constants_equal_the_oracle(weights: dict[str, Any], kernel: str) -> None:
+    forms = [
+        linear_form((rows, 64), "static", columns=128, offsets=True, **weights) for rows in (43, 20)
+    ]
+    tensors = [make_tensors(form, seed) for seed, form in enumerate(forms)]
+    layer = merged_layer(*forms, kernel=kernel)
+    load(layer, *tensors)
+    x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
+    expected = torch.cat([oracle(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
+    assert torch.equal(layer(x)[0], expected)
 
 
 def row_layer(form: LinearFormat, kernel: str | None = None) -> Any:
@@ -164,9 +184,13 @@ def row_layer(form: LinearFormat, kernel: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("inputs", [{"hadamard": 32}, {"activation_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "inputs",
+    [{"hadamard": 32}, {"activation_bits": 8}, {"input_zero_points": True, "hadamard": 64}],
+    ids=str,
+)
 def test_dynamic_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
-    form = LinearFormat(shape=(43, 192), activations="dynamic", **weights, **inputs)
+    form = linear_form((43, 192), "dynamic", **weights, **inputs)
     tensors = make_tensors(form, 3)
     layer = row_layer(form)
     load(layer, tensors)
@@ -183,10 +207,8 @@ def test_what_runs_on_gpus_equals_the_oracle(
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     form: dict[str, Any] = {"weight_bits": 3, "group_size": 32, "zero_points": True}
-    static = LinearFormat(
-        shape=(43, 64), activations="static", norm="n", columns=80, offsets=True, **form
-    )
-    dynamic = LinearFormat(shape=(64, 192), activations="dynamic", hadamard=hadamard, **form)
+    static = linear_form((43, 64), "static", columns=80, offsets=True, **form)
+    dynamic = linear_form((64, 192), "dynamic", hadamard=hadamard, **form)
     tensors = [make_tensors(static, 0), make_tensors(static, 1), make_tensors(dynamic, 2)]
     up, down = merged_layer(static, static, "triton"), row_layer(dynamic, "triton")
     load(up, *tensors[:2])
@@ -209,8 +231,8 @@ def test_each_rank_of_two_takes_its_own_columns(
     monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any]
 ) -> None:
     """The second of two ranks of a row-parallel linear: its words, its groups, its rotation."""
-    whole = LinearFormat(shape=(43, 256), activations="dynamic", hadamard=64, **weights)
-    half = whole.model_copy(update={"shape": (43, 128)})
+    whole = linear_form((43, 256), "dynamic", hadamard=64, **weights)
+    half = replace(whole, shape=(43, 128))
     tensors = make_tensors(whole, 3)
     for module in ("parameter", "layers.linear"):
         where = f"vllm.model_executor.{module}"
@@ -221,9 +243,9 @@ def test_each_rank_of_two_takes_its_own_columns(
     load(layer, tensors)
     from mergequant_vllm.packing import unpack
 
-    codes = unpack(tensors["weight_packed"], whole.weight_bits, 256)[:, 128:]
-    mine = {**tensors, "weight_packed": pack(codes, whole.weight_bits)}
-    if whole.group_size is not None:
+    codes = unpack(tensors["weight_packed"], whole.weight.bits, 256)[:, 128:]
+    mine = {**tensors, "weight_packed": pack(codes, whole.weight.bits)}
+    if whole.weight.group_size is not None:
         second = slice(whole.groups // 2, None)
         for name in tensors.keys() & {"weight_scale", "weight_zero_point"}:
             mine[name] = tensors[name][:, second]
@@ -233,7 +255,7 @@ def test_each_rank_of_two_takes_its_own_columns(
 
 def test_shards_that_cut_groups_or_rotations_are_refused() -> None:
     def refuse(**fields: Any) -> None:
-        form = LinearFormat(shape=(64, 192), activations="dynamic", **fields)
+        form = linear_form((64, 192), "dynamic", **fields)
         MergeQuantLinearMethod("down", [form], None).create_weights(
             torch.nn.Module(), 96, [64], 192, 64, torch.float32, weight_loader=lambda *_: None
         )
@@ -243,13 +265,16 @@ def test_shards_that_cut_groups_or_rotations_are_refused() -> None:
         refuse(group_size=64)
     with pytest.raises(ValueError, match=r"not a whole number of Hadamard blocks \(64 codes"):
         refuse(hadamard=64)
+    with pytest.raises(ValueError, match=r"not a whole number of runs of mixed heads \(192 codes"):
+        refuse(heads=(6, 32))
+    with pytest.raises(
+        ValueError, match=r"would cut its 2 segments .*: use --tensor-parallel-size 1"
+    ):
+        refuse(segments=(64, 128))
 
 
 def test_merged_linears_must_read_the_same_channels() -> None:
-    forms = [
-        LinearFormat(shape=(8, 64), activations="static", norm="n", columns=64, offsets=True)
-        for _ in range(2)
-    ]
+    forms = [linear_form((8, 64), "static", columns=64, offsets=True) for _ in range(2)]
     for name in ("input_index", "input_offset"):
         tensors = [make_tensors(form, 0) for form in forms]
         tensors[1][name] = tensors[1][name].flip(0)
@@ -258,10 +283,11 @@ def test_merged_linears_must_read_the_same_channels() -> None:
 
 
 def test_linears_of_different_form_are_not_merged() -> None:
-    one = LinearFormat(shape=(8, 64), activations="static", norm="n")
-    for other in ({"weight_bits": 3}, {"columns": 64}, {"norm": "m"}, {"zero_points": True}):
+    one = linear_form((8, 64), "static")
+    others: list[dict[str, Any]] = [{"weight_bits": 3}, {"columns": 64}, {"norm": "m"}]
+    for other in (*others, {"zero_points": True}, {"segments": (32, 32)}):
         with pytest.raises(FormatError, match="are stored in different ways"):
-            MergeQuantLinearMethod("gate_up", [one, one.model_copy(update=other)], None)
+            MergeQuantLinearMethod("gate_up", [one, linear_form((8, 64), "static", **other)], None)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +301,7 @@ def test_linears_of_different_form_are_not_merged() -> None:
 )
 def test_values_that_no_quantizer_writes_are_refused(name: str, bad: float, message: str) -> None:
     fields: dict[str, Any] = {"columns": 64, "offsets": True, "zero_points": True, "weight_bits": 3}
-    form = LinearFormat(shape=(8, 64), activations="static", norm="n", **fields)
+    form = linear_form((8, 64), "static", **fields)
     tensors = make_tensors(form, 0)
     tensors[name][-1] = bad
     with pytest.raises(FormatError, match=message):
@@ -284,14 +310,14 @@ def test_values_that_no_quantizer_writes_are_refused(name: str, bad: float, mess
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, 5.0, float("inf"), float("nan")])
 def test_clip_ratios_that_no_quantizer_writes_are_refused(clip: float) -> None:
-    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    form = linear_form((8, 64), "dynamic")
     tensors = make_tensors(form, 0) | {"input_clip": torch.tensor([clip])}
     with pytest.raises(FormatError, match=r"down_proj.input_clip .* is outside \(0, 1\]"):
         load(row_layer(form), tensors)
 
 
 def test_weights_are_not_loaded_twice() -> None:
-    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    form = linear_form((8, 64), "dynamic")
     layer, tensors = row_layer(form), make_tensors(form, 0)
     load(layer, tensors)
     with pytest.raises(ValueError, match=r"down_proj: .* cannot be loaded again .*: restart it"):
@@ -300,7 +326,7 @@ def test_weights_are_not_loaded_twice() -> None:
 
 def test_a_head_that_a_server_leaves_out_is_not_prepared() -> None:
     """vLLM puts the head on the meta device where the model embeds or classifies."""
-    form = LinearFormat(shape=(8, 64), activations="dynamic")
+    form = linear_form((8, 64), "dynamic")
     layer = row_layer(form)
     empty = torch.empty_like(layer.weight_packed, device="meta")
     layer.weight_packed = torch.nn.Parameter(empty, requires_grad=False)

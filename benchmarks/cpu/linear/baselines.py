@@ -3,7 +3,7 @@
 All get the same codes, which float32 and bfloat16 hold exactly, so that every result can be held
 against the definition. The two kernels of PyTorch for integers are those that torchao calls on
 CPUs: its wheels (0.18) hold none of their own. vLLM is imported inside the function that needs it;
-a rival that does not run here raises Refused.
+a baseline that does not run here raises Refused.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One way to run a linear.
 
     Attributes:
@@ -118,12 +118,12 @@ def _to_bfloat16(x: Tensor) -> Tensor:
 FLOAT32, BFLOAT16, INT8 = "torch float32", "torch bfloat16", "torch int8"
 ONEDNN, INT4 = "vllm oneDNN int8", "torch int4 weights"
 ROUNDED = 2.0**-8  # a result rounded to bfloat16
-RIVALS = {
-    FLOAT32: Rival(32, _float32, _to_float32, 0.0, "F.linear"),
-    BFLOAT16: Rival(16, _bfloat16, _to_bfloat16, ROUNDED, "F.linear"),
-    INT8: Rival(8, _int_mm, _same, 0.0, "torch._int_mm: int32 results, nothing scaled"),
-    ONEDNN: Rival(8, _onednn, _same, 0.0, "onednn_scaled_mm: one step for all tokens, float32"),
-    INT4: Rival(
+BASELINES = {
+    FLOAT32: Baseline(32, _float32, _to_float32, 0.0, "F.linear"),
+    BFLOAT16: Baseline(16, _bfloat16, _to_bfloat16, ROUNDED, "F.linear"),
+    INT8: Baseline(8, _int_mm, _same, 0.0, "torch._int_mm: int32 results, nothing scaled"),
+    ONEDNN: Baseline(8, _onednn, _same, 0.0, "onednn_scaled_mm: one step for all tokens, float32"),
+    INT4: Baseline(
         4, _int4_weights, _to_bfloat16, ROUNDED, "_weight_int4pack_mm_for_cpu: groups, bfloat16"
     ),
 }

@@ -4,8 +4,8 @@ Bounds of a linear whose weights have 4 bits, in products (MAC) a second:
 
 - reading: memory bandwidth / bytes of the packed weights * products of the call. Decoding.
 - arithmetic: clock * products that the instruction set's shortest loop adds up in a cycle
-  (`levels`). Prefill. The clock is not read off: MKL's float32 product of matrices that fit the
-  cache is taken to reach 95% of clock * float32 products in a cycle.
+  (`instruction_sets`). Prefill. The clock is not read off: MKL's float32 product of matrices that
+  fit the cache is taken to reach 95% of clock * float32 products in a cycle.
 """
 
 import time
@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.cpu.instruction_sets import find_level
+from benchmarks.cpu.instruction_sets import find_instruction_set
 
 FLOAT32_SHARE = 0.95  # of its peak that MKL is taken to reach on matrices in the cache
 PRODUCT_SIZES = (512, 768, 1024)
@@ -41,8 +41,8 @@ class Limits:
 
     def bound(self, products: int, packed_bytes: int) -> float:
         """The smaller of both bounds of a call, in products/s."""
-        reading = self.bandwidth / packed_bytes * products
-        return reading if self.codes is None else min(reading, self.codes)
+        read_bound = self.bandwidth / packed_bytes * products
+        return read_bound if self.codes is None else min(read_bound, self.codes)
 
 
 def measure_limits(isa: str, cache: int, *, tries: int = TRIES) -> Limits:
@@ -52,11 +52,11 @@ def measure_limits(isa: str, cache: int, *, tries: int = TRIES) -> Limits:
 
 def derive(isa: str, read: float, float32: float, cores: int) -> Limits:
     """From bytes/s and float32 products/s of all cores to the limits."""
-    level = find_level(isa)
-    if level.codes is None or level.floats is None:
+    instruction_set = find_instruction_set(isa)
+    if instruction_set.codes is None or instruction_set.floats is None:
         return Limits(read, float32, None, None)
-    cycles = float32 / FLOAT32_SHARE / level.floats
-    return Limits(read, float32, cycles * level.codes, cycles / cores)
+    cycles = float32 / FLOAT32_SHARE / instruction_set.floats
+    return Limits(read, float32, cycles * instruction_set.codes, cycles / cores)
 
 
 def threads() -> int:
@@ -77,12 +77,12 @@ def bandwidth(size: int, tries: int) -> float:
 
 def float32_products(tries: int) -> float:
     """Products/s of the best square float32 product in the cache."""
-    found = []
+    rates = []
     for size in PRODUCT_SIZES:
         a, b, out = (torch.ones(size, size) for _ in range(3))
         seconds = _best(partial(torch.mm, a, b, out=out), 3 * tries)
-        found.append(size**3 / seconds)
-    return max(found)
+        rates.append(size**3 / seconds)
+    return max(rates)
 
 
 def _best(call: Callable[[], object], tries: int) -> float:

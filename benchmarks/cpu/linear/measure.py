@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.common.random_linears import make_codes
 from benchmarks.common.result_cells import Refused
 from benchmarks.common.shapes import Linear, distinct
-from benchmarks.cpu.linear.baselines import RIVALS, Rival
+from benchmarks.cpu.linear.baselines import BASELINES, Baseline
 from benchmarks.cpu.linear.limits import CACHES, Limits, measure_limits
 from benchmarks.cpu.linear.timing import Call, compare
 from benchmarks.cpu.machine import cache_bytes
@@ -77,9 +77,9 @@ def measure_shape(plan: Plan, title: str, linear: Linear) -> list[dict[str, Any]
         codes = make_codes((m, linear.k), BITS, "random", subjects.generator)
         exact = F.linear(codes.to(torch.float32), subjects.weight.to(torch.float32))
         given, check = subjects.for_tokens(codes), partial(check_product, exact=exact)
-        found = compare(given, rounds=plan.rounds, check=check)
+        results = compare(given, rounds=plan.rounds, check=check)
         base = {"title": title, "n": linear.n, "k": linear.k, "m": m, "dynamic": linear.dynamic}
-        rows.append({**base, "packed_bytes": subjects.packed_bytes, "subjects": found})
+        rows.append({**base, "packed_bytes": subjects.packed_bytes, "subjects": results})
     return rows
 
 
@@ -93,18 +93,18 @@ class Subjects:
         self.spec = make_spec(linear)
         self.packed_bytes = 0
         self._ours: list[PreparedLinear] = []
-        self._rivals: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        self._baselines: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def for_tokens(self, codes: Tensor) -> dict[str, Callable[[], Sequence[Call]]]:
         """What makes the calls of each subject for activation codes int8 [M, K]."""
-        found: dict[str, Callable[[], Sequence[Call]]] = {OURS: partial(self._our_calls, codes)}
-        for name, rival in RIVALS.items():
-            found[name] = partial(self._rival_calls, name, rival, codes)
+        subjects: dict[str, Callable[[], Sequence[Call]]] = {OURS: partial(self._our_calls, codes)}
+        for name, baseline in BASELINES.items():
+            subjects[name] = partial(self._baseline_calls, name, baseline, codes)
         if self.linear.dynamic:
             x = torch.randn(codes.shape, generator=self.generator)
-            found[QUANTIZE] = partial(self._quantizer_calls, x, None)
-            found[ROTATE] = partial(self._quantizer_calls, x, rotation_block(self.linear.k))
-        return found
+            subjects[QUANTIZE] = partial(self._quantizer_calls, x, None)
+            subjects[ROTATE] = partial(self._quantizer_calls, x, rotation_block(self.linear.k))
+        return subjects
 
     def _our_calls(self, codes: Tensor) -> Sequence[Call]:
         kernel = LINEAR_KERNELS[self.plan.kernel]
@@ -121,13 +121,13 @@ class Subjects:
         step = torch.ones(len(codes), 1) if self.spec.dynamic else None
         return [partial(one, given, step, None, False) for one in self._ours]
 
-    def _rival_calls(self, name: str, rival: Rival, codes: Tensor) -> Sequence[Call]:
-        if name not in self._rivals:
-            size = self.weight.numel() * rival.weight_bits // 8
-            made = [rival.make(self.weight) for _ in range(self._copies(size))]
-            self._rivals[name] = made
-        given = rival.inputs(codes)
-        return [partial(one, given) for one in self._rivals[name]]
+    def _baseline_calls(self, name: str, baseline: Baseline, codes: Tensor) -> Sequence[Call]:
+        if name not in self._baselines:
+            size = self.weight.numel() * baseline.weight_bits // 8
+            made = [baseline.make(self.weight) for _ in range(self._copies(size))]
+            self._baselines[name] = made
+        given = baseline.inputs(codes)
+        return [partial(one, given) for one in self._baselines[name]]
 
     def _quantizer_calls(self, x: Tensor, hadamard: int | None) -> Sequence[Call]:
         kernel = LINEAR_KERNELS[self.plan.kernel]
@@ -169,7 +169,7 @@ def check_product(name: str, result: object, exact: Tensor) -> None:
     """
     if name in (QUANTIZE, ROTATE):
         return
-    close = RIVALS[name].close if name in RIVALS else 0.0
+    close = BASELINES[name].close if name in BASELINES else 0.0
     if not isinstance(result, Tensor) or result.shape != exact.shape:
         raise RuntimeError("it returned something else than [M, N]")
     error = (result.to(torch.float64) - exact).abs().max()

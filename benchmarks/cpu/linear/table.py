@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.cpu.instruction_sets import find_level
-from benchmarks.cpu.linear.baselines import RIVALS
+from benchmarks.cpu.instruction_sets import find_instruction_set
+from benchmarks.cpu.linear.baselines import BASELINES
 from benchmarks.cpu.linear.limits import FLOAT32_SHARE, Limits
 from benchmarks.cpu.linear.measure import OURS, QUANTIZE, ROTATE
 from benchmarks.cpu.linear.timing import ratio
@@ -25,7 +25,7 @@ exact one before it was timed."""
 
 def table(kernel: str, isa: str, limits: Limits, cache: int, rows: Sequence[Row]) -> str:
     """Markdown."""
-    why = find_level(isa).why or "nothing is known about it"
+    why = find_instruction_set(isa).why or "nothing is known about it"
     head = HEAD.format(copied=4 * cache / 2**20, cache=cache / 2**20, why=why)
     parts = [f"Ours: kernel `{kernel}`. {head}", limits_text(limits), summary(rows)]
     parts += [_speeds(limits, rows), _ratios(rows), _quantizing(rows), _notes(rows)]
@@ -67,20 +67,20 @@ def fastest(row: Row, name: str) -> float | None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """For each M and rival: the shapes won; over the shapes, medians and fastest rounds."""
+    """For each M and baseline: the shapes won; over the shapes, medians and fastest rounds."""
     lines = [
         "| M | against | shapes won | least | median | most | fastest: least | median | most |",
         "|---" * 9 + "|",
     ]
     for m in dict.fromkeys(row["m"] for row in rows):
-        for name in RIVALS:
+        for name in BASELINES:
             shapes = [row for row in rows if row["m"] == m]
-            found = [x[0] for row in shapes if (x := against(row, name))]
+            ratios = [x[0] for row in shapes if (x := against(row, name))]
             best = [x for row in shapes if (x := fastest(row, name))]
-            if found:
-                won = sum(value > 1 for value in found)
-                cells = " | ".join((*_three(found), *_three(best)))
-                lines.append(f"| {m} | {name} | {won} of {len(found)} | {cells} |")
+            if ratios:
+                won = sum(value > 1 for value in ratios)
+                cells = " | ".join((*_three(ratios), *_three(best)))
+                lines.append(f"| {m} | {name} | {won} of {len(ratios)} | {cells} |")
     return "\n".join(lines)
 
 
@@ -91,7 +91,7 @@ def _three(values: Sequence[float]) -> tuple[str, ...]:
 
 
 def _speeds(limits: Limits, rows: Sequence[Row]) -> str:
-    names = (OURS, *RIVALS)
+    names = (OURS, *BASELINES)
     lines = [f"| G/s | M | bound | of it | {' | '.join(names)} |", "|---" * (len(names) + 4) + "|"]
     for row in rows:
         ours, bound = speed(row, OURS), None
@@ -104,9 +104,9 @@ def _speeds(limits: Limits, rows: Sequence[Row]) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    lines = [f"| ours against | M | {' | '.join(RIVALS)} |", "|---" * (len(RIVALS) + 2) + "|"]
+    lines = [f"| ours against | M | {' | '.join(BASELINES)} |", "|---" * (len(BASELINES) + 2) + "|"]
     for row in rows:
-        cells = (_spread(against(row, name), fastest(row, name)) for name in RIVALS)
+        cells = (_spread(against(row, name), fastest(row, name)) for name in BASELINES)
         lines.append(f"| {_title(row)} | {row['m']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -128,12 +128,12 @@ def _quantizing(rows: Sequence[Row]) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    lines = [f"- {name}: {rival.what}." for name, rival in RIVALS.items()]
+    lines = [f"- {name}: {baseline.what}." for name, baseline in BASELINES.items()]
     for row in rows:
-        for name, found in row["subjects"].items():
+        for name, result in row["subjects"].items():
             for word in ("refused", "failed"):
-                if word in found:
-                    lines.append(f"- {word.upper()} {name}, {_title(row)}: {found[word]}")
+                if word in result:
+                    lines.append(f"- {word.upper()} {name}, {_title(row)}: {result[word]}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -145,16 +145,16 @@ def _giga(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e9:.1f}"
 
 
-def _spread(found: tuple[float, float, float] | None, best: float | None) -> str:
-    if found is None or best is None:
+def _spread(quartiles: tuple[float, float, float] | None, best: float | None) -> str:
+    if quartiles is None or best is None:
         return "-"
-    return f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f}), {best:.2f}"
+    return f"{quartiles[0]:.2f} ({quartiles[1]:.2f}-{quartiles[2]:.2f}), {best:.2f}"
 
 
 def lines_of(rows: Sequence[Row]) -> str:
     """Rows as they are printed while the part runs."""
     lines = []
     for row in rows:
-        found = (f"{name} {_giga(speed(row, name))}" for name in (OURS, *RIVALS))
-        lines.append(f"  {_title(row)} M={row['m']}, G/s: {', '.join(found)}")
+        speeds = (f"{name} {_giga(speed(row, name))}" for name in (OURS, *BASELINES))
+        lines.append(f"  {_title(row)} M={row['m']}, G/s: {', '.join(speeds)}")
     return "\n".join(lines)

@@ -82,23 +82,23 @@ def compare(
         for each name `seconds`: of one call in each round that it took part in, and `copies`;
         or `refused`, or `failed`.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     ready: dict[str, Subject] = {}
     for name, make in subjects.items():
         try:
             ready[name] = prepare(make(), rounds, round_seconds, partial(check, name))
-            found[name] = {"seconds": [], "copies": len(ready[name].calls)}
+            results[name] = {"seconds": [], "copies": len(ready[name].calls)}
         except Refused as reason:
-            found[name] = {"refused": str(reason)}
+            results[name] = {"refused": str(reason)}
         except Exception as error:  # recorded beside the others
-            found[name] = {"failed": sentence(error)}
+            results[name] = {"failed": sentence(error)}
     names = list(ready)
     for number in range(rounds):
         turn = number % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
             if number < ready[name].rounds:
-                found[name]["seconds"].append(ready[name].seconds())
-    return found
+                results[name]["seconds"].append(ready[name].seconds())
+    return results
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     layers = options.layers or MODELS[options.model].num_hidden_layers
     context = max(options.prefill, SHORT_PROMPT + options.decode) + 16
     given = argparse.Namespace(
-        contender=options.method,
+        variant=options.variant,
         model=options.model,
         layers=layers,
         context=context,
@@ -73,9 +73,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         first, whole = (SHORT_PROMPT, 1), (SHORT_PROMPT, 1 + options.decode)
         for work in (prefill, first):
             engine.generate(1, *work)
-        found = {work: _measure(engine, work, options.rounds) for work in (prefill, first, whole)}
-    rows = [_row(f"prefill of {options.prefill} tokens", 1, found[prefill], None)]
-    rows.append(_row("one decoded token", options.decode, found[whole], found[first]))
+        measured = {
+            work: _measure(engine, work, options.rounds) for work in (prefill, first, whole)
+        }
+    rows = [_row(f"prefill of {options.prefill} tokens", 1, measured[prefill], None)]
+    rows.append(_row("one decoded token", options.decode, measured[whole], measured[first]))
     return rows
 
 
@@ -96,15 +98,15 @@ def _measure(engine: VllmEngine, work: tuple[int, int], rounds: int) -> dict[str
 
 
 def _row(
-    phase: str, steps: int, found: Mapping[str, Any], less: Mapping[str, Any] | None
+    phase: str, steps: int, times: Mapping[str, Any], less: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """`found` minus `less`, for one of `steps`."""
+    """Subtract `less` from `times`, for one of `steps`."""
     row: dict[str, Any] = {"phase": phase}
     for key in ("seconds", "profiled"):
-        row[key] = (found[key] - (less[key] if less else 0.0)) / steps
-    names = dict.fromkeys((*found["groups"], *(less["groups"] if less else ())))
+        row[key] = (times[key] - (less[key] if less else 0.0)) / steps
+    names = dict.fromkeys((*times["groups"], *(less["groups"] if less else ())))
     row["groups"] = {
-        name: (found["groups"].get(name, 0.0) - (less["groups"].get(name, 0.0) if less else 0.0))
+        name: (times["groups"].get(name, 0.0) - (less["groups"].get(name, 0.0) if less else 0.0))
         / steps
         for name in names
     }
@@ -113,20 +115,20 @@ def _row(
 
 def by_group(events: Iterable[Any]) -> dict[str, float]:
     """Seconds by group, from the profiler's events."""
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for event in events:
         name = group_of(event)
-        found[name] = found.get(name, 0.0) + event.self_cpu_time_total * 1e-6
-    return found
+        seconds[name] = seconds.get(name, 0.0) + event.self_cpu_time_total * 1e-6
+    return seconds
 
 
 def group_of(event: Any) -> str:
     """The group of an event: its own, or that of the nearest above it that has one."""
     at = event
     while at is not None:
-        found = own_group(at.name)
-        if found is not None:
-            return found
+        group = own_group(at.name)
+        if group is not None:
+            return group
         if any(word in at.name for word in MATRIX_PRODUCTS):
             return LINEARS if _compiled(at) else HEAD
         at = at.cpu_parent

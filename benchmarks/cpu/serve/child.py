@@ -1,7 +1,7 @@
-"""One contender of part `serve` in a process of its own; answers `BATCH PROMPT TOKENS`.
+"""One variant of part `serve` in a process of its own, for requests `BATCH PROMPT TOKENS`.
 
-The first answer comes by itself: what the engine is and how much memory it has taken. An answer to
-a question is the time that BATCH sequences with prompts of PROMPT random tokens each took to get
+The first reply needs no request: what the engine is and how much memory it has taken. The reply to
+a request is the time that BATCH sequences with prompts of PROMPT random tokens each took to get
 TOKENS tokens more.
 """
 
@@ -11,41 +11,41 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.serve.baselines import CONTENDERS
-from benchmarks.cpu.serve.child_dialogue import answer, questions
+from benchmarks.cpu.serve.child_process import reply, requests
+from benchmarks.cpu.serve.variants import VARIANTS
 
 WARM_UP = (16, 2)  # tokens of the prompt, tokens generated
 
 
 def main() -> None:
-    """Start the engine, answer until the input ends."""
-    options = parser().parse_args()
+    """Start the engine and serve requests until the input ends."""
+    options = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         engine = start(options, Path(scratch))
         for batch in sorted({1, options.batch}):
             engine.generate(batch, *WARM_UP)
-        answer(engine.facts())
-        for question in questions():
-            answer(measure(engine, *map(int, question.split())))
+        reply(engine.facts())
+        for request in requests():
+            reply(measure(engine, *map(int, request.split())))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, as `serve.run` writes it."""
-    found = argparse.ArgumentParser()
-    found.add_argument("--contender", choices=CONTENDERS, required=True)
-    found.add_argument("--model", required=True)
-    found.add_argument("--layers", type=int, required=True)
-    found.add_argument("--context", type=int, required=True)
-    found.add_argument("--batch", type=int, required=True)
-    found.add_argument("--threads", type=int, required=True)
-    found.add_argument("--isa")
-    found.add_argument("--no-amx", action="store_true")
-    return found
+def make_parser() -> argparse.ArgumentParser:
+    """Command line as `measure.RunningVariant` writes it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--isa")
+    parser.add_argument("--no-amx", action="store_true")
+    return parser
 
 
 def start(options: argparse.Namespace, scratch: Path) -> Any:
-    """The engine of the contender; llama.cpp's process never loads PyTorch."""
-    if CONTENDERS[options.contender].method is None:
+    """Start the variant's engine; llama.cpp's process never loads PyTorch."""
+    if VARIANTS[options.variant].served is None:
         from benchmarks.cpu.serve.llama_engine import LlamaEngine
 
         return LlamaEngine(options, scratch)

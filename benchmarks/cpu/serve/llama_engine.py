@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.shapes import MODELS
-from benchmarks.cpu.instruction_sets import find_level
+from benchmarks.cpu.instruction_sets import find_instruction_set
 from benchmarks.cpu.machine import status_bytes
-from benchmarks.cpu.serve.baselines import CONTENDERS
 from benchmarks.cpu.serve.llama_file import write
+from benchmarks.cpu.serve.variants import VARIANTS
 
 CACHE_BYTES_PER_NUMBER = 2  # float16
 
@@ -34,7 +34,7 @@ class LlamaEngine:
         refuse_newer(self.system, options.isa, amx=not options.no_amx)
         self.model_of = MODELS[options.model]
         self.layers = options.layers
-        form = CONTENDERS[options.contender].file
+        form = VARIANTS[options.variant].file
         path = write(scratch / "model.gguf", self.model_of, options.layers, options.context, form)
         self.file_bytes = path.stat().st_size
         self.tokens = options.context * options.batch
@@ -109,7 +109,7 @@ class LlamaEngine:
 
 def refuse_newer(system: str, isa: str | None, *, amx: bool) -> None:
     """Raise RuntimeError if llama.cpp, by what it says of itself, uses more than is to be used."""
-    restricted = bool(find_level(isa).environment)
+    restricted = bool(find_instruction_set(isa).environment)
     too_new = ["AVX512", "AMX"] if restricted else [] if amx else ["AMX"]
     used = [name for name in too_new if f"{name} = 1" in system or f"{name}_INT8 = 1" in system]
     if used:

@@ -63,10 +63,10 @@ def tensors(model: Model, layers: int) -> list[tuple[str, int, int]]:
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    found = [("token_embd.weight", model.vocab_size, hidden)]
+    shapes = [("token_embd.weight", model.vocab_size, hidden)]
     for number in range(layers):
-        found += [(f"blk.{number}.{name}.weight", *shape) for name, shape in block.items()]
-    return [*found, ("output_norm.weight", 1, hidden), ("output.weight", model.vocab_size, hidden)]
+        shapes += [(f"blk.{number}.{name}.weight", *shape) for name, shape in block.items()]
+    return [*shapes, ("output_norm.weight", 1, hidden), ("output.weight", model.vocab_size, hidden)]
 
 
 def head_form(k: int) -> str:

@@ -13,65 +13,70 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.shapes import MODELS
-from benchmarks.cpu.serve.baselines import CONTENDERS, DEFAULT, OURS
-from benchmarks.cpu.serve.child_dialogue import Dialogue, DiedError, python_path
+from benchmarks.cpu.serve.child_process import ChildProcess, DiedError, python_path
+from benchmarks.cpu.serve.variants import DEFAULT_VARIANTS, OURS, VARIANTS
 
 ROOT = Path(__file__).parents[3]
 BATCHES = (1, 8)
 SHORT_PROMPT = 16
 START_SECONDS = 1800.0  # compiling takes minutes on a slow machine
-ASK_SECONDS = 900.0
-LONG_SECONDS = 120.0  # a rival whose round takes longer is asked only once
+REQUEST_SECONDS = 900.0
+LONG_SECONDS = 120.0  # a variant whose round takes longer is measured in one round
 
 Progress = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 def run(options: argparse.Namespace, isa: str, threads: int, log: Path, progress: Progress) -> None:
-    """Measure ours with each rival; `progress` is called with all rows so far after each."""
-    methods = methods_of(options)
-    unknown = [name for name in methods if name not in CONTENDERS]
+    """Measure ours with each other variant; `progress` gets all rows so far after each."""
+    variants = variants_of(options)
+    unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
-        raise ValueError(f"--methods {' '.join(unknown)}: choose from {', '.join(CONTENDERS)}")
-    ours = ours_of(methods)
+        raise ValueError(f"--methods {' '.join(unknown)}: choose from {', '.join(VARIANTS)}")
+    ours = ours_of(variants)
     rows: list[dict[str, Any]] = []
-    first = Opponent(ours, options, isa, threads, log)
+    first = RunningVariant(ours, options, isa, threads, log)
     print(f"  {ours} is up: {first.facts}", flush=True)
     try:
-        for name in [name for name in methods if name != ours] or [ours]:
-            rows.append(duel(first, name, options, isa, threads, log))
+        for name in [name for name in variants if name != ours] or [ours]:
+            rows.append(compare_pairwise(first, name, options, isa, threads, log))
             progress(rows)
             print(f"  {line(rows[-1])}", flush=True)
     finally:
         first.close()
 
 
-def methods_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Names of the contenders."""
-    return tuple(options.methods or DEFAULT)
+def variants_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the variants to measure."""
+    return tuple(options.variants or DEFAULT_VARIANTS)
 
 
-def ours_of(methods: Sequence[str]) -> str:
-    """The one that stays: the first, if it is one of ours."""
-    known = CONTENDERS.get(methods[0])
-    return methods[0] if known is not None and known.ours else OURS
+def ours_of(variants: Sequence[str]) -> str:
+    """Name of the variant that stays: the first, if it is one of ours."""
+    known = VARIANTS.get(variants[0])
+    return variants[0] if known is not None and known.ours else OURS
 
 
-def duel(
-    ours: "Opponent", name: str, options: argparse.Namespace, isa: str, threads: int, log: Path
+def compare_pairwise(
+    ours: "RunningVariant",
+    name: str,
+    options: argparse.Namespace,
+    isa: str,
+    threads: int,
+    log: Path,
 ) -> dict[str, Any]:
-    """Rounds of ours and `name` in turns.
+    """Run rounds of ours and `name` in turns.
 
     Returns:
         `name`; `ours` and `theirs`: `facts`, and by phase the seconds of each round; or `failed`.
     """
     row: dict[str, Any] = {"name": name, "ours": {"name": ours.name, "facts": ours.facts}}
-    if CONTENDERS[name].method is None and options.llama_path is None:
+    if VARIANTS[name].served is None and options.llama_path is None:
         return {**row, "refused": "name the folder of llama-cpp-python with --llama-path"}
-    rival = ours
+    other = ours
     try:
         if name != ours.name:
-            rival = Opponent(name, options, isa, threads, log)
-        both = [ours] if rival is ours else [ours, rival]
+            other = RunningVariant(name, options, isa, threads, log)
+        both = [ours] if other is ours else [ours, other]
         times: dict[str, list[dict[str, float]]] = {one.name: [] for one in both}
         for number in range(options.rounds):
             for one in both if number % 2 == 0 else both[::-1]:
@@ -79,65 +84,67 @@ def duel(
             if sum(times[name][0].values()) > LONG_SECONDS:
                 break
         row["ours"]["rounds"] = times[ours.name]
-        row["theirs"] = {"facts": rival.facts, "rounds": times[name]}
+        row["theirs"] = {"facts": other.facts, "rounds": times[name]}
     except DiedError as death:
         row["failed"] = str(death)
     finally:
-        if rival is not ours:
-            rival.close()
+        if other is not ours:
+            other.close()
     return row
 
 
 def phases(options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
-    """What is asked of an engine in a round: batch, tokens of a prompt, tokens generated."""
-    found = {"prefill": (1, options.prefill, 1)}
+    """Requests of a round by phase: batch, tokens of a prompt, tokens generated."""
+    requests = {"prefill": (1, options.prefill, 1)}
     for batch in BATCHES:
-        found[f"first {batch}"] = (batch, SHORT_PROMPT, 1)
-        found[f"decode {batch}"] = (batch, SHORT_PROMPT, options.decode + 1)
-    return found
+        requests[f"first {batch}"] = (batch, SHORT_PROMPT, 1)
+        requests[f"decode {batch}"] = (batch, SHORT_PROMPT, options.decode + 1)
+    return requests
 
 
-class Opponent:
-    """One contender, started; DiedError if it does not start."""
+class RunningVariant:
+    """A variant in a process of its own; DiedError if it does not start."""
 
     def __init__(
         self, name: str, options: argparse.Namespace, isa: str, threads: int, log: Path
     ) -> None:
         self.name = name
         model = MODELS[options.model]
-        arguments = ["--contender", name, "--model", options.model, "--isa", isa]
+        arguments = ["--variant", name, "--model", options.model, "--isa", isa]
         arguments += ["--layers", str(options.layers or model.num_hidden_layers)]
         context = max(options.prefill, SHORT_PROMPT + options.decode) + 16
         arguments += ["--context", str(context), "--batch", str(max(BATCHES))]
         arguments += ["--threads", str(threads), *(["--no-amx"] if options.no_amx else [])]
         environment = dict(os.environ)
-        if CONTENDERS[name].method is None:
+        if VARIANTS[name].served is None:
             environment["PYTHONPATH"] = python_path(options.llama_path, ROOT)
-        self.dialogue = Dialogue(
+        self.process = ChildProcess(
             "benchmarks.cpu.serve.child", arguments, environment, log / f"serve-{name}.log"
         )
         try:
-            self.facts = self.dialogue.listen(START_SECONDS)
+            self.facts = self.process.receive(START_SECONDS)
         except DiedError:
-            self.dialogue.close()
+            self.process.close()
             raise
 
     def round(self, options: argparse.Namespace) -> dict[str, float]:
-        """Seconds of each phase."""
+        """Return the seconds of each phase."""
         return {
-            phase: float(self.dialogue.ask(" ".join(map(str, words)), ASK_SECONDS)["seconds"])
+            phase: float(
+                self.process.request(" ".join(map(str, words)), REQUEST_SECONDS)["seconds"]
+            )
             for phase, words in phases(options).items()
         }
 
     def close(self) -> None:
-        """End it."""
-        self.dialogue.close()
+        """End the process."""
+        self.process.close()
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """What is printed after a rival."""
-    trouble = row.get("refused") or row.get("failed")
-    if trouble:
-        return f"{row['name']}: {trouble}"
+    """Line that is printed after a variant."""
+    reason = row.get("refused") or row.get("failed")
+    if reason:
+        return f"{row['name']}: {reason}"
     first = row["theirs"]["rounds"][0]
     return f"{row['name']}, s: " + ", ".join(f"{key} {value:.2f}" for key, value in first.items())

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.common.shapes import MODELS, Model
 from benchmarks.cpu.linear.timing import quartiles
-from benchmarks.cpu.serve.baselines import BASELINE, CONTENDERS, Contender
 from benchmarks.cpu.serve.measure import BATCHES, SHORT_PROMPT
+from benchmarks.cpu.serve.variants import BASELINE, VARIANTS, Variant
 
 Row = Mapping[str, Any]
 Rounds = Sequence[Mapping[str, float]]
@@ -44,11 +44,11 @@ def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 def speeds(rounds: Rounds, options: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens a second of each round, by phase."""
-    found = {"prefill": [options.prefill / one["prefill"] for one in rounds]}
+    rates = {"prefill": [options.prefill / one["prefill"] for one in rounds]}
     for batch in BATCHES:
         seconds = [one[f"decode {batch}"] - one[f"first {batch}"] for one in rounds]
-        found[f"decode, batch {batch}"] = [batch * options.decode / max(x, 1e-9) for x in seconds]
-    return found
+        rates[f"decode, batch {batch}"] = [batch * options.decode / max(x, 1e-9) for x in seconds]
+    return rates
 
 
 def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
@@ -60,52 +60,54 @@ def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, fl
     }
 
 
-def expected_bytes(contender: Contender, model: Model, layers: int) -> dict[str, float]:
+def expected_bytes(variant: Variant, model: Model, layers: int) -> dict[str, float]:
     """What weights, embedding and head, and the cache must take at least, in bytes."""
     weights = layers * sum(linear.n * linear.k for linear in model.linears())
     table = model.vocab_size * model.hidden_size
-    bits = contender.embedding_bits
-    has_head = not model.tie_word_embeddings or contender.head_bits != contender.embedding_bits
-    bits += contender.head_bits if has_head else 0
-    return {"weights": weights * contender.bits / 8, "embedding and head": table * bits / 8}
+    bits = variant.embedding_bits
+    has_head = not model.tie_word_embeddings or variant.head_bits != variant.embedding_bits
+    bits += variant.head_bits if has_head else 0
+    return {"weights": weights * variant.bits / 8, "embedding and head": table * bits / 8}
 
 
 def _speeds(rows: Sequence[Row], options: argparse.Namespace) -> str:
     phases: list[str] = []
     lines: list[str] = []
-    for name, engine, rounds in _everybody(rows):
-        found = speeds(rounds, options)
+    for name, engine, rounds in _participants(rows):
+        rates = speeds(rounds, options)
         if not lines:
-            phases = list(found)
+            phases = list(rates)
             lines = [f"| tokens/s | {' | '.join(phases)} | rounds | engine |"]
             lines.append("|---" * (len(phases) + 3) + "|")
-        cells = [f"{quartiles(found[phase])[0]:.2f}" for phase in phases]
+        cells = [f"{quartiles(rates[phase])[0]:.2f}" for phase in phases]
         lines.append(f"| {name} | {' | '.join(cells)} | {len(rounds)} | {engine} |")
     return "\n".join(lines)
 
 
-def _everybody(rows: Sequence[Row]) -> list[tuple[str, str, Rounds]]:
-    """Name, engine and rounds of ours (all that it took part in) and of each rival."""
-    found: list[tuple[str, str, Rounds]] = []
+def _participants(rows: Sequence[Row]) -> list[tuple[str, str, Rounds]]:
+    """Name, engine and rounds of ours (all that it took part in) and of each other variant."""
+    participants: list[tuple[str, str, Rounds]] = []
     if rows:
         ours = rows[0]["ours"]
         rounds = [one for row in rows for one in row["ours"]["rounds"]]
-        found.append((ours["name"], ours["facts"]["engine"], rounds))
+        participants.append((ours["name"], ours["facts"]["engine"], rounds))
     for row in rows:
         if row["name"] != row["ours"]["name"]:
-            found.append((row["name"], row["theirs"]["facts"]["engine"], row["theirs"]["rounds"]))
-    return found
+            participants.append(
+                (row["name"], row["theirs"]["facts"]["engine"], row["theirs"]["rounds"])
+            )
+    return participants
 
 
 def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    rivals = [row for row in rows if row["name"] != row["ours"]["name"]]
-    if not rivals:
+    others = [row for row in rows if row["name"] != row["ours"]["name"]]
+    if not others:
         return ""
-    phases = list(speedups(rivals[0], options))
+    phases = list(speedups(others[0], options))
     lines = [f"| ours against | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
-    for row in rivals:
-        found = speedups(row, options)
-        cells = (f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in found.values())
+    for row in others:
+        ratios = speedups(row, options)
+        cells = (f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in ratios.values())
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -122,19 +124,19 @@ def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
         "| MiB | resident | must be | more | weights | embedding and head | cache | vLLM itself |",
         "|---" * 8 + "|",
     ]
-    for name, found in facts.items():
-        itself = own if CONTENDERS[name].method is not None else None
+    for name, fact in facts.items():
+        itself = own if VARIANTS[name].served is not None else None
         must = None if itself is None else sum(parts[name].values()) + itself
         sizes = (_mebibytes(size) for size in (*parts[name].values(), itself))
-        more = "-" if must is None else f"{found['resident'] / must - 1:+.1%}"
-        whole = f"{_mebibytes(found['resident'])} | {_mebibytes(must)} | {more}"
+        more = "-" if must is None else f"{fact['resident'] / must - 1:+.1%}"
+        whole = f"{_mebibytes(fact['resident'])} | {_mebibytes(must)} | {more}"
         lines.append(f"| {name} | {whole} | {' | '.join(sizes)} |")
     lines += ["", MEMORY.format(baseline=BASELINE)]
     return "\n".join(lines) if rows else ""
 
 
-def _parts(name: str, found: Mapping[str, Any], model: Model, layers: int) -> dict[str, float]:
-    return {**expected_bytes(CONTENDERS[name], model, layers), "cache": found["cache_bytes"]}
+def _parts(name: str, fact: Mapping[str, Any], model: Model, layers: int) -> dict[str, float]:
+    return {**expected_bytes(VARIANTS[name], model, layers), "cache": fact["cache_bytes"]}
 
 
 def _mebibytes(size: float | None) -> str:

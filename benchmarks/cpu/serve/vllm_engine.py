@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.common.shapes import MODELS
 from benchmarks.cpu.instruction_sets import hide_newer
 from benchmarks.cpu.machine import status_bytes
-from benchmarks.cpu.serve.baselines import CONTENDERS
+from benchmarks.cpu.serve.variants import VARIANTS
 
 CACHE_BYTES = 2**30
 
@@ -22,16 +22,16 @@ class VllmEngine:
         hide_newer(options.isa, amx=not options.no_amx)
         from benchmarks.common.vllm_engine import start
 
-        contender = CONTENDERS[options.contender]
-        assert contender.method is not None
+        variant = VARIANTS[options.variant]
+        assert variant.served is not None
         self.vocabulary = MODELS[options.model].vocab_size
         self.llm = start(
-            contender.method,
+            variant.served,
             options.model,
             scratch,
             blocks=options.layers,
             context=options.context,
-            dtype=contender.dtype,
+            dtype=variant.dtype,
             max_num_seqs=options.batch,
             gpu_memory_utilization=None,
             kv_cache_memory_bytes=CACHE_BYTES,

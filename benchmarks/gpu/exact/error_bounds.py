@@ -1,6 +1,6 @@
-"""What each kernel's docstring promises about its results, as checks against the definition.
+"""Error bounds of the kernels, as their docstrings state them: checks against the definition.
 
-A check returns None, or a clause that names the first output that breaks the promise.
+A check returns None, or a clause that names the first output beyond the bound.
 """
 
 import functools
@@ -46,7 +46,7 @@ class Product:
 
 
 def check(kernel: str, product: Product) -> str | None:
-    """Whether `product.result` is what `kernel` promises."""
+    """Check `product.result` against the error bound of `kernel`."""
     if product.result.shape != product.expected.shape:
         return f"shape {list(product.result.shape)}, not {list(product.expected.shape)}"
     if product.result.dtype != product.expected.dtype:
@@ -114,7 +114,7 @@ def _within(product: Product, slack: Tensor, roundings: int) -> str | None:
         return None
     place = tuple(wrong.nonzero()[0].tolist())
     return (
-        f"{int(wrong.sum())} of {wrong.numel()} beyond the promised error, first at {list(place)}: "
+        f"{int(wrong.sum())} of {wrong.numel()} beyond the error bound, first at {list(place)}: "
         f"{product.result[place].item()} for {value[place].item():.9g} "
         f"(allowed {allowed[place].item():.3g})"
     )

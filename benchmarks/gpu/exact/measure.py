@@ -224,15 +224,15 @@ def table(cells: Cells) -> str:
         rows.setdefault(key.split()[0], []).append(cell)
     lines = ["| kernel | cells equal | checks | cells that differ | failed | refused |"]
     lines += ["|---|---|---|---|---|---|"]
-    for kernel, found in rows.items():
-        measured = [cell for cell in found if "checks" in cell]
+    for kernel, kernel_cells in rows.items():
+        measured = [cell for cell in kernel_cells if "checks" in cell]
         differing = sum(bool(cell["differing"]) for cell in measured)
         counts = (
             len(measured) - differing,
             sum(cell["checks"] for cell in measured),
             differing,
-            sum("failed" in cell for cell in found),
-            sum("refused" in cell for cell in found),
+            sum("failed" in cell for cell in kernel_cells),
+            sum("refused" in cell for cell in kernel_cells),
         )
         lines.append(f"| {kernel} | " + " | ".join(map(str, counts)) + " |")
     return "\n".join([*lines, "", *faults(cells), "", *refusals(cells)])
@@ -240,16 +240,16 @@ def table(cells: Cells) -> str:
 
 def faults(cells: Cells) -> list[str]:
     """A line for each cell that differs or failed."""
-    found = []
+    lines = []
     for key, cell in cells.done.items():
         if "failed" in cell:
-            found.append(f"- FAILED {key}: {cell['failed']}")
+            lines.append(f"- FAILED {key}: {cell['failed']}")
         elif cell.get("differing"):
-            found.append(
+            lines.append(
                 f"- DIFFERS {key}: {cell['differing']} of {cell['checks']} checks, "
                 f"first {cell['first']}"
             )
-    return found or ["Nothing differs and nothing failed."]
+    return lines or ["Nothing differs and nothing failed."]
 
 
 def refusals(cells: Cells) -> list[str]:
@@ -273,5 +273,5 @@ def passed(cells: Cells) -> bool:
 def summary(cells: Cells) -> str:
     """What to print: how much was checked, and the first cell that is wrong."""
     checks = sum(cell.get("checks", 0) for cell in cells.done.values())
-    found = faults(cells)
-    return f"{checks} checks in {len(cells.done)} cells; {found[0]}"
+    first_lines = faults(cells)
+    return f"{checks} checks in {len(cells.done)} cells; {first_lines[0]}"

@@ -77,7 +77,7 @@ def check_compiled(K: int, layout: CodeLayout, tokens: tuple[int, ...], device: 
             lambda x: token_quant.token_codes(x.cpu(), clip.cpu(), 4, layout),
         ),
     }
-    found = []
+    differences = []
     for name, (quantizer, definition) in pairs.items():
         compiled = torch.compile(quantizer, backend="inductor" if device.is_gpu else "eager")
         for count in tokens:
@@ -89,8 +89,8 @@ def check_compiled(K: int, layout: CodeLayout, tokens: tuple[int, ...], device: 
                     what = (
                         f"{count} tokens, {name}, {'steps' if result.shape[-1] == 1 else 'codes'}"
                     )
-                    found.append(_compare(what, result.cpu(), expected.cpu()))
-    return _record(found)
+                    differences.append(_compare(what, result.cpu(), expected.cpu()))
+    return _record(differences)
 
 
 def check_static(
@@ -101,7 +101,7 @@ def check_static(
     generator = generator_on(device, K)
     index = torch.randint(K, (K,), generator=generator, device=device.kind, dtype=torch.int32)
     offset = torch.rand(K, generator=generator, device=device.kind) - 0.5
-    found = []
+    differences = []
     for count, dtype, gather, shift in itertools.product(tokens, _DTYPES, (False, True), (0, 1)):
         x = inputs(count, K, dtype, generator)
         arguments: dict[str, Any] = {
@@ -111,8 +111,8 @@ def check_static(
         }
         result = norm_round_triton.static_codes(x, bits, layout, **arguments)
         expected = norm_round.static_codes(x, bits, layout, **arguments)
-        found.append(_compare(f"{count} tokens {dtype} {gather=} {shift=}", result, expected))
-    return _record(found)
+        differences.append(_compare(f"{count} tokens {dtype} {gather=} {shift=}", result, expected))
+    return _record(differences)
 
 
 def check_tokens(
@@ -121,7 +121,7 @@ def check_tokens(
     """Codes, steps and zero points per token, with and without the rotation."""
     _refuse(device)
     generator = generator_on(device, K)
-    found = []
+    differences = []
     for count, dtype, hadamard, zero_points in itertools.product(
         tokens, _DTYPES, (None, HADAMARD[K]), (False, True)
     ):
@@ -132,12 +132,11 @@ def check_tokens(
         # The definition on a CPU: a GPU's division may round otherwise.
         expected = token_quant.token_codes(x.cpu(), clip, bits, layout, **form)
         what = f"{count} tokens {dtype} {hadamard=} {zero_points=}"
-        for name, result, wanted in zip(
-            ("codes", "steps", "zeros"), results, expected, strict=True
-        ):
+        names = ("codes", "steps", "zeros")
+        for name, result, wanted in zip(names, results, expected, strict=True):
             if result is not None and wanted is not None:
-                found.append(_compare(f"{what} {name}", result.cpu(), wanted))
-    return _record(found)
+                differences.append(_compare(f"{what} {name}", result.cpu(), wanted))
+    return _record(differences)
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -161,7 +160,7 @@ def _compare(what: str, result: Tensor, expected: Tensor) -> str | None:
     return None if fault is None else f"{what}: {fault}"
 
 
-def _record(found: list[str | None]) -> Record:
-    faults = [fault for fault in found if fault is not None]
+def _record(differences: list[str | None]) -> Record:
+    faults = [fault for fault in differences if fault is not None]
     first = faults[0] if faults else None
-    return {"checks": len(found), "differing": len(faults), "first": first}
+    return {"checks": len(differences), "differing": len(faults), "first": first}

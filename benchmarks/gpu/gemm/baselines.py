@@ -1,6 +1,6 @@
 """What our kernels are compared with: the same linear as others run it, random weights.
 
-vLLM is imported inside the functions; a rival that does not run here raises Refused.
+vLLM is imported inside the functions; a baseline that does not run here raises Refused.
 """
 
 import functools
@@ -19,7 +19,7 @@ GROUP = 128
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One way to run a linear.
 
     Attributes:
@@ -130,14 +130,14 @@ def _scaled_mm(
 
 _TRITON = "vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm"
 BF16, MARLIN, INT8 = "torch bf16", "vllm marlin W4A16", "vllm cutlass W8A8 INT8"
-RIVALS = {
-    BF16: Rival(16, 16, "bf16", _torch_bf16, _normal),
-    MARLIN: Rival(4, 16, "bf16", _marlin_w4a16, _normal),
-    INT8: Rival(8, 8, "int8", _scaled_mm("vllm._custom_ops", "cutlass_scaled_mm", _int8), _int8),
-    "vllm triton W8A8 INT8": Rival(
+BASELINES = {
+    BF16: Baseline(16, 16, "bf16", _torch_bf16, _normal),
+    MARLIN: Baseline(4, 16, "bf16", _marlin_w4a16, _normal),
+    INT8: Baseline(8, 8, "int8", _scaled_mm("vllm._custom_ops", "cutlass_scaled_mm", _int8), _int8),
+    "vllm triton W8A8 INT8": Baseline(
         8, 8, "int8", _scaled_mm(_TRITON, "triton_scaled_mm", _int8), _int8
     ),
-    "vllm cutlass W8A8 FP8": Rival(
+    "vllm cutlass W8A8 FP8": Baseline(
         8, 8, "fp8", _scaled_mm("vllm._custom_ops", "cutlass_scaled_mm", _fp8), _fp8
     ),
 }

@@ -8,7 +8,7 @@ import torch
 from benchmarks.common.device import Device
 from benchmarks.common.random_linears import generator_on
 from benchmarks.common.result_cells import Refused
-from benchmarks.gpu.gemm.baselines import RIVALS
+from benchmarks.gpu.gemm.baselines import BASELINES
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
 
 COPIED_BYTES = 2**31
@@ -30,7 +30,7 @@ def measure_limits(device: Device, *, smoke: bool) -> dict[str, Any]:
     }
     subjects = {"copy": _copy(copied, device), **products}
     subjects[f"torch._int_mm {size}^3"] = _int_mm(size, device)
-    found = compare(
+    results = compare(
         subjects,
         device,
         rounds=1 if smoke else ROUNDS,
@@ -38,10 +38,10 @@ def measure_limits(device: Device, *, smoke: bool) -> dict[str, Any]:
     )
     rates = {
         name: (2 * copied if name == "copy" else 2 * size**3) / (cell["us"] * 1e-6)
-        for name, cell in found.items()
+        for name, cell in results.items()
         if "us" in cell
     }
-    limits: dict[str, Any] = {"bandwidth": rates.pop("copy"), "from": found}
+    limits: dict[str, Any] = {"bandwidth": rates.pop("copy"), "from": results}
     for kind, word in (("bf16", "bf16"), ("int8", "int"), ("fp8", "fp8")):
         fitting = [rate for name, rate in rates.items() if word in name.lower()]
         limits[kind] = max(fitting, default=None)
@@ -60,8 +60,8 @@ def _copy(size: int, device: Device) -> Callable[[], Sequence[Call]]:
 def _product(name: str, size: int, device: Device) -> Callable[[], Sequence[Call]]:
     def make() -> Sequence[Call]:
         generator = generator_on(device, 0)
-        rival = RIVALS[name]
-        multiply, x = rival.make(size, size, generator), rival.inputs(size, size, generator)
+        baseline = BASELINES[name]
+        multiply, x = baseline.make(size, size, generator), baseline.inputs(size, size, generator)
         return [lambda: multiply(x)]
 
     return make
@@ -71,9 +71,9 @@ def _int_mm(size: int, device: Device) -> Callable[[], Sequence[Call]]:
     def make() -> Sequence[Call]:
         if not device.is_gpu:
             raise Refused("it is of interest on GPUs only")
-        rival = RIVALS["vllm cutlass W8A8 INT8"]
+        baseline = BASELINES["vllm cutlass W8A8 INT8"]
         generator = generator_on(device, 0)
-        a, b = rival.inputs(size, size, generator), rival.inputs(size, size, generator).t()
+        a, b = baseline.inputs(size, size, generator), baseline.inputs(size, size, generator).t()
         return [lambda: torch._int_mm(a, b)]
 
     return make

@@ -23,7 +23,7 @@ from benchmarks.common.random_linears import (
 from benchmarks.common.result_cells import Record, Refused, sentence
 from benchmarks.common.shapes import GPU_MODELS, Linear, distinct
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.gemm.baselines import RIVALS, calls
+from benchmarks.gpu.gemm.baselines import BASELINES, calls
 from benchmarks.gpu.gemm.limits import measure_limits
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
 from mergequant_vllm.kernels.codes import CodeLayout
@@ -63,28 +63,28 @@ def run(context: Context) -> None:
 
 def _cell(context: Context, subjects: "Subjects", key: str, m: int) -> Record:
     linear = subjects.linear
-    found = compare(
+    results = compare(
         {name: functools.partial(subjects.calls, name, m) for name in subjects.names},
         context.device,
         rounds=1 if context.smoke else ROUNDS,
         round_seconds=0 if context.smoke else ROUND_SECONDS,
         dead=context.cells.dead(key),
     )
-    for name, cell in found.items():
+    for name, cell in results.items():
         cell.update(cost(name, linear, m))
-    times = ", ".join(f"{name} {cell['us']:.1f}" for name, cell in found.items() if "us" in cell)
+    times = ", ".join(f"{name} {cell['us']:.1f}" for name, cell in results.items() if "us" in cell)
     print(f"  {key}, us: {times}", flush=True)
-    return {"n": linear.n, "k": linear.k, "m": m, "dynamic": linear.dynamic, "subjects": found}
+    return {"n": linear.n, "k": linear.k, "m": m, "dynamic": linear.dynamic, "subjects": results}
 
 
 def cost(name: str, linear: Linear, m: int) -> dict[str, Any]:
     """What a subject moves and computes at least: bytes, operations, whose peak bounds it."""
-    rival = RIVALS.get(name)
-    if rival is not None:
+    baseline = BASELINES.get(name)
+    if baseline is not None:
         weight, activation, arithmetic = (
-            rival.weight_bits,
-            rival.activation_bits,
-            rival.arithmetic,
+            baseline.weight_bits,
+            baseline.activation_bits,
+            baseline.arithmetic,
         )
     else:
         weight = {"cutlass-int8": 8, "cpu-fp32": 32}.get(name, 4)
@@ -113,14 +113,14 @@ class Subjects:
     ) -> None:
         self.linear, self.device = linear, device
         self.spec = spec or make_spec(linear, device)
-        self.names = (*RIVALS, *(name for name in OURS if kernels is None or name in kernels))
+        self.names = (*BASELINES, *(name for name in OURS if kernels is None or name in kernels))
         self._ready: dict[str, Ready | Exception] = {}
 
     def calls(self, name: str, m: int) -> Sequence[Call]:
         """One call for each copy of the weights; raises why there are none."""
         if name not in self._ready:
             try:
-                self._ready[name] = self._rival(name) if name in RIVALS else self._ours(name)
+                self._ready[name] = self._baseline(name) if name in BASELINES else self._ours(name)
             except Exception as error:  # raised below, for this M and the others
                 self._ready[name] = error
         ready = self._ready[name]
@@ -134,11 +134,11 @@ class Subjects:
         size = int(cost(name, self.linear, 1)["weight_bytes"])
         return max(1, min(MOST_COPIES, math.ceil(CACHES * self.device.l2_bytes / size)))
 
-    def _rival(self, name: str) -> Ready:
-        rival, (_, n, k, _) = RIVALS[name], self.linear
+    def _baseline(self, name: str) -> Ready:
+        baseline, (_, n, k, _) = BASELINES[name], self.linear
         generator = generator_on(self.device, 0)
-        copies = [rival.make(n, k, generator) for _ in range(self._copies(name))]
-        return lambda m: calls(copies, rival.inputs(m, k, generator))
+        copies = [baseline.make(n, k, generator) for _ in range(self._copies(name))]
+        return lambda m: calls(copies, baseline.inputs(m, k, generator))
 
     def _ours(self, name: str) -> Ready:
         kernel, spec = OURS[name], self.spec

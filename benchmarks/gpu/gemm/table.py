@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.common.goals import Goal, worst
 from benchmarks.common.result_cells import Cells, Record
-from benchmarks.gpu.gemm.baselines import BF16, INT8, MARLIN, RIVALS
+from benchmarks.gpu.gemm.baselines import BASELINES, BF16, INT8, MARLIN
 
 DECODE_SHARE = 0.8  # of the measured bandwidth, packed weights alone counted, M <= 16
 PREFILL_RATIO = 0.9  # of cutlass_scaled_mm INT8's speed, M >= 2048
@@ -16,7 +16,7 @@ GEMM alone; activations are codes already. CUDA graphs replayed between events w
 `graph`; median of the rounds, spread = (slowest - fastest round) / median. Weights are cycled so
 that they come from memory. GB/s counts weights as stored plus activations in and out; *limit* is
 the larger of bytes over measured copy bandwidth and operations over the best measured large product
-of the same arithmetic, as a share of the time taken. Ratios above 1: faster than that rival."""
+of the same arithmetic, as a share of the time taken. Ratios above 1: faster than that baseline."""
 
 
 def products(cells: Cells) -> Iterator[tuple[str, Record]]:
@@ -30,35 +30,35 @@ def derive(cell: Record, limits: Record | None) -> dict[str, dict[str, Any]]:
     """Rates, share of the limit and ratios of every subject of a cell that ran."""
     subjects = cell["subjects"]
     derived: dict[str, dict[str, Any]] = {}
-    for name, found in subjects.items():
-        if "us" not in found:
+    for name, result in subjects.items():
+        if "us" not in result:
             continue
-        seconds = found["us"] * 1e-6
-        moved = found["weight_bytes"] + found["activation_bytes"]
+        seconds = result["us"] * 1e-6
+        moved = result["weight_bytes"] + result["activation_bytes"]
         row = {
-            "us": found["us"],
-            "spread": (found["high"] - found["low"]) / found["us"] if found["us"] else 0.0,
-            "tops": found["operations"] / seconds / 1e12,
+            "us": result["us"],
+            "spread": (result["high"] - result["low"]) / result["us"] if result["us"] else 0.0,
+            "tops": result["operations"] / seconds / 1e12,
             "gbs": moved / seconds / 1e9,
             "limit": None,
             "weights_of_bandwidth": None,
-            "timer": found["timer"],
+            "timer": result["timer"],
         }
         if limits is not None:
             floors = [moved / limits["bandwidth"]]
-            peak = limits.get(found["arithmetic"])
-            floors += [found["operations"] / peak] if peak else []
+            peak = limits.get(result["arithmetic"])
+            floors += [result["operations"] / peak] if peak else []
             row["limit"] = max(floors) / seconds
-            row["weights_of_bandwidth"] = found["weight_bytes"] / limits["bandwidth"] / seconds
-        for rival in (BF16, MARLIN, INT8):
-            row[rival] = subjects.get(rival, {}).get("us", float("nan")) / found["us"]
+            row["weights_of_bandwidth"] = result["weight_bytes"] / limits["bandwidth"] / seconds
+        for baseline in (BF16, MARLIN, INT8):
+            row[baseline] = subjects.get(baseline, {}).get("us", float("nan")) / result["us"]
         derived[name] = row
     return derived
 
 
 def best_of_ours(derived: dict[str, dict[str, Any]]) -> str | None:
     """The fastest of our kernels."""
-    ours = [name for name in derived if name not in RIVALS]
+    ours = [name for name in derived if name not in BASELINES]
     return min(ours, key=lambda name: float(derived[name]["us"]), default=None)
 
 
@@ -120,8 +120,8 @@ def _medians(cells: Cells, limits: Record | None) -> list[str]:
             if name is None:
                 continue
             won[name] = won.get(name, 0) + 1
-            for rival, values in ratios.items():
-                values += [derived[name][rival]] if rival in derived else []
+            for baseline, values in ratios.items():
+                values += [derived[name][baseline]] if baseline in derived else []
         winners = ", ".join(f"{name} ({n})" for name, n in sorted(won.items()))
         columns = " | ".join(
             f"{statistics.median(values):.2f}" if values else "-" for values in ratios.values()
@@ -136,14 +136,15 @@ def _cell_table(cell: Record, limits: Record | None) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     derived = derive(cell, limits)
-    for name, found in cell["subjects"].items():
+    for name, result in cell["subjects"].items():
         if name not in derived:
-            lines.append(f"| {name} | {found.get('refused') or 'FAILED: ' + found['failed']} |")
+            lines.append(f"| {name} | {result.get('refused') or 'FAILED: ' + result['failed']} |")
             continue
         row = derived[name]
         limit = "-" if row["limit"] is None else f"{row['limit']:.0%}"
         ratios = " | ".join(
-            f"{row[rival]:.2f}" if rival in derived else "-" for rival in (BF16, MARLIN, INT8)
+            f"{row[baseline]:.2f}" if baseline in derived else "-"
+            for baseline in (BF16, MARLIN, INT8)
         )
         lines.append(
             f"| {name} | {row['us']:.1f} | {row['spread']:.0%} | {row['tops']:.1f} | "

@@ -56,7 +56,7 @@ def _cell(context: Context, steps: Mapping[str, Step], key: str, m: int, hidden:
     x = torch.randn(m, hidden, generator=generator, device=device.kind, dtype=torch.bfloat16)
     if m > 1:
         torch._dynamo.mark_dynamic(x, 0)  # one compiled function for every M but 1
-    found = compare(
+    results = compare(
         {name: functools.partial(_one_call, step, x) for name, step in steps.items()},
         device,
         rounds=1 if context.smoke else ROUNDS,
@@ -64,7 +64,7 @@ def _cell(context: Context, steps: Mapping[str, Step], key: str, m: int, hidden:
         launches=frozenset(PLAIN),
         dead=context.cells.dead(key),
     )
-    return {"m": m, "k": hidden, "subjects": found}
+    return {"m": m, "k": hidden, "subjects": results}
 
 
 def _one_call(step: Step, x: Tensor) -> Sequence[Call]:

@@ -15,12 +15,12 @@ launching, the paper's Table 6 (RTX 3090, batch x sequence) beside it."""
 
 def times(cell: Record) -> dict[str, float]:
     """Microseconds of the subjects that ran."""
-    return {name: found["us"] for name, found in cell["subjects"].items() if "us" in found}
+    return {name: result["us"] for name, result in cell["subjects"].items() if "us" in result}
 
 
 def goals(cells: Cells) -> list[Goal]:
     """Static rounding is free beside the norm; it beats dynamic quantization at one token."""
-    found = []
+    goals = []
     for mode, dynamic in (("compiled", "norm + dynamic"), ("eager", "norm + dynamic")):
         free: dict[str, float] = {}
         faster: float | None = None
@@ -36,7 +36,7 @@ def goals(cells: Cells) -> list[Goal]:
             faster = slow / static if slow and static else None
             if all(us.get(name) for name in PLAIN):
                 plain = us[PLAIN[0]] / us[PLAIN[1]]
-        found += [
+        goals += [
             worst(f"{mode}: time of norm + static over bf16 norm alone", 1.0, free, most=True),
             Goal(
                 f"{mode}: norm + dynamic over norm + static at one token",
@@ -45,7 +45,7 @@ def goals(cells: Cells) -> list[Goal]:
             ),
         ]
     text = "plain PyTorch, without the norm, as the paper's Table 6: dynamic over reconstruction"
-    return [*found, Goal(f"{text} at one token", FASTER_AT_ONE_TOKEN, plain)]
+    return [*goals, Goal(f"{text} at one token", FASTER_AT_ONE_TOKEN, plain)]
 
 
 def table(cells: Cells) -> str:
@@ -70,10 +70,10 @@ def table(cells: Cells) -> str:
 
 
 def _figure(cell: Record, name: str) -> str:
-    found = cell["subjects"].get(name, {})
-    if "us" in found:
-        return f"{found['us']:.1f} ({found['low']:.1f}-{found['high']:.1f})"
-    return "refused" if "refused" in found else "FAILED"
+    result = cell["subjects"].get(name, {})
+    if "us" in result:
+        return f"{result['us']:.1f} ({result['low']:.1f}-{result['high']:.1f})"
+    return "refused" if "refused" in result else "FAILED"
 
 
 def _paper(cell: Record, place: int) -> str:
@@ -84,8 +84,8 @@ def _paper(cell: Record, place: int) -> str:
 def _reasons(records: list[Record]) -> list[str]:
     reasons: dict[str, None] = {}
     for cell in records:
-        for name, found in cell["subjects"].items():
+        for name, result in cell["subjects"].items():
             for word in ("refused", "failed"):
-                if word in found:
-                    reasons[f"- {word.upper()} {name}: {found[word]}"] = None
+                if word in result:
+                    reasons[f"- {word.upper()} {name}: {result[word]}"] = None
     return list(reasons)

@@ -1,4 +1,4 @@
-"""One method of part `serve` in a process of its own; prints a line `CELL batch json` a batch.
+"""One variant of part `serve` in a process of its own; prints a line `CELL batch json` a batch.
 
 Prefill is the time until every sequence has its first token; decode is the rest of the whole.
 Before a batch is timed it runs once.
@@ -26,7 +26,7 @@ REPEATS = 3
 def main() -> None:
     """Start the engine, then one batch after another while there is time."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", required=True)
+    parser.add_argument("--variant", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--batches", nargs="+", type=int, required=True)
     parser.add_argument("--prefill", type=int, required=True)
@@ -44,7 +44,7 @@ def main() -> None:
             "kernels": linear_kernels(llm),
             "settings": _settings(llm),
         }
-        print(f"NOTE {options.method}: engine up in {facts['start_seconds']} s", flush=True)
+        print(f"NOTE {options.variant}: engine up in {facts['start_seconds']} s", flush=True)
         for batch in sorted(options.batches):
             if time.time() >= options.end:
                 return
@@ -71,7 +71,7 @@ def _settings(llm: Any) -> dict[str, str]:
 def _start(options: argparse.Namespace, scratch: Path) -> Any:
     batches = sorted(options.batches)
     return start(
-        options.method,
+        options.variant,
         options.model,
         scratch,
         blocks=MODELS[options.model].num_hidden_layers,
@@ -101,15 +101,15 @@ def measure(llm: Any, batch: int, options: argparse.Namespace) -> dict[str, Any]
     while not whole or (len(whole) < REPEATS and whole[-1] < SHORT_SECONDS):
         prefill.append(_seconds(llm, inputs, 1))
         whole.append(_seconds(llm, inputs, options.decode))
-    found = speeds(batch, options.prefill, options.decode, prefill, whole)
+    figures = speeds(batch, options.prefill, options.decode, prefill, whole)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-        found["peak_bytes"] = peak
+        figures["peak_bytes"] = peak
         if cache is not None:
-            one = cache_bytes_per_token(model, options.method)
-            found["peak_without_cache_bytes"] = peak - cache * one
-            found["cache_bytes_per_token"] = one
-    return found
+            one = cache_bytes_per_token(model, options.variant)
+            figures["peak_without_cache_bytes"] = peak - cache * one
+            figures["cache_bytes_per_token"] = one
+    return figures
 
 
 def speeds(
@@ -146,9 +146,9 @@ def cache_tokens(llm: Any) -> int | None:
     return None if not blocks else int(blocks) * int(cache.block_size)
 
 
-def cache_bytes_per_token(model: Model, method: str) -> int:
+def cache_bytes_per_token(model: Model, variant: str) -> int:
     """Keys and values of all blocks."""
-    width = 1 if method.endswith(FP8_CACHE) else 2
+    width = 1 if variant.endswith(FP8_CACHE) else 2
     return 2 * width * model.num_hidden_layers * model.key_value_size
 
 

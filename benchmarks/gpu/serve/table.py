@@ -24,16 +24,16 @@ CUDA graphs. Prefill: until all sequences have their first token; decode: the re
 against {BASE} at the same batch. The paper's figures are of an RTX 3090, its speedups over FP16."""
 
 
-def by_method(cells: Cells) -> dict[str, dict[int, Record]]:
-    """Figures by method and batch."""
-    found: dict[str, dict[int, Record]] = {}
+def by_variant(cells: Cells) -> dict[str, dict[int, Record]]:
+    """Figures by variant and batch."""
+    figures: dict[str, dict[int, Record]] = {}
     for key, cell in cells.records().items():
-        found.setdefault(key.rpartition(" batch=")[0], {})[int(cell["batch"])] = cell
-    return found
+        figures.setdefault(key.rpartition(" batch=")[0], {})[int(cell["batch"])] = cell
+    return figures
 
 
 def speedups(cell: Record, base: Record | None) -> dict[str, float]:
-    """Prefill, decode and end to end against another method at the same batch."""
+    """Prefill, decode and end to end against another variant at the same batch."""
     if base is None:
         return {}
     decode = cell["decode_tokens_per_second"] / base["decode_tokens_per_second"]
@@ -53,14 +53,14 @@ def sequence_bytes(cell: Record) -> float | None:
 
 def goals(cells: Cells) -> list[Goal]:
     """For `mergequant`, and for each kernel that was asked for by name."""
-    methods = by_method(cells)
-    found = []
-    names = [name for name in methods if base_name(name) == OURS] or [OURS]
+    variants = by_variant(cells)
+    goals = []
+    names = [name for name in variants if base_name(name) == OURS] or [OURS]
     for name in names:
-        ours = methods.get(name, {})
-        found += _against_base(name, ours, methods.get(BASE, {}))
-        found += _against_marlin(name, ours, methods.get(MARLIN, {}))
-    return found
+        ours = variants.get(name, {})
+        goals += _against_base(name, ours, variants.get(BASE, {}))
+        goals += _against_marlin(name, ours, variants.get(MARLIN, {}))
+    return goals
 
 
 def _against_base(name: str, ours: dict[int, Record], base: dict[int, Record]) -> list[Goal]:
@@ -118,16 +118,16 @@ def _against_marlin(name: str, ours: dict[int, Record], marlin: dict[int, Record
 
 def table(cells: Cells) -> str:
     """Markdown: speeds, memory, the paper's figures, what failed."""
-    methods = by_method(cells)
+    variants = by_variant(cells)
     lines = [HEAD, ""]
     lines += [
-        "| method | batch | prefill tokens/s | decode tokens/s | whole, s | prefill | decode "
+        "| variant | batch | prefill tokens/s | decode tokens/s | whole, s | prefill | decode "
         "| end to end | kernels |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, batches in methods.items():
+    for name, batches in variants.items():
         for batch, cell in sorted(batches.items()):
-            ratio = speedups(cell, methods.get(BASE, {}).get(batch))
+            ratio = speedups(cell, variants.get(BASE, {}).get(batch))
             ratios = " | ".join(
                 f"{ratio[what]:.2f}x" if ratio else "-"
                 for what in ("prefill", "decode", "end to end")
@@ -138,22 +138,22 @@ def table(cells: Cells) -> str:
                 f"{cell['decode_tokens_per_second']:.0f} | {cell['whole_seconds']:.2f} | "
                 f"{ratios} | {kernels} |"
             )
-    lines += ["", *_memory(methods), "", *_paper(), ""]
-    for name, batches in methods.items():
+    lines += ["", *_memory(variants), "", *_paper(), ""]
+    for name, batches in variants.items():
         settings = next(iter(batches.values())).get("settings", {})
         lines.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     lines += ["", *cells.troubles()]
     return "\n".join(lines)
 
 
-def _memory(methods: dict[str, dict[int, Record]]) -> list[str]:
+def _memory(variants: dict[str, dict[int, Record]]) -> list[str]:
     lines = [
         f"| batch 1, GiB | model | times below {BASE} | peak | peak, a cache of 2049 tokens alone "
         f"| times below {BASE} |",
         "|---|---|---|---|---|---|",
     ]
-    base = methods.get(BASE, {}).get(1)
-    for name, batches in methods.items():
+    base = variants.get(BASE, {}).get(1)
+    for name, batches in variants.items():
         cell = batches.get(1)
         if cell is None:
             continue

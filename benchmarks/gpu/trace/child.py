@@ -22,7 +22,7 @@ PROMPT, STEPS = 16, 8
 def main() -> None:
     """Start, warm up, trace twice."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", required=True)
+    parser.add_argument("--variant", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--attention")
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         llm = start(
-            options.method,
+            options.variant,
             options.model,
             Path(scratch),
             blocks=options.blocks,
@@ -46,10 +46,10 @@ def main() -> None:
         )
         inputs = prompts(1, PROMPT, MODELS[options.model].vocab_size, seed=0)
         generate(llm, inputs, 1 + STEPS)
-        found: dict[str, Any] = {"kernels": linear_kernels(llm), "steps": STEPS}
-        found["prefill"] = traced(llm, inputs, 1)
-        found["all"] = traced(llm, inputs, 1 + STEPS)
-        print(f"CELL {options.blocks} {json.dumps(found)}", flush=True)
+        counts: dict[str, Any] = {"kernels": linear_kernels(llm), "steps": STEPS}
+        counts["prefill"] = traced(llm, inputs, 1)
+        counts["all"] = traced(llm, inputs, 1 + STEPS)
+        print(f"CELL {options.blocks} {json.dumps(counts)}", flush=True)
 
 
 def traced(llm: Any, inputs: list[Any], tokens: int) -> dict[str, int]:

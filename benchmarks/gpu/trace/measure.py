@@ -7,11 +7,11 @@ import functools
 import time
 from typing import Any
 
-from benchmarks.common.child_findings import run_child
+from benchmarks.common.child_cells import run_child
 from benchmarks.common.result_cells import Record
 from benchmarks.gpu.context import Context
 
-DEFAULT_METHODS = ("bf16", "int8", "mergequant")
+DEFAULT_VARIANTS = ("bf16", "int8", "mergequant")
 MODES = ("eager", "compiled")
 DEPTHS = (2, 4)
 ENGINE_SECONDS = 150.0
@@ -23,31 +23,31 @@ def foreign(key: str) -> bool:
 
 
 def run(context: Context) -> None:
-    """Trace every method in every mode that is not done."""
-    methods = context.options.get("methods") or DEFAULT_METHODS
+    """Trace every variant in every mode that is not done."""
+    variants = context.options.get("variants") or DEFAULT_VARIANTS
     modes = MODES[:1] if context.smoke else MODES
-    keys = {f"{method} {mode}": (method, mode) for mode in modes for method in methods}
+    keys = {f"{variant} {mode}": (variant, mode) for mode in modes for variant in variants}
     for key in context.cells.pending(keys):
-        method, mode = keys[key]
-        context.measure(key, functools.partial(_trace, context, method, mode))
+        variant, mode = keys[key]
+        context.measure(key, functools.partial(_trace, context, variant, mode))
 
 
-def _trace(context: Context, method: str, mode: str) -> Record:
+def _trace(context: Context, variant: str, mode: str) -> Record:
     depths: dict[int, Any] = {}
     for blocks in DEPTHS:
         context.cells.check_time()
-        arguments = ["--method", method, "--model", "tiny" if context.smoke else "Llama-2-7B"]
+        arguments = ["--variant", variant, "--model", "tiny" if context.smoke else "Llama-2-7B"]
         arguments += ["--blocks", str(blocks)]
         arguments += ["--eager"] if mode == "eager" else []
         if context.options.get("attention"):
             arguments += ["--attention", context.options["attention"]]
 
-        def found(depth: str, record: dict[str, Any]) -> None:
+        def on_cell(depth: str, record: dict[str, Any]) -> None:
             depths[int(depth)] = record
 
         left = min(ENGINE_SECONDS, context.cells.end - time.time() + 30)
-        log = context.folder / f"trace-{method.replace(':', '-')}-{mode}-{blocks}.log"
-        fault = run_child("benchmarks.gpu.trace.child", arguments, found, left, log)
+        log = context.folder / f"trace-{variant.replace(':', '-')}-{mode}-{blocks}.log"
+        fault = run_child("benchmarks.gpu.trace.child", arguments, on_cell, left, log)
         if fault is not None and blocks not in depths:
             raise RuntimeError(fault)
     return per_block(*(depths[blocks] for blocks in DEPTHS))
@@ -71,5 +71,5 @@ def per_block(shallow: Record, deep: Record) -> Record:
 
 
 def _difference(more: dict[str, int], fewer: dict[str, int]) -> dict[str, int]:
-    found = {name: more.get(name, 0) - fewer.get(name, 0) for name in {**more, **fewer}}
-    return {name: count for name, count in found.items() if count}
+    difference = {name: more.get(name, 0) - fewer.get(name, 0) for name in {**more, **fewer}}
+    return {name: count for name, count in difference.items() if count}

@@ -11,9 +11,10 @@ from mergequant_vllm.kernels.torch_operator import define_operator
 
 def _mix(x: Tensor, count: int, width: int) -> Tensor:
     """Return `reference.mix_heads`, bit for bit."""
-    if x.shape[-1] != count * width:
-        raise ValueError(f"{count} heads of {width} channels are not {x.shape[-1]} channels.")
-    rows = as_rows(x, alignment=1)
+    size = count * width
+    if x.shape[-1] % size:
+        raise ValueError(f"{x.shape[-1]} channels are not whole runs of {count} heads of {width}.")
+    rows = as_rows(x if x.shape[-1] == size else x.reshape(-1, size), alignment=1)
     y = _fake(x, count, width)
     if rows.shape[0]:
         mixing = odd_factor(count // (count & -count), x.device)

@@ -84,9 +84,10 @@ def heads_matrix(heads: int) -> Tensor:
 
 
 def mix_heads_by_matrix(x: Tensor, heads: tuple[int, int]) -> Tensor:
-    """Return x [..., h * d] times M kron I_d, M = `heads_matrix(h)`: float64, the slow form."""
+    """Return each run of h * d channels times M kron I_d, M = `heads_matrix(h)`: float64, slow."""
     mixing = torch.kron(heads_matrix(heads[0]), torch.eye(heads[1], dtype=torch.float64))
-    return x.to(torch.float64) @ mixing.to(x.device)
+    runs = x.to(torch.float64).reshape(*x.shape[:-1], -1, len(mixing))
+    return (runs @ mixing.to(x.device)).reshape(x.shape)
 
 
 def mix_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -101,18 +102,20 @@ def mix_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
     the same on every device; no compiler may contract them (`hadamard.operator`).
 
     Args:
-        x: [..., h * d], any floating dtype; of a tensor-parallel rank, its own heads.
+        x: [..., K], any floating dtype, K a multiple of h * d; each run of so many channels is
+            mixed by itself. Of a tensor-parallel rank, its own heads.
         heads: h and d.
 
     Returns:
-        float32 [..., h * d].
+        float32 [..., K].
     """
     count, width = heads
     block = count & -count
     z = _butterflies(x.to(torch.float32), width, width * block) * (1 / math.sqrt(block))
     if count == block:
         return z
-    runs = z.reshape(*x.shape[:-1], count // block, block * width)
+    groups = x.shape[-1] // (count * width)
+    runs = z.reshape(*x.shape[:-1], groups, count // block, block * width)
     mixing = odd_factor(count // block, x.device)
     y = runs[..., :1, :] * mixing[0, :, None]
     for i in range(1, count // block):

@@ -25,7 +25,7 @@ from mergequant.evaluate.perplexity import (
     vllm_engine,
 )
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.quantizer.run import find_device
+from mergequant.quantizer.prepare import find_device
 
 VLLM, REFERENCE = ENGINES
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mergequant.ablation.baselines import Baseline
 from mergequant.ablation.measure import REFERENCE, Bench, Measured, device_name
 from mergequant.ablation.records import Record, Shelf
 from mergequant.ablation.rows import Row
@@ -46,10 +47,10 @@ def run_row(
     if row.options is None:
         measured, accuracies = bench.folder(subject.folder, engines)
         outcome = _Outcome(measured, accuracies, [], 0.0)
-    elif row.options.exported:
+    elif row.baseline.exported:
         outcome = _through_checkpoint(row.key, row.options, engines, subject, bench, shelf)
     else:
-        outcome = _in_memory(row.options, subject, bench)
+        outcome = _in_memory(row.options, row.baseline, subject, bench)
     whole = time.monotonic() - began
     record = Record(
         key=row.key,
@@ -93,10 +94,10 @@ def _through_checkpoint(
     return _Outcome(measured, accuracies, report, quantized)
 
 
-def _in_memory(options: Options, subject: Subject, bench: Bench) -> _Outcome:
+def _in_memory(options: Options, baseline: Baseline, subject: Subject, bench: Bench) -> _Outcome:
     began = time.monotonic()
     model, report = in_memory.quantize_in_memory(
-        subject.folder, subject.calibration, options, progress=bench.progress
+        subject.folder, subject.calibration, options, baseline.change, progress=bench.progress
     )
     quantized = time.monotonic() - began
     losses, accuracies = bench.model(model)

@@ -14,8 +14,8 @@ from mergequant.ablation.tables import Table
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.output.durable_files import write_json
-from mergequant.quantizer.choose_reconstruction import DECIDED, resolve_reconstruction
-from mergequant.quantizer.run import calibration_of, find_device, open_model
+from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
+from mergequant.quantizer.prepare import calibration_of, find_device, open_model
 
 
 def kept_shapes(
@@ -59,7 +59,7 @@ def _decide(
     decided = resolve_reconstruction(decoder, windows, options, progress)
     if decided.reconstruction == "none":  # the rows are then equal to those without
         return {"reconstruction": "none"}
-    return {name: getattr(decided, name) for name in DECIDED}
+    return decided.model_dump()
 
 
 def describe(shapes: Shapes) -> str:

@@ -7,9 +7,10 @@ options are one row, however many tables print it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from mergequant.ablation.baselines import PLAIN, Baseline
 from mergequant.options import Options
 
 FULL = "full"
@@ -21,7 +22,6 @@ Shapes = Mapping[str, Mapping[str, Any]]
 _QSM: Mapping[str, Any] = {
     "activations": "static",
     "activation_step": "channel",
-    "mix_activations": "token",
     "rotation": "none",
     "static_bits": 4,
     "dynamic_bits": 4,
@@ -31,7 +31,11 @@ _QSM: Mapping[str, Any] = {
     "weights": "gptq",
     "weight_bits": 4,
     "group_size": None,
+    "segments": None,
     "asymmetric": False,
+    "static_zero_points": False,
+    "dynamic_zero_points": False,
+    "mix_heads": 0,
     "clipping": "none",
     "compensation_rank": 0,
 }
@@ -46,17 +50,22 @@ class Row:
         label: what the table calls it.
         options: how the model is quantized; None: not at all.
         paper: the method's name in the same table of the paper, if it is there.
+        baseline: what of the method it goes without that no option takes away.
     """
 
     key: str
     label: str
     options: Options | None
     paper: str | None = None
+    baseline: Baseline = PLAIN
 
     @property
     def options_as_json(self) -> dict[str, Any] | None:
-        """As the row's record has them."""
-        return None if self.options is None else self.options.model_dump(mode="json")
+        """Options as the row's record has them."""
+        if self.options is None:
+            return None
+        given = {name: True for name, value in asdict(self.baseline).items() if value}
+        return {**self.options.model_dump(mode="json"), **given}
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,12 @@ class RowMaker:
     base: Options
     shapes: Shapes
 
-    def row(self, label: str, paper: str | None = None, **changed: Any) -> Row:
+    def row(
+        self, label: str, paper: str | None = None, baseline: Baseline = PLAIN, **changed: Any
+    ) -> Row:
         """Plain step migration with GPTQ but for the fields in `changed`."""
         options = self._options(changed)
-        return Row(key_of(options), label, options, paper)
+        return Row(key_of(options, baseline), label, options, paper, baseline)
 
     def method(self, label: str, paper: str | None, rotation: str, **changed: Any) -> Row:
         """The whole method but for the fields in `changed`."""
@@ -103,14 +114,14 @@ class RowMaker:
         return Options.model_validate({**self.base.model_dump(), **_QSM, **changed})
 
 
-def key_of(options: Options) -> str:
+def key_of(options: Options, baseline: Baseline = PLAIN) -> str:
     """A file's name that says every field in which rows differ; equal for equal rows."""
     parts: list[str] = [options.activations]
     if options.activations == "static":
         parts = [f"static-{options.activation_step}"]
-        parts += ["mix-tensor"] * (options.mix_activations == "tensor")
+        parts += ["mix-tensor"] * (baseline.tensor_mix)
     parts += [f"rotation-{options.rotation}"] * (options.rotation != "none")
-    parts += [options.weights]
+    parts += ["none" if baseline.kept_weights else options.weights]
     parts += [f"w{options.weight_bits}"] * (options.weight_bits != 4)
     parts += ["asym"] * options.asymmetric
     parts += [f"g{options.group_size}"] * (options.group_size is not None)

@@ -22,7 +22,7 @@ from mergequant.ablation.tasks import Tasks
 from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably, write_json
-from mergequant.quantizer.run import find_device
+from mergequant.quantizer.prepare import find_device
 
 logger = logging.getLogger("mergequant")
 
@@ -143,7 +143,7 @@ class _Run:
     def _engines(self, rows: Sequence[Row]) -> dict[str, set[str]]:
         """What measures each row: full precision, whatever measures a row to be compared."""
         usual = self.bench.engine
-        found = {x.key: {usual if x.options.exported else REFERENCE} for x in rows if x.options}
+        found = {x.key: {usual if x.baseline.exported else REFERENCE} for x in rows if x.options}
         return {FULL: {usual}.union(*found.values()), **found}
 
     def _is_finished(self, row: Row, engines: set[str]) -> bool:

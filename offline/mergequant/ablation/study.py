@@ -14,7 +14,7 @@ from mergequant.model.architecture import Architecture, widths
 from mergequant.model.reader import Reader
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
-from mergequant.quantizer.run import open_model
+from mergequant.quantizer.prepare import open_folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Subject:
 def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
     """Find a model and check that it can be quantized."""
     sources = calibration_sources(calibration)
-    reader, architecture, _ = open_model(model, Options(rotation="none"))
+    reader, architecture = open_folder(model)
     return Subject(
         name=Path(model).resolve().name if Path(model).is_dir() else str(model),
         paper_model=paper.model_of(reader.config),

@@ -14,13 +14,14 @@ from torch import Tensor
 from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
-from mergequant.model.architecture import Architecture, Stage, paper_alpha
+from mergequant.model.architecture import Architecture, Readers, paper_alpha
 from mergequant.model.decoder import Block, Decoder
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably
 from mergequant.quantizer.inputs.record import stacked_weights
-from mergequant.quantizer.run import calibration_of, find_device
+from mergequant.quantizer.prepare import calibration_of, find_device
+from mergequant_vllm.rounding import largest_code
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Survey:
     """Statistics of the inputs of norm-fed linears.
 
     Attributes:
-        largest: float32 [blocks, n], max |X_k| over the calibration tokens, by the stage's space.
+        largest: float32 [blocks, n], max |X_k| over the calibration tokens, by the space.
         space: of the folded columns below: where a step exceeds Eq. 6's threshold the most.
         block: of the same, counted from 0.
         before: float32 [n], max_j |s_k W_jk| of each migrated column (Eq. 5).
@@ -62,15 +63,15 @@ def survey(
     decoder = Decoder(reader, architecture, find_device(options.device))
     windows = _windows(reader, calibration, options)
     batches = decoder.embed(windows, len(windows), 0).batches
-    stages = [stage for stage in architecture.stages() if stage.norm is not None]
+    norm_fed = [readers for readers in architecture.readers() if readers.norm is not None]
     alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(reader.config)
-    largest: dict[str, list[Tensor]] = {stage.space: [] for stage in stages}
+    largest: dict[str, list[Tensor]] = {readers.space: [] for readers in norm_fed}
     found: _Columns | None = None
     for block in decoder.walk(batches, int(reader.config["num_hidden_layers"]), "Survey", progress):
-        for stage in stages:
-            seen = _magnitudes(block, stage, batches)
-            largest[stage.space].append(seen.largest.to("cpu", torch.float32))
-            columns = _columns(block, stage, seen, alpha, options)
+        for readers in norm_fed:
+            seen = _magnitudes(block, readers, batches)
+            largest[readers.space].append(seen.largest.to("cpu", torch.float32))
+            columns = _columns(block, readers, seen, alpha, options)
             if found is None or columns.excess > found.excess:
                 found = columns
     assert found is not None  # a model has a block, and a block a norm
@@ -118,18 +119,20 @@ def _windows(reader: ModelReader, calibration: Sequence[str | Path], options: Op
     return calibration_of(reader, calibration, least)
 
 
-def _magnitudes(block: Block, stage: Stage, batches: list[Tensor]) -> ChannelMagnitudes:
+def _magnitudes(block: Block, readers: Readers, batches: list[Tensor]) -> ChannelMagnitudes:
     seen = ChannelMagnitudes()
-    block.observe(stage.linears[0].name, batches, seen.add)
+    block.observe(readers.linears[0].name, batches, seen.add)
     return seen
 
 
 def _columns(
-    block: Block, stage: Stage, seen: ChannelMagnitudes, alpha: float, options: Options
+    block: Block, readers: Readers, seen: ChannelMagnitudes, alpha: float, options: Options
 ) -> _Columns:
-    """The stage's stacked weights as QSM makes them, before and after reconstruction."""
-    weight = stacked_weights(block, stage).to(torch.float64)
-    step = activation_steps(seen.largest, torch.ones_like(seen.largest), options.static_bits)
+    """The readers' stacked weights as QSM makes them, before and after reconstruction."""
+    weight = stacked_weights(block, [x.name for x in readers.linears]).to(torch.float64)
+    step = activation_steps(
+        seen.largest, torch.ones_like(seen.largest), largest_code(options.static_bits)
+    )
     shape = reconstruct(
         step,
         step,
@@ -140,7 +143,7 @@ def _columns(
     )
     excess = float(step.max()) / threshold(step, alpha)
     before, after = migrate_weight(weight, step), fold_columns(weight, step, shape)
-    return _Columns(excess, stage.space, block.number, _height(before), _height(after))
+    return _Columns(excess, readers.space, block.number, _height(before), _height(after))
 
 
 def _height(weight: Tensor) -> Tensor:

@@ -4,16 +4,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergequant.ablation.baselines import Baseline
 from mergequant.ablation.rows import FULL, Row, RowMaker, Shapes
 from mergequant.errors import InputError
 from mergequant.options import Options
-from mergequant.output.checkpoint_plan import reconstructed_columns
+from mergequant.quantizer.columns import reconstructed_columns
 
 NAMES = ("table1", "table4", "table5", "table7")  # what `--paper` takes
 FIGURE1 = "figure1"
 
-_TENSOR: Mapping[str, Any] = {"activation_step": "tensor", "mix_activations": "tensor"}
-_SMOOTH: Mapping[str, Any] = {"activation_step": "smooth", "mix_activations": "tensor"}
+_TENSOR_MIX = Baseline(tensor_mix=True)
+_TENSOR: Mapping[str, Any] = {"activation_step": "tensor", "baseline": _TENSOR_MIX}
+_SMOOTH: Mapping[str, Any] = {"activation_step": "smooth", "baseline": _TENSOR_MIX}
 _DYNAMIC: Mapping[str, Any] = {"activations": "dynamic"}
 _FULL = Row(FULL, "full precision", None, "FP16")
 
@@ -150,7 +152,7 @@ def _table5(make: RowMaker, group: int) -> Table:
 
 def _table7(make: RowMaker) -> Table:
     def clipping(kind: str, label: str, paper: str) -> Row:
-        return make.row(label, paper, weights="none", clipping=kind)
+        return make.row(label, paper, Baseline(kept_weights=True), weights="rtn", clipping=kind)
 
     rows = (
         _FULL,

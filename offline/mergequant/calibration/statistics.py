@@ -5,26 +5,37 @@ from torch import Tensor
 
 
 class ChannelMagnitudes:
-    """How large each channel gets: its maximum, and its energy."""
+    """How large each channel gets: its lowest and highest value, its largest magnitude, energy."""
 
     def __init__(self) -> None:
-        self._largest: Tensor | None = None
+        self._lowest: Tensor | None = None
+        self._highest: Tensor | None = None
         self._energy: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count tokens [t, n]."""
-        largest = x.abs().amax(dim=0)
+        lowest, highest = x.amin(dim=0), x.amax(dim=0)
         energy = x.square().sum(dim=0, dtype=torch.float64)
-        if self._largest is not None:
-            largest = torch.maximum(self._largest, largest)
-        if self._energy is not None:
+        if self._lowest is not None and self._highest is not None and self._energy is not None:
+            lowest = torch.minimum(self._lowest, lowest)
+            highest = torch.maximum(self._highest, highest)
             energy = self._energy + energy
-        self._largest, self._energy = largest, energy
+        self._lowest, self._highest, self._energy = lowest, highest, energy
+
+    @property
+    def lowest(self) -> Tensor:
+        """min_t X_tk: float32 [n]; at least one batch must have been added."""
+        return _added(self._lowest)
+
+    @property
+    def highest(self) -> Tensor:
+        """max_t X_tk: float32 [n]; at least one batch must have been added."""
+        return _added(self._highest)
 
     @property
     def largest(self) -> Tensor:
         """max_t |X_tk|: float32 [n]; at least one batch must have been added."""
-        return _added(self._largest)
+        return torch.maximum(self.highest, -self.lowest)
 
     @property
     def energy(self) -> Tensor:

@@ -55,10 +55,10 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    quantized = dict(checkpoint.linear_names())
+    quantized = checkpoint.quantized
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
-        module = _quantized_linear(reader, name, linear, dtype, ranks)
+        module = _served_linear(reader, name, linear, dtype, ranks)
         setattr(model.get_submodule(parent), child, module)
     others = {
         name: reader.read(name).to(dtype)
@@ -70,7 +70,7 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     return model.eval()
 
 
-def _quantized_linear(
+def _served_linear(
     reader: Reader, name: str, linear: LinearFormat, dtype: torch.dtype, ranks: int
 ) -> nn.Module:
     def read(suffix: str) -> Tensor:

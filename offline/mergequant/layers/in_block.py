@@ -1,40 +1,68 @@
-"""A loaded block, made to compute with what the checkpoint stores of it."""
+"""Linears of a loaded block, put in the place of its own: as served, or as training needs them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mergequant.layers.served_linear import from_stored
+from mergequant.layers.served_linear import from_stored, served_linear
+from mergequant.layers.simulated_linear import SimulatedLinear
 from mergequant.model.decoder import Block
 from mergequant_vllm.format import LinearFormat
 
 
 def load_stored(
-    block: Block,
-    tensors: Mapping[str, Tensor],
-    linears: Mapping[str, LinearFormat],
-    device: torch.device,
+    block: Block, tensors: Mapping[str, Tensor], linears: Mapping[str, LinearFormat]
 ) -> None:
     """Put a quantized block's stored tensors into `block`, in float32.
 
     What the next block is calibrated on is then a function of the stored tensors alone: the same
-    bits, whether they were written a moment ago or by a run that was killed.
+    bits, whether they were made a moment ago or by a run that was killed.
 
     Args:
         tensors: what is stored, by name within the block.
-        linears: how each linear is stored, by name within the block.
+        linears: how each quantized linear is stored, by name within the block.
     """
     for name, form in linears.items():
-        stored = partial(_read, tensors, name, device)
-        block.replace(name, from_stored(form, stored, torch.float32))
+        block.replace(name, from_stored(form, partial(_read, block, name, tensors), torch.float32))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in linears:
-            weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
+            weight = nn.Parameter(tensor.to(block.device, torch.float32), requires_grad=False)
             setattr(block.module.get_submodule(owner), leaf, weight)
 
 
-def _read(tensors: Mapping[str, Tensor], name: str, device: torch.device, suffix: str) -> Tensor:
-    return tensors[f"{name}.{suffix}"].to(device)
+def replace_by_served(
+    block: Block, name: str, form: LinearFormat, codes: Tensor, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put linear `name` into the block as the server will compute it.
+
+    Args:
+        codes: int8 [out, K].
+        tensors: what else is stored of the linear, by suffix.
+    """
+    whole = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    read = partial(_read, block, name, whole)
+    block.replace(name, served_linear(form, codes, read, torch.float32))
+
+
+def replace_by_simulated(
+    block: Block,
+    name: str,
+    read: Callable[[Tensor], Tensor],
+    weight: nn.Module,
+    output_offset: Tensor | None = None,
+) -> None:
+    """Put a linear of floating-point products into the block, see `SimulatedLinear`."""
+    bias = block.stored.get(f"{name}.bias")
+    constant = None if bias is None else bias.to(block.device, torch.float32)
+    if output_offset is not None:
+        constant = output_offset if constant is None else constant + output_offset
+    block.replace(name, SimulatedLinear(read, weight, constant))
+
+
+def _read(block: Block, name: str, tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
+    full = f"{name}.{suffix}"
+    # A bias is not quantized: it stays what the source model has.
+    return (tensors[full] if full in tensors else block.stored[full]).to(block.device)

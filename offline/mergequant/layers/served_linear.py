@@ -1,9 +1,10 @@
-"""A linear as the server computes it: the oracle's module, and the calibrated block's.
+"""A linear as the server computes it: the reference forward's module, and the calibrated block's.
 
 Made of the reference operations; the integer sums go through float GEMMs in which they are exact.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
+from mergequant_vllm.kernels.hadamard.reference import mix_heads
 from mergequant_vllm.kernels.linear.reference import centre, integer_linear
 from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.norm_round.reference import static_codes
@@ -21,15 +23,31 @@ from mergequant_vllm.packing import pack, unpack
 _FLOAT32_EXACT_BELOW = 2**24
 
 
-class QuantizedLinear(nn.Module):
-    """y = (x_int @ (W_int - z)^T) * token_step * weight_step + b, as `form` says.
+@dataclass(frozen=True)
+class Codes:
+    """An input in codes.
+
+    Attributes:
+        codes: float32 [..., K], integer-valued.
+        step: float32 [..., 1], or None if static.
+        zero: int32 [..., 1], or None without zero points.
+    """
+
+    codes: Tensor
+    step: Tensor | None = None
+    zero: Tensor | None = None
+
+
+class ServedLinear(nn.Module):
+    """y = ((x_int - z_x) @ (W_int - z_w)^T) * token_step * weight_step + constant, as `form` says.
 
     Args:
         form: how the linear is stored and what its activations are.
         codes: int8 [out, K], weight codes.
         weight_step: [out, groups].
-        zero_points: int8 [out, groups]; needed if `form` has zero points.
+        zero_points: int8 [out, groups]; needed if the weight has zero points.
         bias: [out] or None.
+        output_offset: [out], added whether there is a bias or not, or None.
         clip: [1], ratio of the per-token step; needed if activations are dynamic.
         index: int32 [K], gather of the input's channels, or None.
         offset: float32 [K], rounding offsets, or None.
@@ -39,6 +57,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     weight_step: Tensor
+    constant: Tensor | None
     clip: Tensor | None
     index: Tensor | None
     offset: Tensor | None
@@ -51,6 +70,7 @@ class QuantizedLinear(nn.Module):
         *,
         zero_points: Tensor | None = None,
         bias: Tensor | None = None,
+        output_offset: Tensor | None = None,
         clip: Tensor | None = None,
         index: Tensor | None = None,
         offset: Tensor | None = None,
@@ -59,23 +79,38 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.form = form
         self.ranks = ranks
-        spans = span_slices(codes.shape[1], form.group_size, None)
+        spans = span_slices(codes.shape[1], form.weight.group_size, form.weight.segments)
         weight = centre(codes, zero_points, spans).to(torch.float64)
         self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
+        constant = None if bias is None else bias.to(torch.float32)
+        if output_offset is not None:
+            shift = output_offset.to(torch.float32)
+            constant = shift if constant is None else constant + shift
+        self.register_buffer("constant", constant)
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
         self.register_buffer("index", index)
         self.register_buffer("offset", offset)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes float32 of an input [..., in] and, if dynamic, steps [..., 1]."""
-        bits, layout = self.form.activation_bits, CodeLayout.FLOAT32
-        if self.clip is None:
-            return static_codes(x, bits, layout, index=self.index, offset=self.offset), None
-        form = self.form
-        codes, step, _ = token_codes(x, self.clip, bits, layout, hadamard=form.hadamard)
-        return codes, step
+    def input_codes(self, x: Tensor) -> Codes:
+        """Codes of an input [..., in]."""
+        bits, layout = self.form.input.bits, CodeLayout.FLOAT32
+        dynamic = self.form.dynamic
+        if dynamic is None:
+            return Codes(static_codes(x, bits, layout, index=self.index, offset=self.offset))
+        assert self.clip is not None
+        if dynamic.heads is not None:
+            x = mix_heads(x.to(torch.float32), dynamic.heads)
+        return Codes(
+            *token_codes(
+                x,
+                self.clip,
+                bits,
+                layout,
+                hadamard=dynamic.hadamard,
+                zero_points=dynamic.zero_points,
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to y [..., out], same dtype."""
@@ -86,52 +121,73 @@ class QuantizedLinear(nn.Module):
         return total
 
     def _shard_outputs(self, x: Tensor) -> Iterator[Tensor]:
-        size = self.form.group_size
+        size = self.form.weight.group_size
         groups = self.weight_step.shape[1] // self.ranks
         for rank, shard in enumerate(x.chunk(self.ranks, -1)):
-            codes, token_step = self.input_codes(shard)
-            codes = codes.to(self.weight.dtype)
-            columns = codes.shape[-1]
-            weight = self.weight[:, rank * columns : (rank + 1) * columns]
+            read = self.input_codes(shard)
+            columns = read.codes.shape[-1]
             step = self.weight_step
             if size is not None:
                 step = step[:, rank * groups : (rank + 1) * groups]
-            spans = span_slices(columns, size, None)
-            bias = self.bias.to(torch.float32) if rank == 0 and self.bias is not None else None
             yield integer_linear(
-                codes, weight, step, spans, token_step, None, bias, x.dtype, F.linear
+                read.codes.to(self.weight.dtype),
+                self.weight[:, rank * columns : (rank + 1) * columns],
+                step,
+                span_slices(columns, size, self.form.weight.segments),
+                read.step,
+                read.zero,
+                self.constant if rank == 0 else None,
+                x.dtype,
+                F.linear,
             )
 
 
-def from_stored(
-    form: LinearFormat, read: Callable[[str], Tensor], dtype: torch.dtype, ranks: int = 1
-) -> QuantizedLinear:
-    """The module of a linear as a checkpoint stores it.
+def served_linear(
+    form: LinearFormat,
+    codes: Tensor,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    ranks: int = 1,
+) -> ServedLinear:
+    """The module of a linear whose codes are at hand.
 
     Args:
-        read: the stored tensor of a suffix, such as `weight_packed`.
+        codes: int8 [out, K].
+        read: the stored tensor of a suffix, such as `weight_scale`.
         dtype: of the bias.
-        ranks: see `QuantizedLinear`.
+        ranks: see `ServedLinear`.
     """
-    return QuantizedLinear(
+    static = form.static
+    return ServedLinear(
         form,
-        unpack(read("weight_packed"), form.weight_bits, form.in_features),
+        codes,
         read("weight_scale"),
-        zero_points=read("weight_zero_point") if form.zero_points else None,
+        zero_points=read("weight_zero_point") if form.weight.zero_points else None,
         bias=read("bias").to(dtype) if form.bias else None,
-        clip=read("input_clip") if form.activations == "dynamic" else None,
-        index=read("input_index") if form.columns is not None else None,
-        offset=read("input_offset") if form.offsets else None,
+        output_offset=read("output_offset") if form.output_offset is not None else None,
+        clip=read("input_clip") if static is None else None,
+        index=read("input_index") if static is not None and static.columns is not None else None,
+        offset=read("input_offset") if static is not None and static.offsets else None,
         ranks=ranks,
     )
 
 
+def from_stored(
+    form: LinearFormat, read: Callable[[str], Tensor], dtype: torch.dtype, ranks: int = 1
+) -> ServedLinear:
+    """The module of a linear as a checkpoint stores it, see `served_linear`."""
+    codes = unpack(read("weight_packed"), form.weight.bits, form.in_features)
+    return served_linear(form, codes, read, dtype, ranks)
+
+
 def stored_weight(codes: Tensor, grid: WeightGrid) -> dict[str, Tensor]:
     """What a checkpoint stores of a weight, by suffix: codes int8 [out, K] and their grid."""
-    tensors = {
-        "weight_packed": pack(codes.cpu(), grid.bits),
-        "weight_scale": grid.step.to(torch.bfloat16).cpu(),
-    }
+    return {"weight_packed": pack(codes.cpu(), grid.bits), **stored_steps(grid)}
+
+
+def stored_steps(grid: WeightGrid) -> dict[str, Tensor]:
+    """What a checkpoint stores of a weight's steps and zero points, by suffix."""
+    tensors = {"weight_scale": grid.step.to(torch.bfloat16).cpu()}
     if grid.zero_points is not None:
         tensors["weight_zero_point"] = grid.zero_points.cpu()
     return tensors
@@ -140,5 +196,8 @@ def stored_weight(codes: Tensor, grid: WeightGrid) -> dict[str, Tensor]:
 def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:
     """float32 where no sum of products can reach 2^24, else float64."""
     largest = float(weight.abs().amax()) if weight.numel() else 0.0
-    longest = weight.shape[1] * largest * 2 ** (form.activation_bits - 1)
+    code = 2 ** (form.input.bits - 1)
+    if form.dynamic is not None and form.dynamic.zero_points:
+        code = 2**form.input.bits - 1
+    longest = weight.shape[1] * largest * code
     return torch.float32 if longest <= _FLOAT32_EXACT_BELOW else torch.float64

@@ -5,6 +5,7 @@ different units, so each is carried to the layer's output: the activation's erro
 weighted by the energy of W's column k, the weight's by the energy of the channel's codes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.rounding import largest_code, round_to_codes
 
+# One token in so many screens the ratios of a per-token step, and so many are tried on all.
+_SCREENING, _SCREENED = 8, 3
 _ROUNDS = 2  # weight steps and clip ratios depend on each other; a third round changes nothing
 
 
@@ -22,12 +25,48 @@ def clip_grid(lowest: float, points: int) -> Tensor:
     return torch.linspace(lowest, 1.0, points, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class ChannelRange:
+    """What a channel's activations span, before any of it is clipped.
+
+    Attributes:
+        extent: float32 [n]: max |X| where codes are symmetric, max X - min X with zero points.
+        levels: how many steps make that up: Q_b, or 2^b - 1.
+        middle: float32 [n], (max X + min X) / 2; None where codes are symmetric.
+    """
+
+    extent: Tensor
+    levels: int
+    middle: Tensor | None = None
+
+    @classmethod
+    def symmetric(cls, largest: Tensor, bits: int) -> "ChannelRange":
+        """From -`largest` to `largest`, each max |X|: float32 [n]."""
+        return cls(largest, largest_code(bits))
+
+    @classmethod
+    def between(cls, lowest: Tensor, highest: Tensor, bits: int) -> "ChannelRange":
+        """From `lowest` to `highest`, min X and max X: float32 [n]; all 2^b codes are used."""
+        return cls(highest - lowest, 2**bits - 1, (highest + lowest) / 2)
+
+    def shift(self, step: Tensor) -> Tensor | None:
+        """What the code 0 stands for, in X's units: [n]; None where codes are symmetric.
+
+        Codes are one more below 0 than above it, so it lies half a step above the middle; a channel
+        that spans nothing has its one value there.
+        """
+        if self.middle is None:
+            return None
+        middle = self.middle.to(step.dtype)
+        return torch.where(self.extent > 0, middle + step / 2, middle)
+
+
 @dataclass
 class ChannelClipStatistics:
     """What a channel's clip ratio is chosen by; batches add up.
 
     Attributes:
-        error: float64 [G, n], sum over tokens of (X - s * code)^2 at each of G ratios.
+        error: float64 [G, n], sum over tokens of (X - s * code - z)^2 at each of G ratios.
         energy: float64 [G, n], sum over tokens of code^2.
     """
 
@@ -36,36 +75,36 @@ class ChannelClipStatistics:
 
     @classmethod
     def empty(cls, points: int, channels: int, device: torch.device) -> "ChannelClipStatistics":
-        """Nothing seen yet."""
+        """Return sums to which no token was added."""
         zeros = torch.zeros(2, points, channels, dtype=torch.float64, device=device)
         return cls(error=zeros[0], energy=zeros[1])
 
-    def add(self, x: Tensor, largest: Tensor, grid: Tensor, bits: int) -> None:
-        """Count tokens `x` [t, n]; `largest` [n] is max |X| over all tokens."""
-        full_step = largest.to(x.dtype) / largest_code(bits)
+    def add(self, x: Tensor, spans: ChannelRange, grid: Tensor, bits: int) -> None:
+        """Count tokens `x` [t, n] of channels that span `spans` over all tokens."""
+        full_step = spans.extent.to(x.dtype) / spans.levels
         alive = full_step > 0
         for index, ratio in enumerate(grid.tolist()):
             step = torch.where(alive, full_step * ratio, 1.0)
-            codes = round_to_codes(x / step, bits)
-            self.error[index] += (x - codes * step).square().sum(dim=0, dtype=torch.float64)
+            shift = spans.shift(step)
+            shifted = x if shift is None else x - shift
+            codes = round_to_codes(shifted / step, bits)
+            self.error[index] += (shifted - codes * step).square().sum(dim=0, dtype=torch.float64)
             self.energy[index] += codes.square().sum(dim=0, dtype=torch.float64)
 
 
 def choose_channel_clips(
     statistics: ChannelClipStatistics,
     weight: Tensor,
-    largest: Tensor,
+    spans: ChannelRange,
     grid: Tensor,
-    bits: int,
     weight_bits: int = 4,
 ) -> Tensor:
     """The ratio of each channel that minimises Eq. 7 at the layer's output.
 
     Args:
         weight: [out, n], the space's readers stacked, not migrated.
-        largest: [n], max |X|.
+        spans: what each channel spans.
         grid: [G], ratios tried.
-        bits: width of an activation code.
         weight_bits: width of a weight code.
 
     Returns:
@@ -73,9 +112,9 @@ def choose_channel_clips(
     """
     grid = grid.to(statistics.error)
     weight = weight.to(torch.float64)
-    full = weight * (largest.to(torch.float64) / largest_code(bits))
+    full = weight * (spans.extent.to(torch.float64) / spans.levels)
     activation_error = statistics.error * weight.square().sum(dim=0)
-    clip = torch.ones_like(largest, dtype=torch.float64)
+    clip = torch.ones_like(spans.extent, dtype=torch.float64)
     for _ in range(_ROUNDS):
         row_step = (full * clip).abs().amax(dim=1, keepdim=True) / largest_code(weight_bits)
         row_step = torch.where(row_step > 0, row_step, 1.0)
@@ -88,7 +127,41 @@ def choose_channel_clips(
     return clip
 
 
-def token_clip_losses(x: Tensor, weights: Tensor, grid: Tensor, bits: int) -> Tensor:
+def choose_token_clip(
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    grid: Tensor,
+    bits: int,
+    *,
+    zero_points: bool = False,
+) -> float:
+    """The ratio of per-token steps that leaves the least error at the linears' output.
+
+    All ratios are tried on one token in eight; the best three of them then on every token.
+
+    Args:
+        inputs: [t, n] each, the linears' input, in batches.
+        weights: [out, n], the space's readers stacked.
+        grid: [G], ratios tried.
+        bits: width of an activation code.
+        zero_points: a token has a zero point too.
+    """
+
+    def losses(stride: int, ratios: Tensor) -> Tensor:
+        parts = (
+            token_clip_losses(x[::stride], weights, ratios, bits, zero_points=zero_points)
+            for x in inputs
+        )
+        return torch.stack(list(parts)).sum(dim=0).cpu()
+
+    best = losses(_SCREENING, grid).topk(min(_SCREENED, len(grid)), largest=False).indices
+    left = grid[best.sort().values]
+    return float(left[losses(1, left).argmin()])
+
+
+def token_clip_losses(
+    x: Tensor, weights: Tensor, grid: Tensor, bits: int, *, zero_points: bool = False
+) -> Tensor:
     """Output error of per-token quantization at each ratio, for one batch of tokens.
 
     Args:
@@ -101,7 +174,8 @@ def token_clip_losses(x: Tensor, weights: Tensor, grid: Tensor, bits: int) -> Te
     """
     losses = []
     for ratio in grid.tolist():
-        codes, step, _ = token_codes(x, x.new_tensor([ratio]), bits, CodeLayout.FLOAT32)
-        error = (x - codes * step) @ weights.T
+        clip = x.new_tensor([ratio])
+        codes, step, zero = token_codes(x, clip, bits, CodeLayout.FLOAT32, zero_points=zero_points)
+        error = (x - (codes if zero is None else codes - zero) * step) @ weights.T
         losses.append(error.square().sum(dtype=torch.float64))
     return torch.stack(losses)

@@ -24,8 +24,8 @@ class Grid(Protocol):
         """Width of a code."""
 
     @property
-    def group_size(self) -> int | None:
-        """Input channels of a group; None: all."""
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the runs of columns that share a step."""
 
     def columns(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Step and zero point of the columns `numbers`, int64 [m]: each [out, m]."""
@@ -70,7 +70,7 @@ class LowRankWeight(nn.Module):
         super().__init__()
         self.bits = grid.bits
         step, zero = grid.columns(torch.arange(working.shape[1], device=working.device))
-        if grid.group_size is None:  # a column is enough
+        if len(grid.runs) == 1:  # a column is enough
             step, zero = step[:, :1], zero[:, :1]
         self.register_buffer("working", working.to(torch.float32))
         self.register_buffer("step", step.to(torch.float32))
@@ -108,8 +108,8 @@ def trainable_elements(weight: Tensor, grid: Grid) -> Tensor:
     of them, which is padding or of a dead channel.
     """
     nonzero = weight != 0
-    size = grid.group_size or weight.shape[1]
     groups = [
-        part.any(dim=1, keepdim=True).expand_as(part) for part in torch.split(nonzero, size, dim=1)
+        part.any(dim=1, keepdim=True).expand_as(part)
+        for part in torch.split(nonzero, list(grid.runs), dim=1)
     ]
     return torch.cat(groups, dim=1) & nonzero.any(dim=0)

@@ -34,18 +34,20 @@ class FoldedNorm:
     step: Tensor
 
 
-def activation_steps(largest: Tensor, clip: Tensor, bits: int) -> Tensor:
-    """s_k = c_k * max_t |X_tk| / Q_b (Eq. 1, per channel).
+def activation_steps(extent: Tensor, clip: Tensor, levels: int) -> Tensor:
+    """s_k = c_k * extent_k / levels (Eq. 1, per channel).
 
     Args:
-        largest: [n], max |X| of each channel over the calibration tokens.
+        extent: [n], max |X| of each channel over the calibration tokens, or with zero points
+            max X - min X.
         clip: [n], ratios c_k.
+        levels: steps that make it up: Q_b, or 2^b - 1.
 
     Returns:
         float64 [n]. A channel that never fired has the median step of those that did: nothing is
         known of it, and a tiny step would make any later value saturate.
     """
-    step = largest.to(torch.float64) * clip.to(torch.float64) / largest_code(bits)
+    step = extent.to(torch.float64) * clip.to(torch.float64) / levels
     fired = step > SMALLEST_STEP
     usual = step[fired].median() if bool(fired.any()) else step.new_tensor(1.0)
     return torch.where(fired, step, usual)

@@ -12,7 +12,7 @@ Staggered rounding is not in the paper: p copies of equal share round X/s + (j +
 their mean is round(p X/s) / p (Hermite's identity), p times finer than one copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -155,6 +155,40 @@ def fold_columns(weight: Tensor, step: Tensor, reconstruction: Reconstruction) -
     index = reconstruction.index
     carried = step.to(torch.float64)[index] * reconstruction.share
     return weight[:, index] * carried.to(weight.dtype)
+
+
+def as_they_are(channels: int, columns: int, device: torch.device) -> Reconstruction:
+    """Every channel once, in its place, and padding up to `columns`."""
+    padding = columns - channels
+    index = torch.arange(channels, device=device)
+    return Reconstruction(
+        index=F.pad(index, (0, padding)),
+        share=F.pad(torch.ones(channels, dtype=torch.float64, device=device), (0, padding)),
+        offset=None,
+        strong=0,
+        copies=0,
+        left_out=0,
+        dropped=index[:0],
+        padding=padding,
+    )
+
+
+def sort_columns(reconstruction: Reconstruction, size: Tensor) -> Reconstruction:
+    """The same columns by falling size, so that neighbours can share a weight step.
+
+    Args:
+        size: [n], of a channel's whole folded column: its step times the norm of the weight's
+            column. A column has its share of it, and padding none: it stays at the end.
+    """
+    folded = size.to(torch.float64)[reconstruction.index] * reconstruction.share
+    order = torch.argsort(folded, descending=True, stable=True)
+    offset = reconstruction.offset
+    return replace(
+        reconstruction,
+        index=reconstruction.index[order],
+        share=reconstruction.share[order],
+        offset=None if offset is None else offset[order],
+    )
 
 
 def _check(

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.hadamard.reference import hadamard_matrix, hartley_matrix
+from mergequant_vllm.kernels.hadamard.reference import (
+    hadamard_matrix,
+    hartley_matrix,
+    mix_heads,
+    rotate,
+)
 
 LARGEST_BLOCK = 128  # divides every Llama's intermediate size
 _LARGEST_FACTOR = 64  # two of them rotate 4096 channels in a sixth of a full matrix's time
@@ -56,6 +61,25 @@ class Orthogonal:
         return y.reshape(x.shape)
 
 
+@dataclass(frozen=True)
+class OnlineRotation:
+    """What the server does to an input before it quantizes it.
+
+    Attributes:
+        hadamard: block of the Hadamard rotation; None: none.
+        heads: (heads mixed together, channels of a head); None: they are not mixed.
+    """
+
+    hadamard: int | None = None
+    heads: tuple[int, int] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., K] to the same."""
+        if self.heads is not None:
+            x = mix_heads(x, self.heads)
+        return x if self.hadamard is None else rotate(x, self.hadamard)
+
+
 def orthogonal(size: int, seed: int) -> Orthogonal:
     """A rotation of `size` channels that mixes all of them evenly, with seeded signs.
 
@@ -64,21 +88,25 @@ def orthogonal(size: int, seed: int) -> Orthogonal:
     sqrt(size / 2). A random orthogonal matrix in the place of Hartley's has no such bound; a small
     one can be near the identity.
     """
-    odd = size // _power_of_two(size)
-    factors = [hartley_matrix(odd)] if odd > 1 else []
-    left = size // odd
-    while left > 1:
-        factors.append(hadamard_matrix(min(left, _LARGEST_FACTOR)))
-        left //= min(left, _LARGEST_FACTOR)
     generator = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1.0
-    return Orthogonal(signs=signs, factors=tuple(factors))
+    return Orthogonal(signs=signs, factors=_even_factors(size))
 
 
 def hadamard(block: int) -> Orthogonal:
     """What the server's online rotation multiplies each `block` channels by: no signs."""
     return Orthogonal(
         signs=torch.ones(block, dtype=torch.float64), factors=(hadamard_matrix(block),)
+    )
+
+
+def across_heads(rotation: Orthogonal, heads: int) -> Orthogonal:
+    """M kron R of `heads` heads, each rotated by R: what mixing them online leaves to the weights.
+
+    M is `mix_heads`' matrix; R's signs act before the mixing, and so they still do.
+    """
+    return Orthogonal(
+        signs=rotation.signs.repeat(heads), factors=(*_even_factors(heads), *rotation.factors)
     )
 
 
@@ -122,6 +150,17 @@ def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
         gain: [n], what the norm multiplies by (1 + w for a norm that stores w of 1 + w).
     """
     return weight.to(torch.float64) * gain.to(torch.float64)
+
+
+def _even_factors(size: int) -> tuple[Tensor, ...]:
+    """Hartley's matrix of the odd part of `size`, then Sylvester's of the power of two."""
+    odd = size // _power_of_two(size)
+    factors = [hartley_matrix(odd)] if odd > 1 else []
+    left = size // odd
+    while left > 1:
+        factors.append(hadamard_matrix(min(left, _LARGEST_FACTOR)))
+        left //= min(left, _LARGEST_FACTOR)
+    return tuple(factors)
 
 
 def _power_of_two(size: int) -> int:

@@ -1,7 +1,8 @@
 """The values a weight can be rounded to: 3, 4 or 8 bits (paper 5, Table 5), from the weight alone.
 
-A group is the input channels g that share a step and a zero point: all of an output channel, or
-`group_size` consecutive ones. With codes q of b bits in -2^(b-1) .. 2^(b-1) - 1,
+A group is the run of columns g that share a step and a zero point: all of an output channel,
+`group_size` consecutive ones, or a segment of a given length. With codes q of b bits in
+-2^(b-1) .. 2^(b-1) - 1,
 
     W_jk = step_jg * (q_jk - zero_jg)       symmetric: zero = 0
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mergequant_vllm.format import WeightForm
 from mergequant_vllm.rounding import (
     largest_code,
     round_to_16_bit,
@@ -30,83 +32,92 @@ _EXPONENT = 2.4  # of GPTQ's authors' search: above 2, so that large weights are
 _ELEMENTS_AT_ONCE = 2**18  # of the weight, in a search: its temporaries stay within a cache
 
 
-@dataclass(frozen=True)
-class WeightForm:
-    """How weights are stored.
-
-    Attributes:
-        bits: width of a code: 3, 4 or 8.
-        group_size: input channels that share a step, the last group may be short; None: all.
-        asymmetric: groups have zero points.
-        search: `minmax`: the codes span a group's weights (the paper's choice, appendix B); `mse`:
-            the range is shrunk by the ratio that leaves the least sum of |error|^2.4.
-    """
-
-    bits: int = 4
-    group_size: int | None = None
-    asymmetric: bool = False
-    search: Literal["minmax", "mse"] = "minmax"
+Search = Literal["minmax", "mse"]
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """Steps and zero points of one weight [out, n].
+    """Steps and zero points of one weight [out, K].
 
     Attributes:
         step: [out, groups], in the weight's dtype, positive; bfloat16 and float16 hold it exactly.
         zero_points: int8 [out, groups], the code of a weight of 0; None if all are 0.
         bits: width of a code.
-        group_size: input channels of a group; None: all.
+        runs: lengths of the runs of columns that share a step, the groups, in order.
     """
 
     step: Tensor
     zero_points: Tensor | None
     bits: int
-    group_size: int | None
+    runs: tuple[int, ...]
 
     def columns(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Step and zero point of the columns `numbers`, int64 [m]: each [out, m], step's dtype."""
         size = (self.step.shape[0], len(numbers))
-        if self.step.shape[1] == 1:
-            step, zero = self.step, self.zero_points
-        else:
-            assert self.group_size is not None
-            groups = numbers // self.group_size
-            step = self.step[:, groups]
-            zero = None if self.zero_points is None else self.zero_points[:, groups]
-        zero = self.step.new_zeros(1, 1) if zero is None else zero.to(self.step.dtype)
+        step, zero = self.step, self.zero_points
+        if len(self.runs) > 1:
+            ends = torch.tensor(self.runs, device=numbers.device).cumsum(0)
+            groups = torch.searchsorted(ends, numbers, right=True)
+            step = step[:, groups]
+            zero = None if zero is None else zero[:, groups]
+        zero = step.new_zeros(1, 1) if zero is None else zero.to(step.dtype)
         return step.expand(size), zero.expand(size)
 
     def round_weight(self, weight: Tensor) -> Tensor:
-        """Nearest codes of a weight [out, n]: int8 [out, n]."""
+        """Nearest codes of a weight [out, K]: int8 [out, K]."""
         step, zero = self.columns(torch.arange(weight.shape[1], device=weight.device))
         return round_to_codes(weight / step + zero, self.bits).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The weight that codes [out, n] stand for: [out, n], in the step's dtype."""
+        """The weight that codes [out, K] stand for: [out, K], in the step's dtype."""
         step, zero = self.columns(torch.arange(codes.shape[1], device=codes.device))
         return (codes.to(step.dtype) - zero) * step
 
 
-def weight_grid(weight: Tensor, form: WeightForm) -> WeightGrid:
+def weight_grid(weight: Tensor, form: WeightForm, search: Search = "minmax") -> WeightGrid:
     """Choose the steps and zero points of a weight.
 
     Args:
-        weight: float32 or float64 [out, n], migrated. Columns of zeros (padding) change nothing.
+        weight: float32 or float64 [out, K], migrated. Columns of zeros (padding) change nothing.
+        form: how the weight is stored.
+        search: `minmax`: the codes span a group's weights (the paper's choice, appendix B); `mse`:
+            the range is shrunk by the ratio that leaves the least sum of |error|^2.4.
 
     Returns:
         WeightGrid. Symmetric: step = max|W| / (2^(b-1) - 1). Asymmetric: the range of the weights
         and 0, over 2^b - 1 steps. A group of zeros has step 1, and its codes equal its zero point.
     """
-    grouped = _grouped(weight, form.group_size)
+    runs = runs_of(form, weight.shape[1])
+    if form.segments is None:
+        step, zero = _fit_groups(_grouped(weight, runs[0]), form, search)
+    else:
+        parts = [
+            _fit_groups(x[:, None], form, search) for x in torch.split(weight, list(runs), dim=1)
+        ]
+        step = torch.cat([step for step, _ in parts], dim=1)
+        zeros = [zero for _, zero in parts if zero is not None]
+        zero = torch.cat(zeros, dim=1) if zeros else None
+    zero_points = None if zero is None else zero.to(torch.int8)
+    return WeightGrid(step, zero_points, form.bits, runs)
+
+
+def runs_of(form: WeightForm, columns: int) -> tuple[int, ...]:
+    """Lengths of the runs of columns that share a step; they add up to `columns`."""
+    if form.segments is not None:
+        return form.segments
+    size = min(form.group_size or columns, columns)
+    whole, rest = divmod(columns, size)
+    return (size,) * whole + ((rest,) if rest else ())
+
+
+def _fit_groups(grouped: Tensor, form: WeightForm, search: Search) -> tuple[Tensor, Tensor | None]:
+    """Step and zero point of groups [out, groups, size]: each [out, groups]."""
     low = grouped.amin(dim=2).clamp(max=0.0)
     high = grouped.amax(dim=2).clamp(min=0.0)
-    if form.search == "mse":
+    if search == "mse":
         ratio = _search(grouped, low, high, form)
         low, high = low * ratio, high * ratio
-    step, zero = _fit(low, high, form)
-    zero_points = None if zero is None else zero.to(torch.int8)
-    return WeightGrid(step, zero_points, form.bits, form.group_size)
+    return _fit(low, high, form)
 
 
 def largest_weight(bits: int) -> float:
@@ -114,17 +125,15 @@ def largest_weight(bits: int) -> float:
     return float(round_to_16_bit(torch.tensor(torch.inf))) * largest_code(bits)
 
 
-def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
-    """[out, n] to [out, groups, size]; zeros, which no range or error notices, fill the last."""
-    columns = weight.shape[1]
-    size = min(group_size or columns, columns)
-    padded: Tensor = functional.pad(weight, (0, -columns % size))
+def _grouped(weight: Tensor, size: int) -> Tensor:
+    """[out, K] to [out, groups, size]; zeros, which no range or error notices, fill the last."""
+    padded: Tensor = functional.pad(weight, (0, -weight.shape[1] % size))
     return padded.reshape(weight.shape[0], -1, size)
 
 
 def _fit(low: Tensor, high: Tensor, form: WeightForm) -> tuple[Tensor, Tensor | None]:
     """Step and, if asymmetric, zero point of ranges [out, groups] that contain 0."""
-    if not form.asymmetric:
+    if not form.zero_points:
         return _stored_step(torch.maximum(high, -low), largest_code(form.bits)), None
     step = _stored_step(high - low, 2**form.bits - 1)
     return step, round_to_codes(smallest_code(form.bits) - low / step, form.bits)

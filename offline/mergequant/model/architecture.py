@@ -52,8 +52,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Linears of a block that read one space, and the norm that writes it, if one does."""
+class Readers:
+    """The linears of a block that read one space, and the norm that writes it, if one does.
+
+    Where a norm writes it, vLLM merges them into one linear.
+    """
 
     space: str
     norm: Norm | None
@@ -79,12 +82,12 @@ class Architecture:
         """Whether tensor parallelism cuts the linear's input: it writes the residual stream."""
         return any(name.endswith(x.name) and x.writes == "residual" for x in self.linears)
 
-    def stages(self) -> tuple[Stage, ...]:
+    def readers(self) -> tuple[Readers, ...]:
         """The block's linears grouped by the space that they read, in order of execution."""
         norms = {norm.writes: norm for norm in self.norms}
         spaces = dict.fromkeys(linear.reads for linear in self.linears)
         return tuple(
-            Stage(space, norms.get(space), tuple(x for x in self.linears if x.reads == space))
+            Readers(space, norms.get(space), tuple(x for x in self.linears if x.reads == space))
             for space in spaces
         )
 

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.reader import ModelReader
-from mergequant_vllm.kernels.hadamard.reference import rotate
 
 TOKENS_A_BATCH = 4096
 
@@ -154,9 +153,11 @@ class Decoder:
         module.requires_grad_(False)
         del weights
         hooks = list(self._rotate_inputs(module))
+        loaded = Block(module, stored, self, number)
         try:
-            yield Block(module, stored, self, number)
+            yield loaded
         finally:
+            loaded.restore()
             if not keep:
                 module.to("meta")
                 for hook in hooks:
@@ -165,9 +166,9 @@ class Decoder:
 
     def _rotate_inputs(self, block: nn.Module) -> Iterator[RemovableHandle]:
         """What the server's linears do themselves, for those that are still in floating point."""
-        for name, size in self.reader.hadamard.items():
+        for name, rotation in self.reader.online.items():
             yield block.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, size=size: (rotate(inputs[0], size),)
+                lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
             )
 
     def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
@@ -209,6 +210,7 @@ class Block:
         self.stored = stored
         self._decoder = decoder
         self.number = number
+        self._left_behind: dict[str, nn.Module] = {}
 
     def weight(self, linear: str) -> Tensor:
         """float32 [out, in] of a linear not yet quantized."""
@@ -240,25 +242,78 @@ class Block:
             output: Tensor = self.module(hidden, **arguments)
         return output
 
+    def leave_behind(self, linears: Sequence[str], norm: str, batches: list[Tensor]) -> None:
+        """Go on from `norm`, whose input all of `linears` have done their part for.
+
+        Each batch becomes what `norm` reads, and the part of the block that holds `linears` adds
+        nothing any more: passes that come later do not compute it again.
+
+        Args:
+            linears: names within the block, all in one submodule whose output is added to the
+                residual that `norm` reads.
+            batches: hidden states at the block's input, replaced in place.
+        """
+        (owner,) = {name.partition(".")[0] for name in linears}
+        part = self.module.get_submodule(owner)
+        shapes: list[Any] = []
+        handle = part.register_forward_hook(lambda _, __, output: shapes.append(output))
+        hidden: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            self._observe(norm, batch, hidden.append)
+            batches[index] = hidden.pop()
+            del shapes[1:]
+        handle.remove()
+        self._left_behind[owner] = part
+        self.replace(owner, _NothingToAdd(shapes[0]))
+
+    def restore(self) -> None:
+        """Put back what `leave_behind` took out."""
+        for name, part in self._left_behind.items():
+            self.replace(name, part)
+        self._left_behind.clear()
+
     def observe(
-        self, linear: str, batches: list[Tensor], consume: Callable[[Tensor], object]
+        self, linear: str, batches: Sequence[Tensor], consume: Callable[[Tensor], object]
     ) -> None:
         """Call `consume` with the input [tokens, n] of `linear`, for each batch.
 
         The pass stops there: what comes later in the block is not computed. Where the server
         rotates the input, it is seen as it is before that.
         """
+        for hidden in batches:
+            self._observe(linear, hidden, lambda x: consume(x.reshape(-1, x.shape[-1])))
+
+    def _observe(self, name: str, hidden: Tensor, consume: Callable[[Tensor], object]) -> None:
+        """Call `consume` with the input of submodule `name`, and stop there."""
 
         def stop_at(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            consume(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            consume(inputs[0])
             raise _StopForwardError
 
-        handle = self.module.get_submodule(linear).register_forward_pre_hook(stop_at, prepend=True)
+        handle = self.module.get_submodule(name).register_forward_pre_hook(stop_at, prepend=True)
         try:
-            for hidden in batches:
-                try:
-                    self.forward(hidden)
-                except _StopForwardError:
-                    continue
+            self.forward(hidden)
+        except _StopForwardError:
+            return
         finally:
             handle.remove()
+
+
+class _NothingToAdd(nn.Module):
+    """In the place of a part of a block whose output is in the residual already: adds 0.
+
+    Args:
+        like: what the part returned: a tensor, or a tuple that begins with one.
+    """
+
+    zero: Tensor
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        first = like[0] if isinstance(like, tuple) else like
+        self.register_buffer("zero", first.new_zeros(()))
+        self._rest = None if isinstance(like, Tensor) else (None,) * (len(like) - 1)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """0 in the form that the block expects."""
+        return self.zero if self._rest is None else (self.zero, *self._rest)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergequant.errors import InputError
+from mergequant.methods.rotate import OnlineRotation
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
 INDEX = "model.safetensors.index.json"
@@ -54,8 +55,8 @@ class ModelReader(ABC):
         folder: where the files are.
         config: `config.json`.
         stored: shape and dtype of each tensor, by name.
-        hadamard: block of the rotation that a linear's weight expects of its input, by name within
-            its block; a model as it is stored has none.
+        online: the rotation that a linear's weight expects of its input, by name within its
+            block; a model as it is stored has none.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class ModelReader(ABC):
         folder: Path,
         config: dict[str, Any],
         stored: Mapping[str, StoredTensor],
-        hadamard: Mapping[str, int] | None = None,
+        online: Mapping[str, OnlineRotation] | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.stored = dict(stored)
-        self.hadamard = dict(hadamard or {})
+        self.online = dict(online or {})
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

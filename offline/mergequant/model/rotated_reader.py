@@ -2,7 +2,8 @@
 
 A space owns a rotation, not a layer: `residual` and what norms make of it have R1, `value` and
 `attn_mix` have R2 (one for all heads, so a group's value head and its query heads agree), and
-`mlp_mid` has the Hadamard blocks R4 of which the server does the other half. A linear's weight is
+`mlp_mid` has the Hadamard blocks R4 of which the server does the other half, as it does where o's
+input is mixed across heads. A linear's weight is
 rotated by the space that it writes and by the space that it reads.
 """
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from mergequant.errors import InputError
 from mergequant.methods.rotate import (
     LARGEST_BLOCK,
+    OnlineRotation,
     Orthogonal,
+    across_heads,
     fold_gain,
     hadamard,
     hadamard_block,
@@ -63,10 +66,8 @@ class RotatedReader(ModelReader):
         reader: the plain model.
         seed: of the signs of R1; R2 has the next.
         most: largest Hadamard block; a smaller one lets the server cut finer shards.
+        heads: mixed together at o's input by the server; 0: none are.
         dtype: of what is rotated; float64 for proofs.
-
-    Attributes:
-        hadamard: block of the online rotation of each linear that has one, by name in its block.
     """
 
     def __init__(
@@ -77,15 +78,16 @@ class RotatedReader(ModelReader):
         seed: int,
         *,
         most: int = LARGEST_BLOCK,
+        heads: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._source = reader
         self._dtype = dtype
         self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
-        hadamard = online_hadamards(architecture, reader.config, rotation, most)
+        online = online_rotations(architecture, reader.config, rotation, most, heads)
         config = {**reader.config, "tie_word_embeddings": False}
-        super().__init__(reader.folder, config, reader.stored, hadamard)
-        rotations = _space_rotations(architecture, reader.config, hadamard, seed)
+        super().__init__(reader.folder, config, reader.stored, online)
+        rotations = _space_rotations(architecture, reader.config, online, seed)
         self._turns = dict(_turns(architecture, reader.config, rotations))
         for name, turn in self._turns.items():
             source = reader.stored.get(turn.source)  # what is missing is for `validate` to name
@@ -142,16 +144,22 @@ def _turned(tensor: Tensor, turn: _Turn, gain: Tensor | None) -> Tensor:
     return tensor
 
 
-def online_hadamards(
+def online_rotations(
     architecture: Architecture,
     config: Mapping[str, Any],
     rotation: Literal["none", "offline", "online"],
     most: int = LARGEST_BLOCK,
-) -> dict[str, int]:
-    """Block of the Hadamard that the server applies to a linear's input, by name in its block.
+    heads: int = 0,
+) -> dict[str, OnlineRotation]:
+    """What the server does to the inputs of linears, by name within their block.
+
+    Args:
+        most: largest Hadamard block of down's input.
+        heads: mixed together at o's input; 0: none are.
 
     Raises:
-        InputError: `online` is wanted, but no power of two divides the width.
+        InputError: `online` is wanted, but no power of two divides the width, or `heads` do not
+            divide the model's.
     """
     if rotation != "online":
         return {}
@@ -161,13 +169,22 @@ def online_hadamards(
             "Rotation 'online' needs an even intermediate_size and blocks of at least 2 channels: "
             "choose rotation 'offline'."
         )
-    return {linear.name: block for linear in architecture.linears if linear.reads == MIDDLE}
+    of_space = {MIDDLE: OnlineRotation(hadamard=block)}
+    if heads:
+        width, there = widths(config), widths(config)["queries"] // widths(config)["head"]
+        if heads < 2 or there % heads:
+            raise InputError(
+                f"--mix-heads {heads} does not divide the model's {there} attention heads: "
+                "give a divisor of them, 2 or more."
+            )
+        of_space[MIX] = OnlineRotation(heads=(heads, width["head"]))
+    return {x.name: of_space[x.reads] for x in architecture.linears if x.reads in of_space}
 
 
 def _space_rotations(
     architecture: Architecture,
     config: Mapping[str, Any],
-    hadamards: Mapping[str, int],
+    online: Mapping[str, OnlineRotation],
     seed: int,
 ) -> dict[str, Orthogonal]:
     """The rotation of each space that has one."""
@@ -186,8 +203,11 @@ def _space_rotations(
     for space in (VALUE, MIX):
         _width(architecture, config, space)
         rotations[space] = head
-    for block in hadamards.values():
-        rotations[MIDDLE] = hadamard(block)
+    for done in online.values():
+        if done.hadamard is not None:
+            rotations[MIDDLE] = hadamard(done.hadamard)
+        if done.heads is not None:
+            rotations[MIX] = across_heads(head, done.heads[0])
     return rotations
 
 

@@ -21,7 +21,7 @@ class UntiedReader(ModelReader):
             reader.folder,
             {**reader.config, "tie_word_embeddings": False},
             {**reader.stored, self._head: reader.stored[self._embedding]},
-            reader.hadamard,
+            reader.online,
         )
 
     def read(self, name: str) -> Tensor:

@@ -44,7 +44,7 @@ class BlockRecord(BaseModel):
     report: list[dict[str, JsonValue]]
 
 
-class Staging:
+class UnfinishedRun:
     """`OUTPUT/.partial`, held by one process at a time.
 
     Attributes:

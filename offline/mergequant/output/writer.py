@@ -16,7 +16,7 @@ from mergequant.errors import InputError
 from mergequant.model.reader import CONFIG, INDEX, ModelReader, read_header
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant.output.fingerprint import Fingerprint
-from mergequant.output.unfinished_run import FOLDER, Staging
+from mergequant.output.unfinished_run import FOLDER, UnfinishedRun
 from mergequant_vllm.format import StoredTensor
 
 REPORT = "quantization_report.jsonl"
@@ -39,7 +39,7 @@ logger = logging.getLogger("mergequant")
 class Writer:
     """A checkpoint in the making, in a hidden folder of its own; it comes out whole or not at all.
 
-    Staging inside the output works where that is a mount or a link; `config.json` comes out last.
+    A folder inside the output works where that is a mount or a link; `config.json` comes out last.
     Use as a context manager: if no block is finished when it is left, or an InputError ends a run
     that continued none, all that was made is removed; else the finished blocks are kept, and
     `begin` with the same fingerprint finds them.
@@ -51,7 +51,7 @@ class Writer:
     def __init__(self, output: Path, shards: int) -> None:
         self.output = output
         self.finished = 0
-        self._staging = Staging(output, shards)
+        self._unfinished = UnfinishedRun(output, shards)
         self._made: list[Path] = []
         self._begun = False
         self._complete = False
@@ -61,7 +61,7 @@ class Writer:
 
     def _refuse_files(self) -> None:
         if self.output.is_dir():
-            own = {FOLDER, *self._staging.published()}
+            own = {FOLDER, *self._unfinished.published()}
             if any(path.name not in own for path in self.output.iterdir()):
                 raise InputError(
                     f"Output folder {self.output} is not empty: choose another or remove it."
@@ -70,7 +70,7 @@ class Writer:
     def __enter__(self) -> "Writer":
         self._made = [path for path in (self.output, *self.output.parents) if not path.exists()]
         try:
-            self._staging.acquire()
+            self._unfinished.acquire()
         except OSError as error:
             self._remove_made()
             raise InputError(
@@ -85,24 +85,24 @@ class Writer:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, InputError) and self._begun and not self.finished:
-            self._staging.discard()  # the same input would end there again
+            self._unfinished.discard()  # the same input would end there again
         finished = self._leave()
         if finished and not isinstance(error, InputError):
             logger.warning(
                 "%d of %d blocks are finished: run the same command again to continue, or remove "
                 "%s to give up.",
                 finished,
-                self._staging.shards - 1,
-                self._staging.folder,
+                self._unfinished.shards - 1,
+                self._unfinished.folder,
             )
 
     def _leave(self) -> int:
         """Clean up what holds no finished block; returns how many blocks are left there."""
-        left = 0 if self._complete else self._staging.finished()
+        left = 0 if self._complete else self._unfinished.finished()
         if not left:
-            self._staging.remove()
+            self._unfinished.remove()
             self._remove_made()
-        self._staging.release()
+        self._unfinished.release()
         return left
 
     def _remove_made(self) -> None:
@@ -116,29 +116,29 @@ class Writer:
         Raises:
             InputError: the output holds finished blocks of a run that was begun otherwise.
         """
-        self._staging.refuse_another(fingerprint)
-        self._staging.take_back()
-        self.finished = self._staging.resume(fingerprint)
+        self._unfinished.refuse_another(fingerprint)
+        self._unfinished.take_back()
+        self.finished = self._unfinished.resume(fingerprint)
         self._begun = True
 
     def decision(self) -> dict[str, Any]:
         """See `remember`; empty if nothing was decided yet."""
-        return self._staging.decision()
+        return self._unfinished.decision()
 
     def remember(self, decision: dict[str, Any]) -> None:
         """Keep what was decided before the first block for a run that continues this one."""
-        self._staging.remember(decision)
+        self._unfinished.remember(decision)
 
     def write_block(
         self, number: int, tensors: Mapping[str, Tensor], report: Sequence[dict[str, Any]]
     ) -> None:
         """Write block `number`, counted from 0, and its lines of the report: it is finished."""
         self.write_shard(number, tensors)
-        self._staging.write_record(number, report)
+        self._unfinished.write_record(number, report)
 
     def read_block(self, number: int) -> dict[str, Tensor]:
         """The tensors of finished block `number`, by full name."""
-        return load_file(self._staging.shard(number))
+        return load_file(self._unfinished.shard(number))
 
     def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number`, counted from 0, atomically."""
@@ -148,19 +148,19 @@ class Writer:
             save_file(whole, path, metadata={"format": "pt"})
             path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
 
-        write_durably(self._staging.shard(number), write)
+        write_durably(self._unfinished.shard(number), write)
 
     def headers(self) -> dict[str, StoredTensor]:
         """Shape and dtype of each tensor that was written, as the files of all shards say."""
         return {name: entry for file in self._shards() for name, entry in read_header(file).items()}
 
     def _shards(self) -> list[Path]:
-        return [self._staging.shard(number) for number in range(self._staging.shards)]
+        return [self._unfinished.shard(number) for number in range(self._unfinished.shards)]
 
     def finish(self, source: ModelReader, quantization_config: Mapping[str, Any]) -> None:
         """Write the report, index and config, copy the tokenizer, and move all into place."""
-        folder = self._staging.folder
-        records = (self._staging.record(number) for number in range(self._staging.shards - 1))
+        folder = self._unfinished.folder
+        records = (self._unfinished.record(number) for number in range(self._unfinished.shards - 1))
         lines = [json.dumps(line) + "\n" for record in records for line in record.report]
         (folder / REPORT).write_text("".join(lines))
         write_json(folder / INDEX, _index(self._shards()))
@@ -170,7 +170,7 @@ class Writer:
         write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
         # config.json makes the folder look finished: it is the last.
         files = [*self._shards(), folder / REPORT, folder / INDEX, *copied, folder / CONFIG]
-        self._staging.publish([file.name for file in files])
+        self._unfinished.publish([file.name for file in files])
         self._complete = True
 
 

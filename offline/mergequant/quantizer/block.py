@@ -1,24 +1,18 @@
-"""One block: its stages in order of execution, then the compensation of all of them."""
+"""One block: its linears in order of execution, then the compensation of all of them."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mergequant.layers.in_block import replace_by_served
 from mergequant.model.architecture import Architecture
 from mergequant.model.decoder import Activations, Block
-from mergequant.options import Options
-from mergequant.quantizer.linears import (
-    LinearResult,
-    Rounding,
-    quantize_stage,
-    replace_by_stored,
-    stored_tensors,
-)
+from mergequant.quantizer.linears import quantize_linears
+from mergequant.quantizer.plan import BlockPlan, TrainingPlan
+from mergequant.quantizer.result import LinearResult
 from mergequant.quantizer.train_compensation import compensate
-from mergequant_vllm.format import LinearFormat
 
 
 def quantize_block(
@@ -26,55 +20,73 @@ def quantize_block(
     architecture: Architecture,
     activations: Activations,
     targets: Sequence[Tensor],
-    options: Options,
-    linears: Mapping[str, LinearFormat],
+    plan: BlockPlan,
     bar: Any,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> list[LinearResult]:
     """Quantize a block; its linears are then as the checkpoint will have them.
+
+    Without training, the hidden states in `activations` go on with the work: each becomes what the
+    last norm reads that all linears before have done their part for.
 
     Args:
         targets: what the full-precision model emits behind the block, for as many batches as the
             compensation trains on.
-        linears: how each linear is to be stored, by name within the block.
         bar: a tqdm bar with a step for each linear and each epoch of the compensation.
+    """
+    results: list[LinearResult] = []
+    trained = plan.training is not None
+    borders = {} if trained else borders_within(architecture)
+    for readers in plan.readers:
+        first = next(iter(readers.weights))
+        if first in borders:
+            norm, before = borders[first]
+            block.leave_behind(before, norm, activations.batches)
+        for result in quantize_linears(block, readers, activations, plan.formats, trained=trained):
+            results.append(result)
+            bar.set_postfix_str(f"loss={result.line.loss:.2e}{_growth(result)}")
+            bar.update()
+    if plan.training is not None and results:
+        results = _compensated(block, activations, targets, results, plan, plan.training, bar)
+    return results
+
+
+def borders_within(architecture: Architecture) -> dict[str, tuple[str, list[str]]]:
+    """Norms at which a pass through the block can begin anew, by the first linear behind each.
+
+    Such a norm reads the residual after another part of the block has added its output to it.
 
     Returns:
-        what to store of the block, by name within it, and its lines of the report.
+        for each: the norm, and the linears before it, all in one submodule.
     """
-    results = []
-    for stage in architecture.stages():
-        for result in quantize_stage(block, stage, activations, options, linears):
-            results.append(result)
-            bar.set_postfix_str(f"loss={result.loss:.2e}{_growth(result)}")
-            bar.update()
-    if options.compensated:
-        results = _compensated(block, activations, targets, results, options, linears, bar)
-    tensors = {
-        name: tensor
-        for name, tensor in block.stored.items()
-        if not name.endswith(architecture.ignored_suffixes)
-    }
-    for result in results:
-        if result.tensors:
-            tensors.pop(f"{result.linear}.weight")
-        tensors.update(result.tensors)
-    report = [{"linear": block.name_of(x.linear), **x.report} for x in results]
-    return tensors, report
+    borders: dict[str, tuple[str, list[str]]] = {}
+    before: list[str] = []
+    last_write = None
+    for readers in architecture.readers():
+        norm = readers.norm
+        residual = architecture.embedding.writes
+        if norm is not None and norm.reads == residual == last_write:
+            owners = {name.partition(".")[0] for name in before}
+            if len(owners) == 1:
+                borders[readers.linears[0].name] = (norm.name, before)
+            before = []
+        before = before + [linear.name for linear in readers.linears]
+        last_write = readers.linears[-1].writes
+    return borders
 
 
 def _growth(result: LinearResult) -> str:
-    """How much longer reconstruction made the linear's input."""
-    found = result.report.get("reconstruction")
-    return f", K{found['growth']:+.1%}" if found else ""
+    """By how much reconstruction made the linear's input longer."""
+    columns = result.line.input.get("reconstruction")
+    return f", K{columns['growth']:+.1%}" if columns else ""
 
 
 def _compensated(
     block: Block,
     activations: Activations,
     targets: Sequence[Tensor],
-    results: Sequence[LinearResult],
-    options: Options,
-    linears: Mapping[str, LinearFormat],
+    results: list[LinearResult],
+    plan: BlockPlan,
+    training: TrainingPlan,
     bar: Any,
 ) -> list[LinearResult]:
     """The results with trained codes, if those serve held-out windows better."""
@@ -85,28 +97,19 @@ def _compensated(
         bar.update()
 
     inputs = activations.batches[: len(targets)]
-    found = compensate(block, inputs, targets, results, options, epoch_done)
-    bar.update(options.compensation_epochs - found.epochs)
-    kept = list(_with_codes(results, found.codes))
+    outcome = compensate(block, inputs, targets, results, training, epoch_done)
+    bar.update(training.epochs - outcome.epochs)
+    kept = [x.with_codes(outcome.codes.get(x.name, x.codes)) for x in results]
     for result in kept:
-        replace_by_stored(block, result, linears[result.linear])
-    kept[0].report["compensation"] = {
-        "loss_before": found.before,
-        "loss_after": found.after,
-        "epochs": found.epochs,
-        "kept": bool(found.codes),
+        replace_by_served(
+            block, result.name, plan.formats[result.name], result.codes, result.tensors()
+        )
+    line = kept[0].line
+    line.compensation = {
+        "loss_before": outcome.before,
+        "loss_after": outcome.after,
+        "epochs": outcome.epochs,
+        "kept": bool(outcome.codes),
     }
-    kept[0].report["seconds"]["compensation"] = round(time.monotonic() - began, 3)
+    line.seconds["compensation"] = time.monotonic() - began
     return kept
-
-
-def _with_codes(
-    results: Sequence[LinearResult], codes: Mapping[str, Tensor]
-) -> Iterator[LinearResult]:
-    for result in results:
-        if result.rounding is None or result.linear not in codes:
-            yield result
-            continue
-        rounding = Rounding(result.rounding.grid, codes[result.linear])
-        trained = stored_tensors(result.linear, result.source, rounding)
-        yield replace(result, rounding=rounding, tensors={**result.tensors, **trained})

@@ -8,10 +8,12 @@ error times K / n: a candidate that makes K grow by 12.5% must lower the error b
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mergequant.calibration.statistics import Hessian
@@ -23,26 +25,67 @@ from mergequant.methods.gptq import (
     round_to_nearest,
 )
 from mergequant.methods.weights import weight_grid
-from mergequant.model.architecture import Norm, Stage, paper_alpha, widths
+from mergequant.model.architecture import Norm, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
-from mergequant.output.checkpoint_plan import padded_columns, reconstructed_columns, tile_of
+from mergequant.quantizer.columns import columns_plan, padded_columns, tile_of
 from mergequant.quantizer.inputs.record import stacked_weights
 from mergequant.quantizer.inputs.static import (
     ChannelCalibration,
     calibrate_channels,
     columns_of,
-    reading,
+    static_input,
 )
-from mergequant.quantizer.linears import weight_form
-
-DECIDED = ("reconstruction", "alpha", "max_extra_channels")  # fields of `Options`
+from mergequant.quantizer.plan import WeightPlan, static_form, static_input_plan, weight_plan
 
 logger = logging.getLogger("mergequant")
 
 # Tried beside the paper's: to prune much hurts, and padding is paid for by the tile.
 _ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.0,)}
 _BLOCKS = 4  # at most so many are tried, evenly spaced
+
+
+class Decision(BaseModel):
+    """What the options left to be measured: fields of `Options`, decided."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reconstruction: Literal["none", "prune", "pad"]
+    alpha: float = Field(ge=0)
+    max_extra_channels: float = Field(gt=0)
+
+    def applied_to(self, options: Options) -> Options:
+        """`options` with nothing left to be measured."""
+        return options.model_copy(update=self.model_dump())
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> "Decision | None":
+        """What a run that was interrupted has kept; None: nothing.
+
+        Raises:
+            InputError: it is none.
+        """
+        if not kept:
+            return None
+        try:
+            return cls.model_validate(dict(kept))
+        except ValidationError as error:
+            raise InputError(
+                f"The unfinished run's decision.json is damaged ({error.errors()[0]['msg']}): "
+                "remove the output folder's .partial and begin again."
+            ) from error
+
+    @classmethod
+    def largest(cls, options: Options, config: Mapping[str, Any]) -> Options:
+        """`options` with the largest of what a pilot may decide."""
+        channels = widths(config)["hidden"]
+        mode = options.reconstruction
+        if mode == "auto":
+            mode = "pad" if padded_columns(options, channels) > channels else "prune"
+        alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(config)
+        return cls(
+            reconstruction=mode, alpha=alpha, max_extra_channels=options.max_extra_channels
+        ).applied_to(options)
 
 
 @dataclass
@@ -67,21 +110,23 @@ class Candidate:
 
 def resolve_reconstruction(
     decoder: Decoder, windows: Tensor, options: Options, progress: bool
-) -> Options:
-    """`options` with a mode, a threshold and a K that are decided.
+) -> Decision:
+    """Decide on a mode, a threshold and a K.
 
     Args:
         windows: token ids int64 [samples, length]; the first `statistics_samples` are used.
     """
     if options.reconstruction == "none" or options.activations == "dynamic":
-        return options.model_copy(update={"reconstruction": "none", "alpha": 0.0})
+        return Decision(
+            reconstruction="none", alpha=0.0, max_extra_channels=options.max_extra_channels
+        )
     candidates = list(_candidates(decoder, options))
     channels = widths(dict(decoder.reader.config))["hidden"]
     if len(candidates) > 1 or candidates[0].options.reconstruction == "pad":
         _measure(decoder, windows, candidates, progress)
-        for found in candidates:
-            growth = _growth(found, channels)
-            logger.info("%s: error %.4g, K%+.1f%%", _name(found), found.error, growth)
+        for candidate in candidates:
+            growth = _growth(candidate, channels)
+            logger.info("%s: error %.4g, K%+.1f%%", _name(candidate), candidate.error, growth)
     if len(candidates) == 1:
         return _decided(candidates[0], channels)
     return _decided(
@@ -121,68 +166,81 @@ def _measure(
     blocks = int(decoder.reader.config["num_hidden_layers"])
     tried = {round(x) for x in torch.linspace(0, blocks - 1, min(blocks, _BLOCKS)).tolist()}
     for block in decoder.walk(batches, max(tried) + 1, "Pilot", progress):
-        for stage in decoder.architecture.stages():
-            if stage.norm is not None and block.number in tried:
-                _try_all(block, stage, stage.norm, batches, candidates)
+        for readers in decoder.architecture.readers():
+            if readers.norm is not None and block.number in tried:
+                names = [linear.name for linear in readers.linears]
+                _try_all(block, names, readers.norm, batches, candidates)
 
 
 def _try_all(
-    block: Block, stage: Stage, norm: Norm, batches: list[Tensor], candidates: list[Candidate]
+    block: Block,
+    linears: list[str],
+    norm: Norm,
+    batches: list[Tensor],
+    candidates: list[Candidate],
 ) -> None:
-    found = calibrate_channels(block, stage, norm, batches, candidates[0].options)
-    weights = stacked_weights(block, stage)
-    seen: list[Tensor] = []
-    block.observe(stage.linears[0].name, batches, seen.append)
+    weights = stacked_weights(block, linears)
+    inputs: list[Tensor] = []
+    block.observe(linears[0], batches, inputs.append)
+    plan = static_input_plan(candidates[0].options, norm, None)
+    calibration = calibrate_channels(plan, block, linears[0], inputs, weights)
     for candidate in candidates:
-        candidate.errors.append(_error(seen, weights, found, candidate))
+        candidate.errors.append(_error(inputs, weights, calibration, candidate))
 
 
 def _error(
-    inputs: list[Tensor], weights: Tensor, found: ChannelCalibration, candidate: Candidate
+    inputs: list[Tensor], weights: Tensor, calibration: ChannelCalibration, candidate: Candidate
 ) -> float:
     """Relative squared error of one candidate's output at one norm; notes the K it needs."""
-    options, step, shape = candidate.options, found.folded.step, None
-    if options.reconstruction != "none":
-        columns = reconstructed_columns(options, len(step))
+    options, step = candidate.options, calibration.folded.step
+    plan, columns = columns_plan(options, len(step)), None
+    if plan is not None:
         try:
-            shape = columns_of(found, weights, options, columns)
+            columns = columns_of(calibration, weights, plan)
         except InputError:  # too many copies to prune for
             return math.inf
-        candidate.columns = max(candidate.columns, columns - shape.padding)
-    source = reading(step, shape, options.static_bits, {}, {})
+        candidate.columns = max(candidate.columns, plan.count - columns.padding)
+    source = static_input(calibration, columns, options.static_bits, {}, {})
     divided = [source.dequantized(x / step.to(torch.float32)) for x in inputs]
-    weight = _rounded(source.folded_weight(weights.to(torch.float64)), divided, options)
+    wide = weights.to(torch.float64)
+    form = static_form(options, len(step)).weight
+    weight = _rounded(source.folded_weight(wide), divided, weight_plan(options, form))
+    offset = source.output_offset(wide)
     error = energy = 0.0
     for x, codes in zip(inputs, divided, strict=True):
         exact = x @ weights.T
-        error += float((codes @ weight.T - exact).square().sum(dtype=torch.float64))
+        output = codes @ weight.T
+        output = output if offset is None else output + offset
+        error += float((output - exact).square().sum(dtype=torch.float64))
         energy += float(exact.square().sum(dtype=torch.float64))
     return error / energy if energy > 0 else 0.0
 
 
-def _rounded(weight: Tensor, inputs: list[Tensor], options: Options) -> Tensor:
+def _rounded(weight: Tensor, inputs: list[Tensor], plan: WeightPlan) -> Tensor:
     """A folded weight [out, K] as GPTQ would round it: float32."""
-    grid = weight_grid(weight, weight_form(options))
-    seen = Hessian()
+    grid = weight_grid(weight, plan.form, plan.search)
+    hessian = Hessian()
     for x in inputs:
-        seen.add(x)
+        hessian.add(x)
     try:
-        inverse = invert_hessian(seen.get(), options.damping)
-        codes = gptq(weight, grid, inverse, options.gptq_block)
+        inverse = invert_hessian(hessian.get(), plan.damping)
+        codes = gptq(weight, grid, inverse, plan.gptq_block)
     except NotPositiveDefiniteError:
         codes = round_to_nearest(weight, grid)
     return grid.dequantize(codes).to(torch.float32)
 
 
-def _decided(found: Candidate, channels: int) -> Options:
-    """Its options, with K no longer than it needs."""
-    options = found.options
-    if options.reconstruction != "pad":
-        return options
-    if found.columns == channels:  # no copies, nothing to pad
-        return options.model_copy(update={"reconstruction": "none"})
-    growth = _tiled(found.columns, channels) / channels - 1
-    return options.model_copy(update={"max_extra_channels": growth})
+def _decided(candidate: Candidate, channels: int) -> Decision:
+    """The candidate, with K no longer than it needs."""
+    options = candidate.options
+    mode, growth = options.reconstruction, options.max_extra_channels
+    if mode == "pad":
+        if candidate.columns == channels:  # no copies, nothing to pad
+            mode = "none"
+        else:
+            growth = _tiled(candidate.columns, channels) / channels - 1
+    assert mode != "auto" and not isinstance(options.alpha, str)
+    return Decision(reconstruction=mode, alpha=options.alpha, max_extra_channels=growth)
 
 
 def _tiled(columns: int, channels: int) -> int:
@@ -190,11 +248,11 @@ def _tiled(columns: int, channels: int) -> int:
     return -(-columns // tile) * tile
 
 
-def _growth(found: Candidate, channels: int) -> float:
-    return 100 * (_tiled(found.columns, channels) / channels - 1)
+def _growth(candidate: Candidate, channels: int) -> float:
+    return 100 * (_tiled(candidate.columns, channels) / channels - 1)
 
 
-def _name(found: Candidate) -> str:
-    options = found.options
+def _name(candidate: Candidate) -> str:
+    options = candidate.options
     mode = options.reconstruction
     return f"Reconstruction {mode}" + ("" if mode == "none" else f", alpha {options.alpha:g}")

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from mergequant.layers.served_linear import stored_weight
-from mergequant.methods.weights import WeightForm, weight_grid
+from mergequant.methods.weights import weight_grid
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
-from mergequant_vllm.format import LinearFormat
+from mergequant_vllm.format import DynamicInput, LinearForm, WeightForm
 
 BITS: Final = 8
-
-
-def head_format(shape: tuple[int, int]) -> LinearFormat:
-    """How the head is stored; `shape`: (vocabulary, hidden)."""
-    return LinearFormat(shape=shape, weight_bits=BITS, activation_bits=BITS, activations="dynamic")
+HEAD_FORM: Final = LinearForm(weight=WeightForm(bits=BITS), input=DynamicInput(bits=BITS))
 
 
 def quantize_head(weight: Tensor) -> dict[str, Tensor]:
@@ -27,7 +23,7 @@ def quantize_head(weight: Tensor) -> dict[str, Tensor]:
     parts = []
     for rows in torch.split(weight, ROWS_AT_ONCE):
         rows = rows.to(torch.float32)
-        grid = weight_grid(rows, WeightForm(bits=BITS))
+        grid = weight_grid(rows, HEAD_FORM.weight)
         parts.append(stored_weight(grid.round_weight(rows), grid))
     whole = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
     return {**whole, "input_clip": torch.ones(1, dtype=torch.float32)}

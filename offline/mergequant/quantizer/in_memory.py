@@ -1,6 +1,6 @@
 """A quantized model that is never written: for comparisons that no checkpoint can hold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,25 @@ from mergequant.calibration.text import sha256_of
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
-from mergequant.output.checkpoint_plan import checkpoint_format
-from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
 from mergequant.quantizer.head import quantize_head
-from mergequant.quantizer.run import (
-    calibration_of,
-    embed,
-    find_device,
-    go_behind,
-    open_model,
-    progress_bar,
-)
+from mergequant.quantizer.plan import Plan, make_plan
+from mergequant.quantizer.prepare import calibration_of, find_device, open_model
+from mergequant.quantizer.walk import walk_blocks
 
 
 def quantize_in_memory(
     model: str | Path,
     calibration: Sequence[str | Path],
     options: Options,
+    change: Callable[[Plan], Plan] = lambda plan: plan,
     *,
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """As `quantize`, for any options; the whole model is held in float32 on the device.
+    """As `quantize`, for any plan; the whole model is held in float32 on the device.
+
+    Args:
+        change: makes a baseline's plan of the one that the options make.
 
     Returns:
         a `PreTrainedModel` in the reference arithmetic, and the lines of the report.
@@ -43,22 +40,15 @@ def quantize_in_memory(
     reader.check_finite()
     windows = calibration_of(reader, calibration, options)
     decoder = Decoder(reader, architecture, find_device(options.device))
-    options = resolve_reconstruction(decoder, windows, options, progress)
-    contract = checkpoint_format(reader.config, architecture, options, sha256_of(windows))
-    activations = embed(decoder, windows, options)
+    decision = resolve_reconstruction(decoder, windows, options, progress)
+    plan = make_plan(architecture, reader.config, decision.applied_to(options), sha256_of(windows))
+    plan = change(plan)
     report = []
-    with progress_bar(contract, options, 0, progress) as bar:
-        for number in range(contract.blocks):
-            bar.set_description(f"Block {number + 1}/{contract.blocks}")
-            with decoder.block(number, keep=True) as block:
-                targets = [block.forward(hidden) for hidden in activations.exact]
-                _, lines = quantize_block(
-                    block, architecture, activations, targets, options, contract.linears, bar
-                )
-                report += lines
-                go_behind(block, activations, targets)
+    for _, results in walk_blocks(decoder, plan, windows, keep=True, progress=progress):
+        report += [result.line.as_json() for result in results]
     whole = decoder.whole_model()
-    for name, form in contract.outer.items():
-        found = quantize_head(reader.read(f"{name}.weight"))
-        setattr(whole, name, from_stored(form, found.__getitem__, torch.float32).to(decoder.device))
+    for name, form in plan.checkpoint.outer.items():
+        stored = quantize_head(reader.read(f"{name}.weight"))
+        head = from_stored(form, stored.__getitem__, torch.float32)
+        setattr(whole, name, head.to(decoder.device))
     return whole, report

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergequant.layers.in_block import replace_by_simulated
 from mergequant.methods.low_rank import LowRankWeight, straight_through
 from mergequant.model.decoder import Block
-from mergequant.options import Options
-from mergequant.quantizer.inputs.record import StageInput
-from mergequant.quantizer.linears import LinearResult, replace_by_simulated
+from mergequant.quantizer.inputs.record import CalibratedInput
+from mergequant.quantizer.plan import TrainingPlan
+from mergequant.quantizer.result import LinearResult
 
 logger = logging.getLogger("mergequant")
 
@@ -44,7 +45,7 @@ def compensate(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     results: Sequence[LinearResult],
-    options: Options,
+    plan: TrainingPlan,
     epoch_done: Callable[[float], None] = lambda _: None,
 ) -> Compensation:
     """Train A and B of all linears of a block to bring its output to the full-precision block's.
@@ -56,8 +57,8 @@ def compensate(
         targets: the same of what the full-precision model emits behind this block.
         epoch_done: called with the lowest held-out loss after each epoch.
     """
-    generator = torch.Generator().manual_seed(options.seed)
-    weights = dict(_trainable(block, results, options, generator))
+    generator = torch.Generator().manual_seed(plan.seed)
+    weights = dict(_trainable(block, results, plan, generator))
     training, held_out = _split(inputs, targets)
     scale = _scale(inputs, targets)
     parameters = [x for weight in weights.values() for x in (weight.a, weight.b)]
@@ -66,12 +67,10 @@ def compensate(
         logger.warning("One calibration window cannot be held out: no compensation is trained")
         return Compensation(before, before, 0)
     kept, epochs, better_at = _copies(parameters), 0, 0
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.compensation_learning_rate, weight_decay=0.0
-    )
-    steps = options.compensation_epochs * len(training)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
+    steps = plan.epochs * len(training)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    while epochs < options.compensation_epochs and epochs - better_at < _PATIENCE:
+    while epochs < plan.epochs and epochs - better_at < _PATIENCE:
         for number in torch.randperm(len(training), generator=generator).tolist():
             optimizer.zero_grad()
             loss = _squared_error(block, *training[number]).mean() / scale
@@ -79,9 +78,9 @@ def compensate(
             optimizer.step()
             decay.step()
         epochs += 1
-        found = _loss(block, held_out, scale)
-        if found < best:
-            best, better_at, kept = found, epochs, _copies(parameters)
+        loss_now = _loss(block, held_out, scale)
+        if loss_now < best:
+            best, better_at, kept = loss_now, epochs, _copies(parameters)
         epoch_done(best)
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
@@ -91,23 +90,29 @@ def compensate(
 
 
 def _trainable(
-    block: Block, results: Sequence[LinearResult], options: Options, generator: torch.Generator
+    block: Block,
+    results: Sequence[LinearResult],
+    plan: TrainingPlan,
+    generator: torch.Generator,
 ) -> Iterator[tuple[str, LowRankWeight]]:
     """Put trainable linears into the block; yields their weights by name."""
-    readers = {id(x.source): _SharedReader(x.source) for x in results}
+    inputs = {id(x.source): _SharedInput(x.source) for x in results}
     for result in results:
-        found = result.rounding
-        assert found is not None and found.working is not None and found.trainable is not None
-        rank = min(options.compensation_rank, *found.codes.shape)
-        weight = LowRankWeight(found.working, found.trainable, found.grid, rank, generator)
-        replace_by_simulated(block, result.linear, readers[id(result.source)], weight)
-        yield result.linear, weight
+        rounding = result.rounding
+        assert rounding is not None and rounding.working is not None
+        assert rounding.trainable is not None
+        rank = min(plan.rank, *rounding.codes.shape)
+        weight = LowRankWeight(rounding.working, rounding.trainable, rounding.grid, rank, generator)
+        replace_by_simulated(
+            block, result.name, inputs[id(result.source)], weight, result.output_offset
+        )
+        yield result.name, weight
 
 
-class _SharedReader:
-    """Reads a stage's input once for all of its linears, which are handed the same tensor."""
+class _SharedInput:
+    """Reads an input once for all linears that share it, which are handed the same tensor."""
 
-    def __init__(self, source: StageInput) -> None:
+    def __init__(self, source: CalibratedInput) -> None:
         self._source = source
         self._last: tuple[Tensor, Tensor] | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common.child_findings import run_child
+from benchmarks.common.child_cells import run_child
 from benchmarks.common.device import Device, stamp
 from benchmarks.common.result_cells import (
     Cells,
@@ -25,9 +25,9 @@ CPU = Device("cpu", "a CPU", None, 0, None)
 
 def make_cells(folder: Path, run: str = "1", **changes: Any) -> Cells:
     arguments = {"stamp": "new", "end": time.time() + 60, "again": False, **changes}
-    found = Cells(folder / "part.json", {"device": "a GPU"}, run=run, **arguments)
-    found.bury()
-    return found
+    cells = Cells(folder / "part.json", {"device": "a GPU"}, run=run, **arguments)
+    cells.record_interrupted()
+    return cells
 
 
 def refuse() -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_nothing_is_begun_after_the_end(tmp_path: Path) -> None:
     assert cells.done == {}
 
 
-def test_a_dead_device_ends_the_process_and_spares_its_killer(tmp_path: Path) -> None:
+def test_a_dead_device_ends_the_process_and_its_subject_is_left_out(tmp_path: Path) -> None:
     def die() -> None:
         raise RuntimeError("CUDA error")
 
@@ -108,7 +108,7 @@ def test_a_dead_device_ends_the_process_and_spares_its_killer(tmp_path: Path) ->
     assert make_cells(tmp_path, run="2").dead("b") == {}
 
 
-def test_a_cell_that_killed_its_process_is_buried(tmp_path: Path) -> None:
+def test_a_cell_that_killed_its_process_is_recorded_as_failed(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
@@ -131,7 +131,7 @@ def test_the_stamp_is_of_device_versions_and_sources(tmp_path: Path) -> None:
     assert stamp(place, (source,)) != before
 
 
-def test_subjects_are_compared_and_their_troubles_recorded() -> None:
+def test_subjects_are_compared_and_their_failures_recorded() -> None:
     ran: list[str] = []
     subjects = {
         "first": lambda: [lambda: ran.append("first")],
@@ -140,13 +140,14 @@ def test_subjects_are_compared_and_their_troubles_recorded() -> None:
         "failed": lambda: fail() and [],
         "dead": lambda: [lambda: ran.append("dead")],
     }
-    found = compare(subjects, CPU, rounds=3, round_seconds=0, dead={"dead": "it died"})
-    assert list(found) == list(subjects)
-    assert found["first"]["timer"] == "clock" and found["first"]["rounds"] == 3
-    assert found["first"]["low"] <= found["first"]["us"] <= found["first"]["high"]
-    assert found["refused"] == {"refused": "it needs more memory"}
+    results = compare(subjects, CPU, rounds=3, round_seconds=0, dead={"dead": "it died"})
+    assert list(results) == list(subjects)
+    assert results["first"]["timer"] == "clock" and results["first"]["rounds"] == 3
+    assert results["first"]["low"] <= results["first"]["us"] <= results["first"]["high"]
+    assert results["refused"] == {"refused": "it needs more memory"}
     assert (
-        found["failed"] == {"failed": "ValueError: wrong"} and found["dead"]["failed"] == "it died"
+        results["failed"] == {"failed": "ValueError: wrong"}
+        and results["dead"]["failed"] == "it died"
     )
     # Each round begins with another one.
     rounds = ("first", "second second", "second second", "first", "first", "second second")
@@ -167,16 +168,18 @@ raise SystemExit(f"ValueError: {sys.argv[1]}" if sys.argv[1] != "well" else 0)
     ("behaviour", "fault"),
     [("well", None), ("badly", "exit status 1: ValueError: badly"), ("hang", "stopped after 3 s")],
 )
-def test_children_hand_over_what_they_found_before_they_end(
+def test_children_hand_over_their_cells_before_they_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str, fault: str | None
 ) -> None:
     (tmp_path / "a_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     log = tmp_path / "child.log"
-    seen = run_child("a_child", [behaviour], found.__setitem__, 3.0, log)
-    assert found == {"1": {"us": 1}} and "CELL 1" in log.read_text()
-    assert seen == fault or (fault is not None and seen is not None and seen.startswith(fault))
+    reported = run_child("a_child", [behaviour], cells.__setitem__, 3.0, log)
+    assert cells == {"1": {"us": 1}} and "CELL 1" in log.read_text()
+    assert reported == fault or (
+        fault is not None and reported is not None and reported.startswith(fault)
+    )
 
 
 def test_a_part_goes_on_in_a_new_process_when_its_own_dies(

@@ -1,4 +1,4 @@
-"""Part `linear` on a small linear: everybody computes the same product, and the table says so."""
+"""Part `linear` on a small linear: every baseline computes the same product; its table shows it."""
 
 from dataclasses import replace
 
@@ -16,38 +16,38 @@ SHAPE = Linear("down", 64, 256, True)
 PLAN = linear.Plan("cpu-fp32", ("tiny",), (1, 3), 2, 2**16)
 
 
-@pytest.mark.parametrize("name", baselines.RIVALS)
+@pytest.mark.parametrize("name", baselines.BASELINES)
 @pytest.mark.parametrize("m", [1, 5])
-def test_every_rival_computes_the_product_of_the_codes(name: str, m: int) -> None:
+def test_every_baseline_computes_the_product_of_the_codes(name: str, m: int) -> None:
     if name == baselines.ONEDNN:
         pytest.importorskip("vllm", reason="vLLM is not installed")
     generator = torch.Generator().manual_seed(m)
     weight = make_codes((SHAPE.n, SHAPE.k), 4, "random", generator)
     codes = make_codes((m, SHAPE.k), 4, "random", generator)
     exact = codes.to(torch.float32) @ weight.to(torch.float32).t()
-    rival = baselines.RIVALS[name]
-    multiply = rival.make(weight)
+    baseline = baselines.BASELINES[name]
+    multiply = baseline.make(weight)
     weight.zero_()  # it keeps weights of its own
-    linear.check_product(name, multiply(rival.inputs(codes)), exact)
+    linear.check_product(name, multiply(baseline.inputs(codes)), exact)
 
 
-def test_a_wrong_result_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = baselines.RIVALS[baselines.FLOAT32]
+def test_a_wrong_result_is_recorded_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = baselines.BASELINES[baselines.FLOAT32]
     wrong = replace(right, make=lambda codes: right.make(codes + 1))
-    monkeypatch.setattr(baselines, "RIVALS", {baselines.FLOAT32: wrong})
-    monkeypatch.setattr(linear, "RIVALS", baselines.RIVALS)
+    monkeypatch.setattr(baselines, "BASELINES", {baselines.FLOAT32: wrong})
+    monkeypatch.setattr(linear, "BASELINES", baselines.BASELINES)
     row = linear.measure_shape(PLAN, "a down", SHAPE)[0]
     assert "its result is wrong by" in row["subjects"][baselines.FLOAT32]["failed"]
     assert row["subjects"][linear.OURS]["seconds"]
 
 
 def test_a_shape_is_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: baselines.RIVALS[name] for name in (baselines.FLOAT32, baselines.INT8)}
-    monkeypatch.setattr(linear, "RIVALS", few)
+    few = {name: baselines.BASELINES[name] for name in (baselines.FLOAT32, baselines.INT8)}
+    monkeypatch.setattr(linear, "BASELINES", few)
     rows = linear.measure_shape(PLAN, "a down", SHAPE)
     assert [row["m"] for row in rows] == [1, 3]
     for row in rows:
-        times = {name: found["seconds"] for name, found in row["subjects"].items()}
+        times = {name: result["seconds"] for name, result in row["subjects"].items()}
         assert set(times) == {linear.OURS, *few, linear.QUANTIZE, linear.ROTATE}
         assert all(len(seconds) == 2 for seconds in times.values())
     # float32 has 65536 bytes of weights, which is what was asked for; int8 a quarter.
@@ -61,7 +61,7 @@ def row_of(ours: list[float], theirs: list[float]) -> dict[str, object]:
     subjects = {
         linear.OURS: {"seconds": ours},
         baselines.FLOAT32: {"seconds": theirs},
-        baselines.INT8: {"refused": "it is tired"},
+        baselines.INT8: {"refused": "it needs AMX"},
         linear.QUANTIZE: {"seconds": [seconds / 10 for seconds in ours]},
         linear.ROTATE: {"failed": "Error: no"},
     }
@@ -79,7 +79,7 @@ def test_the_table_shows_losses_like_wins() -> None:
     assert "| a down 100x1000 | 10 | 3.00 (2.50-3.50), 2.00 | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 0.50 (0.50-0.50), 0.50 | - | - | - | - |" in text
     assert "| a down 100x1000 | 10 | 10.0% | - |" in text
-    assert "- REFUSED torch int8, a down 100x1000: it is tired" in text
+    assert "- REFUSED torch int8, a down 100x1000: it needs AMX" in text
     assert "vpmaddubsw" in text and "clock of 1.00 GHz" in text
     unknown = linear_table.limits_text(Limits(1e9, 1e9, None, None))
     assert unknown.endswith("no bound of arithmetic is known for this instruction set.")

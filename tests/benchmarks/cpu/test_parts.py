@@ -13,12 +13,12 @@ from benchmarks.cpu.profile import measure as profile
 from benchmarks.cpu.profile import table as profile_table
 
 
-def test_avx2_holds_everybody_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avx2_restricts_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    found = instruction_sets.environment("avx2", 2, [4, 5, 6], amx=True)
+    variables = instruction_sets.environment("avx2", 2, [4, 5, 6], amx=True)
     names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-    assert [found[name].lower() for name in (*names, instruction_sets.OURS)] == ["avx2"] * 4
-    assert (found["OMP_NUM_THREADS"], found["GOMP_CPU_AFFINITY"]) == ("2", "4 5")
+    assert [variables[name].lower() for name in (*names, instruction_sets.OURS)] == ["avx2"] * 4
+    assert (variables["OMP_NUM_THREADS"], variables["GOMP_CPU_AFFINITY"]) == ("2", "4 5")
     free = instruction_sets.environment("avx512-vnni", 1, [0], amx=True)
     assert "ONEDNN_MAX_CPU_ISA" not in free and free[instruction_sets.OURS] == "avx512-vnni"
     assert (
@@ -31,7 +31,7 @@ def test_avx2_holds_everybody_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ("isa", "amx", "hidden"),
     [("avx2", True, 5), ("avx512-vnni", False, 2), ("avx512-vnni", True, 0), (None, True, 0)],
 )
-def test_vllm_sees_no_more_than_the_level(
+def test_vllm_sees_no_more_than_the_instruction_set(
     monkeypatch: pytest.MonkeyPatch, isa: str | None, amx: bool, hidden: int
 ) -> None:
     beyond = ("amx_tile", "amx_fp16", "avx512", "avx512_bf16", "vnni", "avx2")
@@ -43,7 +43,7 @@ def test_vllm_sees_no_more_than_the_level(
     assert torch.cpu._is_avx2_supported()
 
 
-def test_files_are_named_after_the_level() -> None:
+def test_files_are_named_after_the_instruction_set() -> None:
     assert run_part.file_name("linear", "avx2", 2, amx=True) == "linear-avx2-2t"
     assert run_part.file_name("serve", "avx512-vnni", 1, amx=False) == "serve-avx512-vnni-noamx-1t"
 
@@ -79,8 +79,8 @@ def test_a_missing_library_is_a_sentence(
         "mergequant_vllm.kernels.native_library.refusal", lambda: "there is no compiler"
     )
     assert command.main(["profile", "--threads", "1", "--worker"]) == command.REFUSED
-    said = capsys.readouterr().err
-    assert said == "The native kernels do not run here: there is no compiler.\n"
+    printed = capsys.readouterr().err
+    assert printed == "The native kernels do not run here: there is no compiler.\n"
 
 
 @dataclass
@@ -122,12 +122,12 @@ def test_time_belongs_to_the_nearest_group() -> None:
 
 
 def test_a_profile_is_of_one_token() -> None:
-    def found(linears: float, head: float) -> dict[str, object]:
+    def measured(linears: float, head: float) -> dict[str, object]:
         groups = {profile.LINEARS: linears, profile.HEAD: head}
         return {"seconds": linears, "profiled": linears + head, "groups": groups}
 
-    rows = [profile._row("prefill", 1, found(0.5, 0.5), None)]
-    rows.append(profile._row("decoding", 4, found(0.5, 0.25), found(0.25, 0.125)))
+    rows = [profile._row("prefill", 1, measured(0.5, 0.5), None)]
+    rows.append(profile._row("decoding", 4, measured(0.5, 0.25), measured(0.25, 0.125)))
     assert rows[1]["groups"] == {profile.LINEARS: 0.0625, profile.HEAD: 0.03125}
     text = profile_table.table(rows)
     assert f"| {profile.LINEARS} | 500.00 | 50.0% | 62.50 | 66.7% |" in text

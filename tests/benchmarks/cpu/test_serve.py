@@ -1,4 +1,4 @@
-"""Part `serve` without an engine: turns, children that answer or die, tables, llama.cpp's file."""
+"""Part `serve` without an engine: turns, child processes that reply or die, tables, GGUF files."""
 
 import argparse
 import os
@@ -8,64 +8,64 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.common.served_variants import find_method
+from benchmarks.common.served_variants import find_variant
 from benchmarks.common.shapes import MODELS
-from benchmarks.cpu.serve import child_dialogue, llama_engine, llama_file
+from benchmarks.cpu.serve import child_process, llama_engine, llama_file
 from benchmarks.cpu.serve import measure as serve
 from benchmarks.cpu.serve import table as serve_table
-from benchmarks.cpu.serve.baselines import CONTENDERS, DEFAULT
+from benchmarks.cpu.serve.variants import DEFAULT_VARIANTS, VARIANTS
 
 OPTIONS = argparse.Namespace(
     model="TinyLlama-1.1B", layers=None, prefill=512, decode=64, rounds=2, no_amx=False
 )
 CHILD = """
 import sys
-from benchmarks.cpu.serve.child_dialogue import answer, questions
+from benchmarks.cpu.serve.child_process import reply, requests
 print("noise")
-answer({"facts": 1})
-for question in questions():
-    if question == "die":
+reply({"facts": 1})
+for request in requests():
+    if request == "die":
         raise RuntimeError("as it was told")
-    if question == "sleep":
+    if request == "sleep":
         import time
         time.sleep(60)
-    answer({"heard": question})
+    reply({"received": request})
 """
 
 
 @pytest.fixture
-def child(tmp_path: Path) -> child_dialogue.Dialogue:
-    (tmp_path / "answering.py").write_text(CHILD)
-    environment = {**os.environ, "PYTHONPATH": child_dialogue.python_path(tmp_path, serve.ROOT)}
-    return child_dialogue.Dialogue("answering", [], environment, tmp_path / "logs" / "child.log")
+def child(tmp_path: Path) -> child_process.ChildProcess:
+    (tmp_path / "replying.py").write_text(CHILD)
+    environment = {**os.environ, "PYTHONPATH": child_process.python_path(tmp_path, serve.ROOT)}
+    return child_process.ChildProcess("replying", [], environment, tmp_path / "logs" / "child.log")
 
 
-def test_a_child_answers_and_ends(child: child_dialogue.Dialogue, tmp_path: Path) -> None:
-    assert child.listen(60) == {"facts": 1}
-    assert child.ask("1 2 3", 60) == {"heard": "1 2 3"}
+def test_a_child_replies_and_ends(child: child_process.ChildProcess, tmp_path: Path) -> None:
+    assert child.receive(60) == {"facts": 1}
+    assert child.request("1 2 3", 60) == {"received": "1 2 3"}
     child.close()
-    assert child.child.returncode == 0
+    assert child.process.returncode == 0
     assert "noise" in (tmp_path / "logs" / "child.log").read_text()
 
 
-def test_a_dead_child_says_why(child: child_dialogue.Dialogue) -> None:
-    child.listen(60)
-    with pytest.raises(child_dialogue.DiedError, match="RuntimeError: as it was told"):
-        child.ask("die", 60)
-    with pytest.raises(child_dialogue.DiedError, match="exit status 1"):
-        child.ask("anything", 60)
+def test_a_dead_child_says_why(child: child_process.ChildProcess) -> None:
+    child.receive(60)
+    with pytest.raises(child_process.DiedError, match="RuntimeError: as it was told"):
+        child.request("die", 60)
+    with pytest.raises(child_process.DiedError, match="exit status 1"):
+        child.request("anything", 60)
     child.close()
 
 
-def test_a_child_that_takes_too_long_is_ended(child: child_dialogue.Dialogue) -> None:
-    child.listen(60)
-    with pytest.raises(child_dialogue.DiedError, match="exit status -9"):
-        child.ask("sleep", 0.2)
+def test_a_child_that_takes_too_long_is_ended(child: child_process.ChildProcess) -> None:
+    child.receive(60)
+    with pytest.raises(child_process.DiedError, match="exit status -9"):
+        child.request("sleep", 0.2)
     child.close()
 
 
-class Fake:
-    """An opponent whose phases take as long as it is told; the second round dies if asked."""
+class FakeVariant:
+    """A running variant whose phases all take the seconds listed for its name."""
 
     order: list[str] = []  # noqa: RUF012
 
@@ -75,26 +75,28 @@ class Fake:
         self.closed = False
 
     def round(self, options: argparse.Namespace) -> dict[str, float]:
-        Fake.order.append(self.name)
+        FakeVariant.order.append(self.name)
         return dict.fromkeys(serve.phases(options), self.seconds)
 
     def close(self) -> None:
-        Fake.order.append(f"{self.name} closed")
+        FakeVariant.order.append(f"{self.name} closed")
 
 
-def test_two_play_in_turns_and_long_ones_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "Opponent", Fake)
-    monkeypatch.setattr(Fake, "order", [])
-    methods = ["mergequant", "vllm-float32", "vllm-bfloat16", "llama.cpp-q4_0"]
-    given = argparse.Namespace(**vars(OPTIONS), methods=methods, llama_path=None)
-    seen: list[Any] = []
-    serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: seen.append(len(rows)))
+def test_two_variants_run_in_turns_and_a_slow_one_in_one_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve, "RunningVariant", FakeVariant)
+    monkeypatch.setattr(FakeVariant, "order", [])
+    variants = ["mergequant", "vllm-float32", "vllm-bfloat16", "llama.cpp-q4_0"]
+    given = argparse.Namespace(**vars(OPTIONS), variants=variants, llama_path=None)
+    counts: list[int] = []
+    serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: counts.append(len(rows)))
     one, two = "mergequant", "vllm-float32"
-    assert Fake.order[:5] == [one, two, two, one, f"{two} closed"]
-    assert Fake.order[5:] == [one, "vllm-bfloat16", "vllm-bfloat16 closed", f"{one} closed"]
-    assert seen == [1, 2, 3]
-    given.methods = ["mergequant", "nobody"]
-    with pytest.raises(ValueError, match="nobody: choose from mergequant"):
+    assert FakeVariant.order[:5] == [one, two, two, one, f"{two} closed"]
+    assert FakeVariant.order[5:] == [one, "vllm-bfloat16", "vllm-bfloat16 closed", f"{one} closed"]
+    assert counts == [1, 2, 3]
+    given.variants = ["mergequant", "unknown"]
+    with pytest.raises(ValueError, match="unknown: choose from mergequant"):
         serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: None)
 
 
@@ -115,12 +117,12 @@ def row(name: str, ours: float, theirs: float) -> dict[str, Any]:
 
 
 def test_speeds_take_the_first_token_off() -> None:
-    found = serve_table.speeds(row("vllm-float32", 2.0, 4.0)["ours"]["rounds"], OPTIONS)
-    assert found["prefill"] == [512.0] * 2
-    assert found["decode, batch 1"] == [32.0] * 2 and found["decode, batch 8"] == [256.0] * 2
+    speeds = serve_table.speeds(row("vllm-float32", 2.0, 4.0)["ours"]["rounds"], OPTIONS)
+    assert speeds["prefill"] == [512.0] * 2
+    assert speeds["decode, batch 1"] == [32.0] * 2 and speeds["decode, batch 8"] == [256.0] * 2
 
 
-def test_the_tables_show_speedups_memory_and_troubles() -> None:
+def test_the_tables_show_speedups_memory_and_failures() -> None:
     refused = {"name": "llama.cpp-q4_0", "ours": {}, "refused": "no folder"}
     rows = [row("vllm-float32", 2.0, 4.0), row("vllm-bfloat16", 2.0, 1.0), refused]
     text = serve_table.table(rows, OPTIONS)
@@ -128,22 +130,22 @@ def test_the_tables_show_speedups_memory_and_troubles() -> None:
     assert "| vllm-bfloat16 | 1.00 (1.00-1.00) | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) |" in text
     assert "- REFUSED llama.cpp-q4_0: no folder" in text
     # TinyLlama: 22 blocks of 44040192 weights and two tables of 32000 x 2048.
-    parts = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
+    parts = serve_table.expected_bytes(VARIANTS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
     assert parts == {"weights": 22 * 44040192 / 2, "embedding and head": 2 * 32000 * 2048 * 4}
     assert "| mergequant | 1600 | 1563 | +2.4% | 462 | 500 | 1 | 600 |" in text
     assert "| vllm-float32 | 4797 | 4797 | +0.0% | 3696 | 500 | 1 | 600 |" in text
-    eight = serve_table.expected_bytes(CONTENDERS["mergequant-head8"], MODELS["TinyLlama-1.1B"], 22)
+    eight = serve_table.expected_bytes(VARIANTS["mergequant-head8"], MODELS["TinyLlama-1.1B"], 22)
     assert eight["embedding and head"] == 32000 * 2048 * 5
-    tied = serve_table.expected_bytes(CONTENDERS["mergequant"], MODELS["Qwen3-0.6B"], 1)
+    tied = serve_table.expected_bytes(VARIANTS["mergequant"], MODELS["Qwen3-0.6B"], 1)
     assert tied["embedding and head"] == 151936 * 1024 * 4
 
 
-def test_every_contender_is_known_to_its_engine() -> None:
-    assert set(DEFAULT) <= set(CONTENDERS)
-    for contender in CONTENDERS.values():
-        assert contender.file in ("Q4_0", "F32") if contender.method is None else True
-        if contender.method is not None:
-            find_method(contender.method)
+def test_every_variant_is_known_to_its_engine() -> None:
+    assert set(DEFAULT_VARIANTS) <= set(VARIANTS)
+    for variant in VARIANTS.values():
+        assert variant.file in ("Q4_0", "F32") if variant.served is None else True
+        if variant.served is not None:
+            find_variant(variant.served)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +164,11 @@ def test_blocks_of_llama_have_their_size_and_their_step(
 
 def test_a_file_of_llama_has_the_models_tensors() -> None:
     model = MODELS["TinyLlama-1.1B"]
-    found = {name: (n, k) for name, n, k in llama_file.tensors(model, 2)}
-    assert len(found) == 3 + 2 * 9
-    assert found["blk.1.attn_k.weight"] == (256, 2048)
-    assert found["blk.0.ffn_down.weight"] == (2048, 5632)
-    linears = sum(n * k for name, (n, k) in found.items() if name.startswith("blk.0") and n > 1)
+    shapes = {name: (n, k) for name, n, k in llama_file.tensors(model, 2)}
+    assert len(shapes) == 3 + 2 * 9
+    assert shapes["blk.1.attn_k.weight"] == (256, 2048)
+    assert shapes["blk.0.ffn_down.weight"] == (2048, 5632)
+    linears = sum(n * k for name, (n, k) in shapes.items() if name.startswith("blk.0") and n > 1)
     assert linears == sum(linear.n * linear.k for linear in model.linears())
     assert llama_file.head_form(2048) == "Q6_K" and llama_file.head_form(128) == "Q8_0"
     with pytest.raises(ValueError, match="Q6_K needs K a multiple of 256"):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.common.goals import Goal, worst
 from benchmarks.common.result_cells import Cells
-from benchmarks.common.served_variants import METHODS, find_method, write_checkpoint
+from benchmarks.common.served_variants import VARIANTS, find_variant, write_checkpoint
 from benchmarks.common.shapes import MODELS, Linear, distinct
 from benchmarks.gpu.exact.error_bounds import Product, check
 from benchmarks.gpu.gemm import table as gemm_table
@@ -41,9 +41,9 @@ def test_a_goal_is_reached_missed_or_not_measured() -> None:
     assert (
         "NOT reached" in Goal("a", 2.0, 1.0).line() and "not measured" in Goal("a", 2, None).line()
     )
-    found = worst("a", 2.0, {"x": 3.0, "y": 1.0, "z": 2.0})
-    assert found.found == 1.0 and found.detail == "worst: y; 2 of 3 reach it"
-    assert worst("a", 2.0, {"x": 3.0, "y": 1.0}, most=True).found == 3.0
+    goal = worst("a", 2.0, {"x": 3.0, "y": 1.0, "z": 2.0})
+    assert goal.measured == 1.0 and goal.detail == "worst: y; 2 of 3 reach it"
+    assert worst("a", 2.0, {"x": 3.0, "y": 1.0}, most=True).measured == 3.0
     assert worst("a", 2.0, {}).reached is None
 
 
@@ -67,8 +67,8 @@ def test_gemm_figures_and_goals(tmp_path: Path) -> None:
     assert row["gbs"] == pytest.approx((1e6 + 2000 + 2000) / 1.25e-6 / 1e9)
     assert row["tops"] == pytest.approx(2 * 2e6 / 1.25e-6 / 1e12)
     share, speed = gemm_table.goals(cells)
-    assert share.found == pytest.approx(0.8) and share.reached and "marlin-int8" in share.detail
-    assert speed.found == pytest.approx(0.95) and speed.reached
+    assert share.measured == pytest.approx(0.8) and share.reached and "marlin-int8" in share.detail
+    assert speed.measured == pytest.approx(0.95) and speed.reached
     table = gemm_table.table(cells)
     assert "copy 1000 GB/s" in table and "| 1 | marlin-int8 (1) | 6.40 |" in table
 
@@ -86,9 +86,9 @@ def test_quantize_goals(tmp_path: Path) -> None:
         "k": 64,
         "subjects": {name: {"us": x, "low": x, "high": x} for name, x in us.items()},
     }
-    found = quantize_table.goals(make_cells(tmp_path, {"M=1 K=64": cell}))
-    assert [goal.reached for goal in found] == [False, True, None, None, False]
-    assert found[1].found == pytest.approx(3.0) and found[4].found == pytest.approx(2.5)
+    goals = quantize_table.goals(make_cells(tmp_path, {"M=1 K=64": cell}))
+    assert [goal.reached for goal in goals] == [False, True, None, None, False]
+    assert goals[1].measured == pytest.approx(3.0) and goals[4].measured == pytest.approx(2.5)
     assert "70 (1 x 1)" in quantize_table.table(make_cells(tmp_path, {"M=1 K=64": cell}))
 
 
@@ -113,16 +113,16 @@ def test_serve_speeds_and_goals(tmp_path: Path) -> None:
         "marlin-w4a16 batch=1": serve_cell(1, 1.0, 2.9, 3.5),
     }
     goals = serve_table.goals(make_cells(tmp_path, records))
-    found = {goal.text.partition(": ")[2]: goal for goal in goals}
-    assert found["prefill speedup over bf16"].found == pytest.approx(2.0)
-    assert found["decode speedup over bf16 at batch 1"].found == pytest.approx(2.5)
-    assert found["end to end speedup over bf16, the largest as in the paper"].found == 2.4
-    memory = found["peak memory at batch 1 and sequence 2048, times below bf16"]
+    by_name = {goal.text.partition(": ")[2]: goal for goal in goals}
+    assert by_name["prefill speedup over bf16"].measured == pytest.approx(2.0)
+    assert by_name["decode speedup over bf16 at batch 1"].measured == pytest.approx(2.5)
+    assert by_name["end to end speedup over bf16, the largest as in the paper"].measured == 2.4
+    memory = by_name["peak memory at batch 1 and sequence 2048, times below bf16"]
     one = 2049 * 2**19 / 2**30
-    assert memory.found == pytest.approx((13 + one) / (3.5 + one)) and not memory.reached
-    assert found["decode speed over marlin-w4a16, batch 1 to 8"].found == pytest.approx(0.95)
-    assert found["decode speed over marlin-w4a16, batch 32 on"].reached is None
-    assert found["prefill speed over marlin-w4a16"].reached
+    assert memory.measured == pytest.approx((13 + one) / (3.5 + one)) and not memory.reached
+    assert by_name["decode speed over marlin-w4a16, batch 1 to 8"].measured == pytest.approx(0.95)
+    assert by_name["decode speed over marlin-w4a16, batch 32 on"].reached is None
+    assert by_name["prefill speed over marlin-w4a16"].reached
     assert "2.305x" in serve_table.table(make_cells(tmp_path, records))
 
 
@@ -153,14 +153,14 @@ def make_product(kernel_changes: float, **changes: Any) -> Product:
     return Product(spec, stored, codes, step, add_bias, expected, result)
 
 
-def test_promises_of_equality_and_of_small_errors() -> None:
+def test_error_bounds_of_equality_and_of_small_errors() -> None:
     step = torch.full((3, 1), 0.37)
     for kernel in ("triton", "marlin-int8", "cutlass-int8", "reference"):
         assert check(kernel, make_product(0.0)) is None
         fault = check(kernel, make_product(2.0**-7))
         assert fault is not None and "first at [1, 2]" in fault
     ulp = {"token_step": step, "add_bias": True}
-    # One unit in the last place is within what Marlin promises with a bias; 1% is not.
+    # One unit in the last place is within Marlin's error bound with a bias; 1% is not.
     assert check("marlin-int8", make_product(2.0**-8, **ulp)) is None
     assert check("triton", make_product(2.0**-7, **ulp)) is not None
     assert check("marlin-int8", make_product(2.0**-5, **ulp)) is not None
@@ -176,7 +176,7 @@ def test_shapes_of_the_models() -> None:
     assert len(distinct(("Llama-2-7B", "Llama-3-8B"))) == 7
 
 
-@pytest.mark.parametrize("name", [*METHODS, "mergequant:triton", "bf16+fp8-cache"])
+@pytest.mark.parametrize("name", [*VARIANTS, "mergequant:triton", "bf16+fp8-cache"])
 def test_checkpoints_without_tensors(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path, name, MODELS["Llama-3-8B"], 4, 2048)
     config = json.loads((folder / "config.json").read_text())
@@ -187,12 +187,12 @@ def test_checkpoints_without_tensors(tmp_path: Path, name: str) -> None:
         assert linears["mlp.down_proj"].activations == "dynamic"
 
 
-def test_methods_are_asked_for_by_name() -> None:
-    assert find_method("mergequant:triton")[1] == "triton"
-    assert find_method("bf16+fp8-cache")[0].engine == {"kv_cache_dtype": "fp8"}
+def test_variants_are_looked_up_by_name() -> None:
+    assert find_variant("mergequant:triton")[1] == "triton"
+    assert find_variant("bf16+fp8-cache")[0].engine == {"kv_cache_dtype": "fp8"}
     for unknown in ("gptq", "bf16:triton"):
         with pytest.raises(ValueError, match="choose from bf16"):
-            find_method(unknown)
+            find_variant(unknown)
 
 
 def test_engine_results_are_drawn(tmp_path: Path) -> None:

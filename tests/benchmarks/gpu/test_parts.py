@@ -1,4 +1,4 @@
-"""The GPU benchmarks run through on a CPU, go on where they stopped and draw what they found.
+"""The GPU benchmarks run through on a CPU, go on where they stopped and draw their results.
 
 The parts run in a process of their own, since Triton's interpreter is chosen by the environment.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PARTS = ("exact", "gemm", "quantize")
 TWICE = """
 import sys, time
@@ -45,8 +45,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def cells(results: Path, part: str) -> dict[str, Any]:
     (path,) = results.glob(f"*/{part}.json")
-    found: dict[str, Any] = json.loads(path.read_text())["cells"]
-    return found
+    cells: dict[str, Any] = json.loads(path.read_text())["cells"]
+    return cells
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -67,8 +67,8 @@ def test_a_second_run_measures_nothing(smoke: tuple[Path, str], part: str) -> No
 
 
 def test_nothing_differs_from_the_definitions(smoke: tuple[Path, str]) -> None:
-    found = cells(smoke[0], "exact")
-    checked = {key: cell for key, cell in found.items() if "checks" in cell}
+    exact = cells(smoke[0], "exact")
+    checked = {key: cell for key, cell in exact.items() if "checks" in cell}
     assert not [key for key, cell in checked.items() if cell["differing"]]
     kernels = {key.split()[0] for key in checked}
     assert {"triton", "triton-static_codes", "triton-token_codes", "cpu-fp32"} <= kernels

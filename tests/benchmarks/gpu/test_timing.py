@@ -52,37 +52,37 @@ def test_a_gpu_is_timed_by_replays_of_a_graph(monkeypatch: pytest.MonkeyPatch) -
     def fail() -> None:
         raise RuntimeError("cannot be captured")
 
-    found = timing.compare(
+    results = timing.compare(
         {"graph": lambda: [call, call], "launches": lambda: [call], "fails": lambda: [fail]},
         gpu,
         launches=frozenset({"launches"}),
     )
     # Two calls take 2 ms, so that a round of 4 ms is two loops in the graph: four calls in 1 ms.
-    assert found["graph"]["timer"] == "graph" and found["graph"]["us"] == 250
-    assert found["launches"]["timer"] == "events" and found["launches"]["us"] == 1000
-    assert found["fails"] == {"failed": "RuntimeError: cannot be captured"}
+    assert results["graph"]["timer"] == "graph" and results["graph"]["us"] == 250
+    assert results["launches"]["timer"] == "events" and results["launches"]["us"] == 1000
+    assert results["fails"] == {"failed": "RuntimeError: cannot be captured"}
 
     def no_graph(graph: object) -> None:
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(torch.cuda, "graph", no_graph)
-    found = timing.compare({"x": lambda: [call]}, gpu)
-    assert found["x"]["timer"] == "events (RuntimeError: no graphs here)"
+    results = timing.compare({"x": lambda: [call]}, gpu)
+    assert results["x"]["timer"] == "events (RuntimeError: no graphs here)"
 
 
 @pytest.mark.parametrize("order", [True, False])
-def test_rivals_call_vllm_as_each_version_has_it(
+def test_baselines_call_vllm_as_each_version_has_it(
     monkeypatch: pytest.MonkeyPatch, order: bool
 ) -> None:
-    seen: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def old(
         x: torch.Tensor, weight: torch.Tensor, g_idx: object, is_k_full: bool, **k: Any
     ) -> None:
-        seen.update(k, weight=weight, g_idx=g_idx)
+        arguments.update(k, weight=weight, g_idx=g_idx)
 
     def new(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
-        seen.update(weight=weight, weight_scale=weight_scale)
+        arguments.update(weight=weight, weight_scale=weight_scale)
 
     utils = types.SimpleNamespace(
         apply_gptq_marlin_linear=old if order else new,
@@ -101,9 +101,9 @@ def test_rivals_call_vllm_as_each_version_has_it(
     monkeypatch.setattr(baselines, "_needs_gpu", lambda generator: None)
     generator = torch.Generator().manual_seed(0)
     for name in (baselines.MARLIN, baselines.INT8, "vllm cutlass W8A8 FP8"):
-        rival = baselines.RIVALS[name]
-        y = rival.make(64, 256, generator)(rival.inputs(3, 256, generator))
+        baseline = baselines.BASELINES[name]
+        y = baseline.make(64, 256, generator)(baseline.inputs(3, 256, generator))
         assert y is None or (y.shape == (3, 64) and y.dtype is torch.bfloat16)
-    assert seen["weight"].shape == (16, 128) and ("g_idx" in seen) is order
+    assert arguments["weight"].shape == (16, 128) and ("g_idx" in arguments) is order
     with pytest.raises(Refused, match="multiple of 64"):
-        baselines.RIVALS[baselines.MARLIN].make(63, 256, generator)
+        baselines.BASELINES[baselines.MARLIN].make(63, 256, generator)

@@ -14,15 +14,15 @@ from mergequant.methods.gptq import (
     output_loss,
     round_to_nearest,
 )
-from mergequant.methods.weights import WeightForm, weight_grid
 from mergequant_vllm.rounding import largest_code, round_to_codes, smallest_code
+from tests.forms import Form, make_grid
 
 FORMS = [
-    WeightForm(bits, group_size, asymmetric, search)
+    Form(bits, group_size, asymmetric, search)
     for bits, group_size, asymmetric in product((3, 4, 8), (None, 32), (False, True))
     for search in ("minmax", "mse")
 ]
-PLAIN = WeightForm()
+PLAIN = Form()
 
 
 def correlated_hessian(columns: int, tokens: int, seed: int) -> Tensor:
@@ -37,10 +37,10 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
-def brain_surgeon(weight: Tensor, form: WeightForm, hessian: Tensor, damping: float) -> Tensor:
+def brain_surgeon(weight: Tensor, form: Form, hessian: Tensor, damping: float) -> Tensor:
     """Eq. 2 of Frantar et al.: the columns that are left are inverted anew at each turn."""
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     step, zero = grid.columns(torch.arange(len(hessian)))
     w, codes = weight.clone(), torch.empty_like(weight, dtype=torch.int8)
     left = hessian.diagonal().argsort(descending=True, stable=True)
@@ -60,15 +60,18 @@ def brain_surgeon(weight: Tensor, form: WeightForm, hessian: Tensor, damping: fl
 def test_blocks_do_not_change_the_codes(columns: int, block: int) -> None:
     inverse = invert_hessian(correlated_hessian(columns, 4 * columns, columns), 0.01)
     weight = random_weight(11, columns)
-    grid = weight_grid(weight, PLAIN)
+    grid = make_grid(weight, PLAIN)
     assert torch.equal(gptq(weight, grid, inverse, block), gptq_by_column(weight, grid, inverse))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_blocks_do_not_change_the_codes_of_any_form(form: WeightForm) -> None:
+SEGMENTS = Form(4, search="mse", segments=(32, 64, 33))
+
+
+@pytest.mark.parametrize("form", [*FORMS, SEGMENTS], ids=str)
+def test_blocks_do_not_change_the_codes_of_any_form(form: Form) -> None:
     inverse = invert_hessian(correlated_hessian(129, 500, 3), 0.01)
     weight = random_weight(11, 129)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     codes = gptq(weight, grid, inverse, 50)
     assert torch.equal(codes, gptq_by_column(weight, grid, inverse))
     assert codes.dtype == torch.int8
@@ -77,17 +80,17 @@ def test_blocks_do_not_change_the_codes_of_any_form(form: WeightForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_factor_is_that_of_columns_removed_one_by_one(form: WeightForm) -> None:
+def test_the_factor_is_that_of_columns_removed_one_by_one(form: Form) -> None:
     hessian, weight = correlated_hessian(40, 200, 4), random_weight(6, 40)
-    codes = gptq(weight, weight_grid(weight, form), invert_hessian(hessian, 0.01), 16)
+    codes = gptq(weight, make_grid(weight, form), invert_hessian(hessian, 0.01), 16)
     assert torch.equal(codes, brain_surgeon(weight, form, hessian, 0.01))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gptq_beats_rounding_on_correlated_activations(form: WeightForm, seed: int) -> None:
+def test_gptq_beats_rounding_on_correlated_activations(form: Form, seed: int) -> None:
     hessian, weight = correlated_hessian(96, 400, seed), random_weight(32, 96, seed)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     codes = gptq(weight, grid, invert_hessian(hessian, 0.01), 32)
     nearest = output_loss(weight, round_to_nearest(weight, grid), grid, hessian)
     assert output_loss(weight, codes, grid, hessian) < 0.7 * nearest
@@ -99,16 +102,16 @@ def test_3_bits_in_groups_beat_3_bits_with_zero_points_where_columns_are_uneven(
     hessian = correlated_hessian(128, 500, seed)
     weight = random_weight(32, 128, seed) * torch.logspace(-1, 1, 128, dtype=torch.float64)
     inverse, losses = invert_hessian(hessian, 0.01), []
-    for form in (WeightForm(3, group_size=32), WeightForm(3, asymmetric=True)):
-        grid = weight_grid(weight, form)
+    for form in (Form(3, group_size=32), Form(3, asymmetric=True)):
+        grid = make_grid(weight, form)
         losses.append(output_loss(weight, gptq(weight, grid, inverse, 128), grid, hessian))
     assert losses[0] < losses[1]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gptq_is_rounding_where_activations_are_uncorrelated(form: WeightForm) -> None:
+def test_gptq_is_rounding_where_activations_are_uncorrelated(form: Form) -> None:
     weight = random_weight(8, 40)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     inverse = invert_hessian(torch.eye(40, dtype=torch.float64), 0.01)
     assert torch.equal(gptq(weight, grid, inverse, 16), round_to_nearest(weight, grid))
 
@@ -120,7 +123,7 @@ def test_dead_channels_neither_cause_nor_receive_error(scale: float) -> None:
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[0, 3, 17, 39]] = True
     hessian[dead], hessian[:, dead] = 0.0, 0.0
-    grid = weight_grid(weight, PLAIN)
+    grid = make_grid(weight, PLAIN)
     inverse = invert_hessian(hessian, 0.01)
     codes = gptq(weight, grid, inverse, 16)
     assert inverse.damping == 0.01
@@ -134,7 +137,7 @@ def test_dead_channels_neither_cause_nor_receive_error(scale: float) -> None:
 def test_padding_keeps_the_code_that_stands_for_0() -> None:
     hessian, weight = correlated_hessian(64, 300, 5), random_weight(9, 64)
     hessian[40:], hessian[:, 40:], weight[:, 40:] = 0.0, 0.0, 0.0
-    grid = weight_grid(weight, WeightForm(3, 32, asymmetric=True))
+    grid = make_grid(weight, Form(3, 32, asymmetric=True))
     codes = gptq(weight, grid, invert_hessian(hessian, 0.01), 16)
     assert not grid.dequantize(codes)[:, 40:].any()
     assert grid.dequantize(codes)[:, :40].any()
@@ -142,9 +145,9 @@ def test_padding_keeps_the_code_that_stands_for_0() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 2.0**-60, 1e12])
 @pytest.mark.parametrize("form", FORMS[:4], ids=str)
-def test_the_unit_of_the_hessian_does_not_matter(form: WeightForm, scale: float) -> None:
+def test_the_unit_of_the_hessian_does_not_matter(form: Form, scale: float) -> None:
     hessian, weight = correlated_hessian(50, 200, 6), random_weight(7, 50)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     expected = gptq(weight, grid, invert_hessian(hessian, 0.01), 16)
     inverse = invert_hessian(hessian * scale, 0.01)
     assert inverse.damping == 0.01
@@ -152,13 +155,13 @@ def test_the_unit_of_the_hessian_does_not_matter(form: WeightForm, scale: float)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_copies_of_a_channel_make_up_for_each_other(form: WeightForm) -> None:
+def test_copies_of_a_channel_make_up_for_each_other(form: Form) -> None:
     """Reconstruction repeats channels: singular before damping, and finer than one code after."""
     index = torch.arange(32).repeat_interleave(2)
     hessian = correlated_hessian(32, 128, 7)[index][:, index]
     assert int(torch.linalg.matrix_rank(hessian)) == 32
     weight = random_weight(9, 32)[:, index]
-    grid, inverse = weight_grid(weight, form), invert_hessian(hessian, 0.01)
+    grid, inverse = make_grid(weight, form), invert_hessian(hessian, 0.01)
     assert inverse.damping == 0.01
     codes = gptq(weight, grid, inverse, 16)
     assert torch.equal(codes, gptq_by_column(weight, grid, inverse))
@@ -181,7 +184,7 @@ def test_a_singular_hessian_gets_some_damping_where_none_was_asked_for() -> None
 
 def test_a_layer_that_never_fired_is_rounded_to_nearest() -> None:
     hessian, weight = torch.zeros(8, 8, dtype=torch.float64), random_weight(3, 8)
-    grid = weight_grid(weight, PLAIN)
+    grid = make_grid(weight, PLAIN)
     codes = gptq(weight, grid, invert_hessian(hessian, 0.01), 4)
     assert torch.equal(codes, round_to_nearest(weight, grid))
     assert output_loss(weight, codes, grid, hessian) == 0.0

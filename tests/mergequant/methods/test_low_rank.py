@@ -6,12 +6,13 @@ from torch import Tensor
 
 from mergequant.methods.gptq import gptq, gptq_working_weight, invert_hessian
 from mergequant.methods.low_rank import LowRankWeight, straight_through, trainable_elements
-from mergequant.methods.weights import WeightForm, weight_grid
+from tests.forms import Form, make_grid
 
 FORMS = [
-    WeightForm(),
-    WeightForm(3, 32, asymmetric=True, search="mse"),
-    WeightForm(8, asymmetric=True),
+    Form(),
+    Form(3, 32, asymmetric=True, search="mse"),
+    Form(8, asymmetric=True),
+    Form(4, segments=(32, 32, 16)),
 ]
 
 
@@ -24,19 +25,19 @@ def _weight(out: int = 24, columns: int = 80) -> Tensor:
     return weight
 
 
-def _low_rank(weight: Tensor, form: WeightForm, rank: int = 4) -> LowRankWeight:
-    grid = weight_grid(weight, form)
+def _low_rank(weight: Tensor, form: Form, rank: int = 4) -> LowRankWeight:
+    grid = make_grid(weight, form)
     generator = torch.Generator().manual_seed(0)
     return LowRankWeight(weight, trainable_elements(weight, grid), grid, rank, generator)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_training_begins_at_the_codes_of_gptq(form: WeightForm) -> None:
+def test_training_begins_at_the_codes_of_gptq(form: Form) -> None:
     weight = _weight()
     x = torch.randn(400, 80, generator=torch.Generator().manual_seed(2)).to(torch.float64)
     x = x + x.roll(1, dims=1)
     inverse = invert_hessian(x.T @ x, 0.01)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     codes = gptq(weight, grid, inverse, 16)
     working = gptq_working_weight(weight, grid, inverse, 16)
     assert torch.equal(grid.round_weight(working), codes)
@@ -50,25 +51,25 @@ def test_training_begins_at_the_codes_of_gptq(form: WeightForm) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_zeros_stay_zeros_however_it_is_trained(form: WeightForm) -> None:
+def test_zeros_stay_zeros_however_it_is_trained(form: Form) -> None:
     weight = _weight()
     trained = _low_rank(weight, form)
     with torch.no_grad():
         trained.b.normal_(generator=torch.Generator().manual_seed(3))
     moved = trained.merged() != weight.to(torch.float32)
     assert not bool(moved[3].any()) and not bool(moved[:, -5:].any())
-    if form.group_size is not None:
+    if form.group_size is not None or form.segments is not None:
         assert not bool(moved[7, 32:64].any())
     assert bool(moved[0].any())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_trained_weight_is_what_its_codes_stand_for(form: WeightForm) -> None:
+def test_the_trained_weight_is_what_its_codes_stand_for(form: Form) -> None:
     weight = _weight()
     trained = _low_rank(weight, form)
     with torch.no_grad():
         trained.b.normal_(generator=torch.Generator().manual_seed(3))
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     stands_for = grid.dequantize(trained.codes())
     assert torch.equal(trained.codes(), grid.round_weight(trained.merged().to(torch.float64)))
     # One subtraction of integers, exact, and one product: a rounding of float32.
@@ -85,7 +86,7 @@ def test_gradients_pass_the_rounding_and_stop_where_codes_saturate() -> None:
 
 def test_the_gradient_of_a_and_b_is_that_of_the_relaxed_product() -> None:
     weight = _weight()
-    trained = _low_rank(weight, WeightForm())
+    trained = _low_rank(weight, Form())
     with torch.no_grad():
         trained.b.normal_(std=0.01, generator=torch.Generator().manual_seed(3))
     x = torch.randn(10, 80, generator=torch.Generator().manual_seed(4))

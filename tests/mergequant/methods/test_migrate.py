@@ -52,7 +52,7 @@ def test_rms_norm_fold_is_lossless(generator: torch.Generator, one_plus: bool) -
     x, gamma, weight, bias = random_case(generator)
     stored_weight = gamma - 1 if one_plus else gamma
     y = rms(x) * gamma
-    step = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 4)
+    step = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 7)
     folded = fold_norm(stored_weight, None, step, one_plus=one_plus, stored=identity)
     multiplier = folded.weight + 1 if one_plus else folded.weight
     served = round_to_codes(rms(x) * multiplier, 4) @ migrate_weight(weight, folded.step).T + bias
@@ -67,7 +67,7 @@ def test_layer_norm_fold_is_lossless_with_beta_and_dead_channels(
     beta = torch.randn(CHANNELS, generator=generator, dtype=torch.float64)
     beta[0] = 0.0  # gamma is 0 as well: the channel is silent
     y = layer(x) * gamma + beta
-    step = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 4)
+    step = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 7)
     folded = fold_norm(gamma, beta, step, stored=identity)
     assert folded.bias is not None
     codes = round_to_codes(layer(x) * folded.weight + folded.bias, 4)
@@ -79,7 +79,7 @@ def test_the_fold_is_as_exact_in_stored_precision(generator: torch.Generator) ->
     """The rounded multiplier divides by a step of its own, and the weights absorb that one."""
     x, gamma, weight, bias = random_case(generator)
     y = rms(x) * gamma
-    wanted = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 4)
+    wanted = activation_steps(y.abs().amax(0), torch.ones(CHANNELS), 7)
     folded = fold_norm(gamma, None, wanted)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(folded.weight.to(dtype).to(torch.float64), folded.weight)
@@ -99,5 +99,5 @@ def test_a_dead_channel_has_multiplier_0_and_the_wanted_step(generator: torch.Ge
 
 def test_steps_of_channels_that_never_fired_are_the_median() -> None:
     largest = torch.tensor([0.0, 7.0, 14.0, 21.0])
-    step = activation_steps(largest, torch.ones(4), 4)
+    step = activation_steps(largest, torch.ones(4), 7)
     assert step.tolist() == [2.0, 1.0, 2.0, 3.0]

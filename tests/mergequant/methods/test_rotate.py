@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import (
+    OnlineRotation,
     Orthogonal,
     fold_gain,
     hadamard,
@@ -26,7 +27,7 @@ from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
-from mergequant.model.rotated_reader import RotatedReader, online_hadamards
+from mergequant.model.rotated_reader import RotatedReader, online_rotations
 from mergequant_vllm.kernels.hadamard import reference
 from tests.outliers import with_outliers
 from tests.tiny import make_model
@@ -141,10 +142,10 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
             parent, _, child = name.rpartition(".")
             exact = ExactNorm(module.weight.data, module.variance_epsilon)
             setattr(model.get_submodule(parent), child, exact)
-    for name, block in getattr(reader, "hadamard", {}).items():
+    for name, rotation in reader.online.items():
         for linear in (m for full, m in model.named_modules() if full.endswith(name)):
             linear.register_forward_pre_hook(
-                lambda _, inputs, block=block: (reference.rotate(inputs[0], block),)
+                lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
             )
     with torch.no_grad():
         result: Tensor = model(WINDOWS, use_cache=False).logits
@@ -198,7 +199,9 @@ def test_every_tensor_that_should_turn_does(tmp_path: Path) -> None:
     reader = Reader(model_folder(tmp_path / "model", "llama", tied=True))
     view = RotatedReader(reader, LLAMA, "online", seed=0)
     validate(LLAMA, view.config, view.shapes())
-    assert not view.config["tie_word_embeddings"] and view.hadamard == {"mlp.down_proj": 4}
+    assert not view.config["tie_word_embeddings"] and view.online == {
+        "mlp.down_proj": OnlineRotation(hadamard=4)
+    }
     same = {"q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias"}
     for name, entry in view.stored.items():
         tensor = view.read(name)
@@ -311,8 +314,8 @@ def test_refusals(tmp_path: Path, llama: Path) -> None:
     reader = Reader(llama)
     odd = {**reader.config, "intermediate_size": 171}
     with pytest.raises(InputError, match="'online' needs an even intermediate_size"):
-        online_hadamards(LLAMA, odd, "online")
-    assert online_hadamards(LLAMA, odd, "offline") == {} == online_hadamards(LLAMA, odd, "none")
+        online_rotations(LLAMA, odd, "online")
+    assert online_rotations(LLAMA, odd, "offline") == {} == online_rotations(LLAMA, odd, "none")
     after = Norm("post_feedforward_layernorm", reads="mlp_out", writes="residual")
     sandwich = dataclasses.replace(LLAMA, norms=(*LLAMA.norms, after))
     with pytest.raises(InputError, match=r"Norm 'post_feedforward_layernorm' .* rotation 'none'"):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mergequant.methods import weights
-from mergequant.methods.weights import WeightForm, WeightGrid, weight_grid
+from mergequant.methods.weights import Search, WeightGrid
 from mergequant_vllm.rounding import largest_code, round_to_16_bit, smallest_code
+from tests.forms import Form, make_grid
 
 BITS = (3, 4, 8)
 SPREADS = [(bits, asymmetric) for bits in BITS for asymmetric in (False, True)]
@@ -29,7 +30,7 @@ def slices(columns: int, group_size: int | None) -> list[slice]:
     return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
-def slow_fit(values: list[float], form: WeightForm, ratio: float = 1.0) -> tuple[float, int]:
+def slow_fit(values: list[float], form: Form, ratio: float = 1.0) -> tuple[float, int]:
     """Step and zero point of one group, straight from the definition."""
     low, high = ratio * min(0.0, *values), ratio * max(0.0, *values)
     extent, steps = max(high, -low), largest_code(form.bits)
@@ -59,9 +60,9 @@ def zeros_of(grid: WeightGrid) -> Tensor:
 def test_steps_and_zero_points_are_the_definitions(
     bits: int, asymmetric: bool, group_size: int | None, columns: int
 ) -> None:
-    form = WeightForm(bits, group_size, asymmetric)
+    form = Form(bits, group_size, asymmetric)
     weight = random_weight(5, columns)
-    grid = weight_grid(weight, form)
+    grid = make_grid(weight, form)
     parts = slices(columns, group_size)
     expected = [[slow_fit(row[part], form) for part in parts] for row in weight.tolist()]
     steps_and_zeros = torch.tensor(expected, dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_steps_and_zero_points_are_the_definitions(
 
 def test_steps_are_exact_in_16_bits_and_survive_rows_of_zeros() -> None:
     weight = torch.tensor([[0.0, 0.0], [0.7, -0.35], [1e-9, 0.0]], dtype=torch.float64)
-    step = weight_grid(weight, WeightForm(4)).step[:, 0]
+    step = make_grid(weight, Form(4)).step[:, 0]
     assert step[0] == 1.0
     assert step[1] == round_to_16_bit(torch.tensor(0.1, dtype=torch.float64))
     assert step[2] == 2.0**-24
@@ -82,8 +83,8 @@ def test_steps_are_exact_in_16_bits_and_survive_rows_of_zeros() -> None:
 @pytest.mark.parametrize(("bits", "asymmetric"), SPREADS)
 def test_what_is_stored_is_exact_and_in_range(bits: int, asymmetric: bool, search: str) -> None:
     weight = random_weight(40, 64) * torch.logspace(-12, 6, 40, dtype=torch.float64)[:, None]
-    form = WeightForm(bits, 16, asymmetric, "mse" if search == "mse" else "minmax")
-    grid = weight_grid(weight, form)
+    form = Form(bits, 16, asymmetric, "mse" if search == "mse" else "minmax")
+    grid = make_grid(weight, form)
     assert grid.step.dtype == weight.dtype and float(grid.step.min()) >= 2.0**-24
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(grid.step.to(dtype).to(torch.float64), grid.step)
@@ -100,7 +101,7 @@ def test_what_is_stored_is_exact_and_in_range(bits: int, asymmetric: bool, searc
 def test_every_code_survives_a_round_trip_and_ties_go_to_the_even_one(
     bits: int, asymmetric: bool
 ) -> None:
-    grid = weight_grid(random_weight(4, 2**bits), WeightForm(bits, None, asymmetric))
+    grid = make_grid(random_weight(4, 2**bits), Form(bits, None, asymmetric))
     codes = torch.arange(smallest_code(bits), largest_code(bits) + 1).repeat(4, 1)
     assert torch.equal(grid.round_weight(grid.dequantize(codes)).to(torch.int64), codes)
     between = grid.dequantize(codes[:, :-1]) + grid.step / 2  # exact: few bits are in use
@@ -113,7 +114,7 @@ def test_no_weight_is_further_off_than_rounding_the_step_allows(
 ) -> None:
     """Half a step, half for the zero point, and the codes that a step stored too short lacks."""
     weight = random_weight(30, 96)
-    grid = weight_grid(weight, WeightForm(bits, 32, asymmetric))
+    grid = make_grid(weight, Form(bits, 32, asymmetric))
     error = (grid.dequantize(grid.round_weight(weight)) - weight).abs()
     lost = 2**bits * (2**-9 + 2**-12)  # half a unit in the last place: of bfloat16, of float16
     step, _ = grid.columns(torch.arange(96))
@@ -124,8 +125,8 @@ def test_no_weight_is_further_off_than_rounding_the_step_allows(
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_groups_of_zeros_and_of_one_value(asymmetric: bool, search: str) -> None:
     weight = torch.tensor([0.0, 0.7, -0.7, 1e-30, 1e30], dtype=torch.float64)[:, None].repeat(1, 9)
-    form = WeightForm(4, 4, asymmetric, "mse" if search == "mse" else "minmax")
-    grid = weight_grid(weight, form)
+    form = Form(4, 4, asymmetric, "mse" if search == "mse" else "minmax")
+    grid = make_grid(weight, form)
     dequantized = grid.dequantize(grid.round_weight(weight))
     assert grid.step[0].tolist() == [1.0, 1.0, 1.0] and not dequantized[0].any()
     relative = (dequantized[1:3] / weight[1:3] - 1).abs()
@@ -137,13 +138,13 @@ def test_groups_of_zeros_and_of_one_value(asymmetric: bool, search: str) -> None
 def test_a_short_last_group_is_a_group_and_a_large_one_is_the_channel() -> None:
     weight = random_weight(6, 50)
     for asymmetric in (False, True):
-        grid = weight_grid(weight, WeightForm(3, 32, asymmetric))
-        last = weight_grid(weight[:, 32:], WeightForm(3, None, asymmetric))
+        grid = make_grid(weight, Form(3, 32, asymmetric))
+        last = make_grid(weight[:, 32:], Form(3, None, asymmetric))
         assert grid.step.shape == (6, 2)
         assert torch.equal(grid.step[:, 1:], last.step)
         assert torch.equal(zeros_of(grid)[:, 1:], zeros_of(last))
-        large = weight_grid(weight, WeightForm(3, 64, asymmetric))
-        channel = weight_grid(weight, WeightForm(3, None, asymmetric))
+        large = make_grid(weight, Form(3, 64, asymmetric))
+        channel = make_grid(weight, Form(3, None, asymmetric))
         assert torch.equal(large.step, channel.step)
         assert torch.equal(large.round_weight(weight), channel.round_weight(weight))
 
@@ -153,10 +154,10 @@ def test_a_short_last_group_is_a_group_and_a_large_one_is_the_channel() -> None:
 def test_padding_changes_nothing_and_has_the_zero_points_code(
     asymmetric: bool, search: str
 ) -> None:
-    form = WeightForm(4, 16, asymmetric, "mse" if search == "mse" else "minmax")
+    form = Form(4, 16, asymmetric, "mse" if search == "mse" else "minmax")
     weight = random_weight(6, 40)
     padded = torch.cat([weight, torch.zeros(6, 24, dtype=torch.float64)], dim=1)
-    grid, wide = weight_grid(weight, form), weight_grid(padded, form)
+    grid, wide = make_grid(weight, form), make_grid(padded, form)
     assert torch.equal(wide.step[:, :3], grid.step)
     assert torch.equal(zeros_of(wide)[:, :3], zeros_of(grid))
     _, zero = wide.columns(torch.arange(40, 64))
@@ -165,7 +166,7 @@ def test_padding_changes_nothing_and_has_the_zero_points_code(
 
 @pytest.mark.parametrize("group_size", GROUPS)
 def test_columns_in_any_order_have_their_own_groups_step(group_size: int | None) -> None:
-    grid = weight_grid(random_weight(3, 40), WeightForm(4, group_size, asymmetric=True))
+    grid = make_grid(random_weight(3, 40), Form(4, group_size, asymmetric=True))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     step, zero = grid.columns(order)
     for place, column in enumerate(order.tolist()):
@@ -180,8 +181,8 @@ def test_the_search_finds_the_best_ratio_and_is_never_worse_than_the_full_range(
     bits: int, asymmetric: bool, group_size: int | None
 ) -> None:
     weight = random_weight(4, 40)
-    form = WeightForm(bits, group_size, asymmetric, "mse")
-    grid = weight_grid(weight, form)
+    form = Form(bits, group_size, asymmetric, "mse")
+    grid = make_grid(weight, form)
     # Ratios are compared in float32: a code's fraction is off by 2^(b-24), an error by as much.
     close = 1 + 2.0 ** (bits - 20)
     for row, values in enumerate(weight.tolist()):
@@ -201,9 +202,9 @@ def test_the_search_pays_at_3_bits_and_goes_by_any_number_of_rows(
     asymmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight(20, 128)
-    full = weight_grid(weight, WeightForm(3, None, asymmetric))
-    form = WeightForm(3, None, asymmetric, "mse")
-    searched = weight_grid(weight, form)
+    full = make_grid(weight, Form(3, None, asymmetric))
+    form = Form(3, None, asymmetric, "mse")
+    searched = make_grid(weight, form)
     squares = [
         float((grid.dequantize(grid.round_weight(weight)) - weight).square().sum())
         for grid in (full, searched)
@@ -211,7 +212,7 @@ def test_the_search_pays_at_3_bits_and_goes_by_any_number_of_rows(
     assert squares[1] < squares[0]
     for elements in (1, 7 * 128):
         monkeypatch.setattr(weights, "_ELEMENTS_AT_ONCE", elements)
-        again = weight_grid(weight, form)
+        again = make_grid(weight, form)
         assert torch.equal(again.step, searched.step)
         assert torch.equal(zeros_of(again), zeros_of(searched))
 
@@ -220,6 +221,24 @@ def test_a_ratio_that_is_worse_in_the_weights_dtype_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = random_weight(6, 64)
-    full = weight_grid(weight, WeightForm(8))
+    full = make_grid(weight, Form(8))
     monkeypatch.setattr(weights, "_best_ratio", lambda _, low, *rest: torch.full_like(low, 0.2))
-    assert torch.equal(weight_grid(weight, WeightForm(8, search="mse")).step, full.step)
+    assert torch.equal(make_grid(weight, Form(8, search="mse")).step, full.step)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize(("bits", "asymmetric"), SPREADS)
+def test_each_segment_is_rounded_as_a_weight_of_its_own(
+    bits: int, asymmetric: bool, search: Search
+) -> None:
+    weight, lengths = random_weight(7, 109), (32, 64, 13)
+    grid = make_grid(weight, Form(bits, None, asymmetric, search, lengths))
+    parts = [make_grid(x, Form(bits, None, asymmetric, search)) for x in weight.split(lengths, 1)]
+    assert grid.runs == lengths
+    assert torch.equal(grid.step, torch.cat([part.step for part in parts], dim=1))
+    codes = [part.round_weight(x) for part, x in zip(parts, weight.split(lengths, 1), strict=True)]
+    assert torch.equal(grid.round_weight(weight), torch.cat(codes, dim=1))
+    order = torch.randperm(109, generator=torch.Generator().manual_seed(0))
+    step, _ = grid.columns(order)
+    whole, _ = grid.columns(torch.arange(109))
+    assert torch.equal(step, whole[:, order])

@@ -45,11 +45,11 @@ def test_llamas_optional_biases_are_covered() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_each_matrix_of_a_block_is_read_in_exactly_one_stage(model_type: str) -> None:
+def test_each_matrix_of_a_block_has_exactly_one_input(model_type: str) -> None:
     architecture = find(model_type)
-    staged = [linear.name for stage in architecture.stages() for linear in stage.linears]
-    assert sorted(staged) == sorted(linear.name for linear in architecture.linears)
-    with_norm = [stage.norm.name for stage in architecture.stages() if stage.norm]
+    named = [linear.name for readers in architecture.readers() for linear in readers.linears]
+    assert sorted(named) == sorted(linear.name for linear in architecture.linears)
+    with_norm = [readers.norm.name for readers in architecture.readers() if readers.norm]
     assert with_norm == ["input_layernorm", "post_attention_layernorm"]
 
 

@@ -21,7 +21,7 @@ from mergequant.layers.in_block import load_stored
 from mergequant.model.decoder import Block
 from mergequant.output import writer as checkpoint
 from mergequant.output.fingerprint import Fingerprint
-from mergequant.output.unfinished_run import Staging
+from mergequant.output.unfinished_run import UnfinishedRun
 from mergequant.output.writer import Writer
 from mergequant.quantizer import block as quantize_block
 from mergequant.quantizer import run as pipeline
@@ -126,12 +126,12 @@ def _forgets_moving(_: int, path: Path, *__: object) -> bool:
 
 # Where each run is killed that goes on from the one before, and the blocks then finished.
 KILLED: list[tuple[object, str, When, int]] = [
-    (quantize_block, "quantize_stage", lambda count, *_: count == 3, 0),  # in the first block
+    (quantize_block, "quantize_linears", lambda count, *_: count == 3, 0),  # in the first block
     (checkpoint, "save_file", lambda *_: True, 0),
-    (Staging, "write_record", lambda *_: True, 0),
+    (UnfinishedRun, "write_record", lambda *_: True, 0),
     (compensation, "_loss", lambda count, *_: count == 2, 0),  # after an epoch
     (pipeline.Decoder, "block", lambda count, *_: count == 4, 1),  # after the pilot's two, and one
-    (quantize_block, "quantize_stage", lambda count, *_: count == 4, 1),  # in the second
+    (quantize_block, "quantize_linears", lambda count, *_: count == 4, 1),  # in the second
     (checkpoint, "save_file", lambda count, *_: count == 2, 2),  # what is around the blocks
     (os, "replace", _moves(SHARD.replace("00001", "00002", 1)), 2),
     (os, "replace", _moves("config.json"), 2),

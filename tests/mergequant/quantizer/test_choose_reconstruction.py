@@ -14,8 +14,12 @@ from mergequant.model.architecture import paper_alpha
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
 from mergequant.quantizer import choose_reconstruction as pilot
-from mergequant.quantizer.choose_reconstruction import Candidate, resolve_reconstruction
-from mergequant.quantizer.run import calibration_of, find_device, open_model
+from mergequant.quantizer.choose_reconstruction import (
+    Candidate,
+    Decision,
+    resolve_reconstruction,
+)
+from mergequant.quantizer.prepare import calibration_of, find_device, open_model
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -23,7 +27,7 @@ from tests.tiny import make_model
 WIDE = {"reconstruction": "auto", "max_extra_channels": 0.5, "split_by": "folded"}
 
 
-def _resolve(model: Path, text: Path, **changes: Any) -> Options:
+def _resolve(model: Path, text: Path, **changes: Any) -> Decision:
     options = Options.model_validate({**SMALL.model_dump(), **WIDE, **changes})
     reader, architecture, _ = open_model(model, options)
     windows = calibration_of(reader, [text], options)

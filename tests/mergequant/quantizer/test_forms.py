@@ -31,7 +31,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pad, nothing strong": {**PAD, "alpha": 50.0, "staggered": True},
     "rotation offline": {"rotation": "offline"},
     "rotation online": {"rotation": "online"},
+    "rotation online, heads mixed": {"rotation": "online", "mix_heads": 2},
     "rotation online, small blocks": {"rotation": "online", "hadamard_block": 2},
+    "segments": {"segments": 2},
+    "segments, pad": {**PAD, "segments": 3, "asymmetric": True},
+    # They fit the text that they were found on: what lies beyond it is clipped on both sides.
+    "zero points of static inputs": {"static_zero_points": True, "statistics_samples": 64},
+    "zero points of static inputs, pad, staggered": {
+        **PAD,
+        "staggered": True,
+        "static_zero_points": True,
+        "statistics_samples": 64,
+    },
+    "zero points per token": {"dynamic_zero_points": True},
     "all of it": {**PAD, "staggered": True, "rotation": "online", "group_size": 32},
 }
 
@@ -64,6 +76,8 @@ def plain(
     for name, source in sources.items():
         output = tmp_path_factory.mktemp("plain") / name
         found[name] = distance(quantize(source, output, [text], options, progress=False), source)
+        # 8 bits leave 0.02 of these random models: a pipeline that is wrong everywhere shows here.
+        assert found[name] < 0.03
     return found
 
 
@@ -94,8 +108,8 @@ def test_three_bits_are_further_away_than_four(
         update |= {"group_size": group_size, "asymmetric": asymmetric}
         options = SMALL.model_copy(update=update)
         folder = quantize(llama, tmp_path / str(bits), [text], options, progress=False)
-        linear = contract(folder).linears["mlp.up_proj"]
-        assert (linear.weight_bits, linear.group_size) == (bits, group_size)
+        weight = contract(folder).quantized["model.layers.1.mlp.up_proj"].weight
+        assert (weight.bits, weight.group_size) == (bits, group_size)
         found[bits] = distance(folder, llama)
     assert found[8] < found[4] < found[3]
 
@@ -103,7 +117,7 @@ def test_three_bits_are_further_away_than_four(
 def test_pruned_channels_are_gathered(tmp_path: Path, llama: Path, text: Path) -> None:
     options = SMALL.model_copy(update={"reconstruction": "prune", "alpha": 1.0})
     folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
-    linears, reader = contract(folder).linears, Reader(folder)
+    linears, reader = contract(folder).block_linears(0), Reader(folder)
     assert linears["self_attn.q_proj"].columns == 64 and linears["mlp.down_proj"].columns is None
     index = reader.read("model.layers.0.self_attn.q_proj.input_index")
     assert torch.equal(index, reader.read("model.layers.0.self_attn.v_proj.input_index"))

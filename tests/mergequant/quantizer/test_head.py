@@ -10,11 +10,13 @@ from mergequant import quantize
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.reader import Reader
-from mergequant.quantizer.head import ROWS_AT_ONCE, head_format, quantize_head
+from mergequant.model.rotated_reader import ROWS_AT_ONCE
+from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.in_memory import quantize_in_memory
 from mergequant_vllm.format import FormatError, parse
 from mergequant_vllm.packing import unpack
 from tests.conftest import SMALL
+from tests.forms import linear_form
 from tests.tiny import make_model
 
 EIGHT = SMALL.model_copy(update={"head_bits": 8})
@@ -31,7 +33,11 @@ def test_codes_are_the_nearest_and_outputs_within_half_a_step() -> None:
     codes = unpack(stored["weight_packed"], 8, 96).to(torch.float64)
     # The largest code may be cut where the step was rounded down to 16 bits: by 2^-9 of 127 steps.
     assert bool(((codes * step - weight).abs() <= step * (0.5 + 127 * 2**-9)).all())
-    y = from_stored(head_format((len(weight), 96)), stored.__getitem__, torch.float32)(x)
+    y = from_stored(
+        linear_form((len(weight), 96), "dynamic", weight_bits=8, activation_bits=8),
+        stored.__getitem__,
+        torch.float32,
+    )(x)
     token_step = x.abs().amax(1, keepdim=True).to(torch.float64) / 127
     exact = x.to(torch.float64) @ (codes * step).T
     bound = 0.5 * token_step * (codes * step).abs().sum(1)
@@ -71,6 +77,8 @@ def test_a_head_that_is_not_dynamic_is_refused(tmp_path: Path, text: Path, llama
     folder = quantize(llama, tmp_path / "eight", [text], EIGHT, progress=False)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert list(parse(config).outer) == ["lm_head"]
-    config["outer"]["lm_head"] |= {"activations": "static", "norm": "model.norm"}
-    with pytest.raises(FormatError, match="outside the blocks have dynamic activations"):
+    head = config["targets"][-1]
+    assert head["pattern"] == "lm_head"
+    head["linear"]["input"] = {"kind": "static"}
+    with pytest.raises(FormatError, match=r"lm_head: a static input needs a norm"):
         parse(config)

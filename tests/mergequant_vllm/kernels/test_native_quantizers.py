@@ -63,9 +63,10 @@ def test_the_rotation(block: int) -> None:
 def test_the_mixing_of_heads(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     size = heads[0] * heads[1]
     for tokens in (0, 1, 2, 300):
-        x = random(tokens, size + 3).to(dtype)[:, 2:-1]
-        assert torch.equal(mix_heads_native(x, *heads), mix_heads(x, heads))
-    with pytest.raises(ValueError, match="are not 4 channels"):
+        for runs in (1, 2):
+            x = random(tokens, runs * size + 3).to(dtype)[:, 2:-1]
+            assert torch.equal(mix_heads_native(x, *heads), mix_heads(x, heads))
+    with pytest.raises(ValueError, match="4 channels are not whole runs of 3 heads of 2"):
         mix_heads_native(random(2, 4), 3, 2)
 
 

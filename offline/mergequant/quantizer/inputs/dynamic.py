@@ -1,88 +1,106 @@
-"""The input of o, down, and of all linears of the dynamic baseline: one clip ratio (paper 4.2)."""
+"""The input of o and down, and of every linear of the dynamic baseline: a step per token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergequant.calibration.statistics import ChannelMagnitudes
-from mergequant.methods.clip import clip_grid, token_clip_losses
-from mergequant.model.architecture import Stage
+from mergequant.methods.clip import choose_token_clip
+from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.decoder import Block
-from mergequant.options import Options
-from mergequant.quantizer.inputs.record import StageInput, stacked_weights
-from mergequant_vllm.format import LinearFormat
+from mergequant.quantizer.inputs.record import CalibratedInput, ClipSearch, stacked_weights
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.token_quant.reference import token_codes
-from mergequant_vllm.rounding import SMALLEST_STEP, largest_code, round_to_codes, smallest_code
+from mergequant_vllm.rounding import SMALLEST_STEP, largest_code, smallest_code
 
 
-def dynamic_input(
-    block: Block, stage: Stage, batches: list[Tensor], options: Options, form: LinearFormat
-) -> StageInput:
-    """Search one clip ratio for the stage's per-token steps.
+@dataclass(frozen=True)
+class DynamicInputPlan:
+    """How a per-token input is to be calibrated: one clip ratio (paper 4.2).
 
-    Args:
-        batches: hidden states to calibrate on.
-        form: how the stage's linears are stored.
+    Attributes:
+        bits: width of an activation code.
+        zero_points: tokens have zero points.
+        clip: None: nothing is clipped.
+        rotation: of the input, by the server.
     """
-    if options.mix_activations == "tensor":
-        return _tensor_input(block, stage, batches, form)
-    bits, block_size = form.activation_bits, form.hadamard
-    clip = _clip(block, stage, batches, options, form)
 
-    def dequantized(x: Tensor) -> Tensor:
-        codes, step, _ = token_codes(x, clip, bits, CodeLayout.FLOAT32, hadamard=block_size)
-        return codes * step
+    bits: int
+    zero_points: bool
+    clip: ClipSearch | None
+    rotation: OnlineRotation
+    kind: str = "dynamic"
 
-    def relaxed(x: Tensor) -> Tensor:
-        z = _rotated(x, block_size)
-        largest = z.detach().abs().amax(dim=-1, keepdim=True)
-        step = (largest * clip / largest_code(bits)).clamp(min=SMALLEST_STEP)
-        return z.clamp(smallest_code(bits) * step, largest_code(bits) * step)
-
-    return StageInput(dequantized, relaxed, {"clip": round(float(clip), 4)}, clip=clip)
-
-
-def _clip(
-    block: Block, stage: Stage, batches: list[Tensor], options: Options, form: LinearFormat
-) -> Tensor:
-    """The ratio of least error at the linears' output: float32 [1]."""
-    device = batches[0].device
-    clip = torch.ones(1, dtype=torch.float32, device=device)
-    if options.clipping != "adaptive":
-        return clip
-    first = stage.linears[0].name
-    grid = clip_grid(options.lowest_clip, options.clip_points)
-    # The weights of such a linear were rotated as they were read; its float input is not.
-    weights = stacked_weights(block, stage)
-    losses = torch.zeros(len(grid), dtype=torch.float64, device=device)
-
-    def add(x: Tensor) -> None:
-        z = _rotated(x, form.hadamard)
-        losses.add_(token_clip_losses(z, weights, grid, form.activation_bits))
-
-    block.observe(first, batches, add)
-    return grid[losses.argmin().cpu()].reshape(1).to(device, torch.float32)
+    def calibrate(
+        self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
+    ) -> tuple[CalibratedInput, list[Tensor]]:
+        """Search the ratio of least error at the linears' output."""
+        inputs: list[Tensor] = []
+        block.observe(linears[0], batches, inputs.append)
+        ratio = 1.0
+        if self.clip is not None:
+            # The weights of such a linear were rotated as they were read; its float input is not.
+            ratio = choose_token_clip(
+                [self.rotation(x) for x in inputs],
+                stacked_weights(block, linears),
+                self.clip.grid(),
+                self.bits,
+                zero_points=self.zero_points,
+            )
+        clip = torch.tensor([ratio], dtype=torch.float32, device=block.device)
+        report = {"clip": round(float(clip), 4)}
+        return DynamicInput(self.bits, self.zero_points, clip, self.rotation, report), inputs
 
 
-def _tensor_input(
-    block: Block, stage: Stage, batches: list[Tensor], form: LinearFormat
-) -> StageInput:
-    """One static step for the whole tensor: the baselines of the paper's Tables 1 and 4."""
-    first, bits = stage.linears[0].name, form.activation_bits
-    seen = ChannelMagnitudes()
-    block.observe(first, batches, lambda x: seen.add(_rotated(x, form.hadamard)))
-    step = (seen.largest.amax() / largest_code(bits)).clamp(min=SMALLEST_STEP)
+@dataclass(frozen=True)
+class DynamicInput:
+    """An input that the server quantizes token by token.
 
-    def relaxed(x: Tensor) -> Tensor:
-        z = _rotated(x, form.hadamard)
-        return z.clamp(smallest_code(bits) * step, largest_code(bits) * step)
+    Attributes:
+        bits: width of an activation code.
+        zero_points: tokens have zero points.
+        clip: float32 [1], ratio of the per-token step.
+        rotation: of the input, by the server.
+        report: fields of the report.
+    """
 
-    def dequantized(x: Tensor) -> Tensor:
-        return round_to_codes(_rotated(x, form.hadamard) / step, bits) * step
+    bits: int
+    zero_points: bool
+    clip: Tensor
+    rotation: OnlineRotation
+    report: Mapping[str, Any]
+    norm_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    is_served: bool = True
 
-    return StageInput(dequantized, relaxed, {"clip": 1.0})
+    def dequantized(self, x: Tensor) -> Tensor:
+        """What the codes of x [..., K] and its tokens' steps stand for: float32 [..., K]."""
+        codes, step, zero = token_codes(
+            self.rotation(x), self.clip, self.bits, CodeLayout.FLOAT32, zero_points=self.zero_points
+        )
+        return (codes if zero is None else codes - zero) * step
 
+    def relaxed(self, x: Tensor) -> Tensor:
+        """x [..., K] rotated and clamped to what its codes reach: float32 [..., K]."""
+        z = self.rotation(x)
+        exact = z.detach()
+        if self.zero_points:
+            low = exact.amin(dim=-1, keepdim=True).clamp(max=0.0)
+            high = exact.amax(dim=-1, keepdim=True).clamp(min=0.0)
+            return z.clamp(low * self.clip, high * self.clip)
+        largest = exact.abs().amax(dim=-1, keepdim=True)
+        step = (largest * self.clip / largest_code(self.bits)).clamp(min=SMALLEST_STEP)
+        return z.clamp(smallest_code(self.bits) * step, largest_code(self.bits) * step)
 
-def _rotated(x: Tensor, block: int | None) -> Tensor:
-    return x if block is None else rotate(x, block)
+    def folded_weight(self, weight: Tensor) -> Tensor:
+        """The weight as it is: nothing migrates."""
+        return weight
+
+    def output_offset(self, weight: Tensor) -> Tensor | None:
+        """None: the server takes a token's zero point away by itself."""
+        return None
+
+    def stored(self) -> dict[str, Tensor]:
+        """`input_clip`."""
+        return {"input_clip": self.clip.cpu().clone()}

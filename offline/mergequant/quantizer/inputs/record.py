@@ -1,64 +1,85 @@
-"""How a stage's linears will read their input: one record, whichever way it was calibrated."""
+"""How the linears of a space read their input from now on, whichever way it was calibrated."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.methods.migrate import migrate_weight
-from mergequant.methods.reconstruct import Reconstruction, fold_columns
-from mergequant.model.architecture import Stage
+from mergequant.methods.clip import clip_grid
 from mergequant.model.decoder import Block
 
 
 @dataclass(frozen=True)
-class StageInput:
-    """How a stage's linears read their input from now on.
+class ClipSearch:
+    """Ratios tried: `points` of them, evenly spaced from `lowest` to 1."""
 
-    Attributes:
-        dequantized: input [t, n] of a linear to what the integer product sees of it, [t, K].
-        relaxed: the same without its rounding: clamped, differentiable.
-        report: for the report, by field.
-        step: float64 [n], what migrates into the weights; static only.
-        reconstruction: columns of the linears, or None; static only.
-        clip: float32 [1], ratio of the per-token step; dynamic only.
-        tensors: the folded norm as it is to be stored, by name within the block.
-    """
+    lowest: float
+    points: int
 
-    dequantized: Callable[[Tensor], Tensor]
-    relaxed: Callable[[Tensor], Tensor]
-    report: dict[str, Any]
-    step: Tensor | None = None
-    reconstruction: Reconstruction | None = None
-    clip: Tensor | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    def grid(self) -> Tensor:
+        """float64 [points], ascending."""
+        return clip_grid(self.lowest, self.points)
 
-    def stored(self) -> dict[str, Tensor]:
-        """Tensors of the input that every linear of the stage stores, by suffix."""
-        if self.clip is not None:
-            return {"input_clip": self.clip.cpu().clone()}
-        if self.reconstruction is None:
-            return {}
-        found = {"input_index": self.reconstruction.index.to(torch.int32).cpu()}
-        if self.reconstruction.offset is not None:
-            found["input_offset"] = self.reconstruction.offset.cpu().clone()
-        return found
+
+class CalibratedInput(Protocol):
+    """What the quantizer asks of an input whose steps are known."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server can read its input so; False for baselines that no checkpoint holds."""
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """Fields of the report that the linears share."""
+
+    @property
+    def norm_tensors(self) -> Mapping[str, Tensor]:
+        """The folded norm as it is to be stored, by name within the block; empty if dynamic."""
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """Input [..., n] of a linear to what its integer product stands for: [..., K]."""
+
+    def relaxed(self, x: Tensor) -> Tensor:
+        """The same without its rounding: clamped, differentiable."""
 
     def folded_weight(self, weight: Tensor) -> Tensor:
-        """W as its codes are chosen: steps migrated, columns reconstructed; [out, n] to [out, K]"""
-        if self.step is None:
-            return weight
-        if self.reconstruction is None:
-            return migrate_weight(weight, self.step)
-        return fold_columns(weight, self.step, self.reconstruction)
+        """W as its codes are chosen, steps and columns in it: [out, n] to [out, K]."""
+
+    def output_offset(self, weight: Tensor) -> Tensor | None:
+        """The constant that zero points take away from W x: [out, n] to [out]; None without."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """Tensors of the input that each of the linears stores, by suffix."""
 
 
-def stacked_weights(block: Block, stage: Stage) -> Tensor:
-    """The stage's readers as one matrix: float32 [out, n]."""
-    return torch.cat([block.weight(linear.name) for linear in stage.linears])
+class InputPlan(Protocol):
+    """How an input is to be calibrated: everything is decided but what the activations decide."""
+
+    @property
+    def kind(self) -> str:
+        """`static` or `dynamic`, for the report."""
+
+    def calibrate(
+        self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
+    ) -> tuple[CalibratedInput, list[Tensor]]:
+        """Choose the steps of the input that `linears` of `block` share.
+
+        Args:
+            linears: their names within the block.
+            batches: hidden states to calibrate on.
+
+        Returns:
+            the input, and what the linears read of the first batches, [tokens, n] each, where the
+            calibration has it.
+        """
+
+
+def stacked_weights(block: Block, linears: Sequence[str]) -> Tensor:
+    """The weights of linears that read one input as one matrix: float32 [out, n]."""
+    return torch.cat([block.weight(name) for name in linears])
 
 
 def refuse_infinite(values: Tensor, name: str) -> None:

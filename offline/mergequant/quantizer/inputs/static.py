@@ -1,6 +1,7 @@
-"""A norm-fed stage's input: steps that fold into the norm, and columns (paper 4.1 and 4.2)."""
+"""A norm-fed input: steps that fold into the norm, zero points, columns (paper 4.1 and 4.2)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,197 +10,324 @@ from torch import Tensor, nn
 
 from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.errors import InputError
-from mergequant.methods.clip import ChannelClipStatistics, choose_channel_clips, clip_grid
+from mergequant.methods.clip import (
+    ChannelClipStatistics,
+    ChannelRange,
+    choose_channel_clips,
+)
 from mergequant.methods.migrate import (
     FoldedNorm,
     activation_steps,
     fold_norm,
+    migrate_weight,
     smooth_steps,
     tensor_steps,
 )
-from mergequant.methods.reconstruct import Reconstruction, reconstruct
-from mergequant.model.architecture import Norm, Stage
+from mergequant.methods.reconstruct import (
+    Reconstruction,
+    as_they_are,
+    fold_columns,
+    reconstruct,
+    sort_columns,
+)
+from mergequant.model.architecture import Norm
 from mergequant.model.decoder import Block
-from mergequant.options import Options
-from mergequant.quantizer.inputs.record import StageInput, refuse_infinite, stacked_weights
-from mergequant_vllm.format import LinearFormat
+from mergequant.quantizer.inputs.record import (
+    CalibratedInput,
+    ClipSearch,
+    refuse_infinite,
+    stacked_weights,
+)
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.rounding import largest_code, smallest_code
 
 
 @dataclass(frozen=True)
+class ColumnsPlan:
+    """Which columns the linears behind a norm have.
+
+    Attributes:
+        mode: `none`: the channels; `prune` and `pad`: see `methods.reconstruct`.
+        count: K.
+        alpha: of Eq. 6.
+        split_by: what Eq. 6 measures: the activation `step`, or the `folded` weight column.
+        staggered: copies of a channel round at different offsets.
+        sorted: by falling size, for weight steps along K.
+    """
+
+    mode: Literal["none", "prune", "pad"]
+    count: int
+    alpha: float
+    split_by: Literal["step", "folded"]
+    staggered: bool
+    sorted: bool
+
+
+@dataclass(frozen=True)
+class StaticInputPlan:
+    """How a norm-fed input is to be calibrated.
+
+    Attributes:
+        norm: whose multiplier will carry 1/s.
+        bits: width of an activation code.
+        zero_points: channels have zero points.
+        step: one a `channel` (the paper), one for the whole `tensor`, or that after SmoothQuant
+            (`smooth`): the static baselines of the paper's tables.
+        clip: None: nothing is clipped.
+        columns: None: the channels as they are, and nothing is gathered.
+        weight_bits: width of the readers' weight codes, for the clip search.
+    """
+
+    norm: Norm
+    bits: int
+    zero_points: bool
+    step: Literal["channel", "tensor", "smooth"]
+    clip: ClipSearch | None
+    columns: ColumnsPlan | None
+    weight_bits: int
+    kind: str = "static"
+
+    def calibrate(
+        self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
+    ) -> tuple[CalibratedInput, list[Tensor]]:
+        """Choose a step for each channel and fold it into the norm, within the block too."""
+        inputs: list[Tensor] = []
+        block.observe(linears[0], batches, inputs.append)
+        weights = stacked_weights(block, linears)
+        calibration = calibrate_channels(self, block, linears[0], inputs, weights)
+        name = f"{self.norm.name}.weight"
+        module: Any = block.module.get_submodule(self.norm.name)
+        folded = calibration.folded.weight
+        module.weight = nn.Parameter(folded.to(torch.float32), requires_grad=False)
+        columns = None
+        if self.columns is not None:
+            columns = columns_of(calibration, weights, self.columns)
+        clips = calibration.clip
+        limits = {"lowest": clips.min(), "mean": clips.mean(), "highest": clips.max()}
+        report = {
+            "clip": {key: round(float(value), 4) for key, value in limits.items()},
+            "reconstruction": _reconstruction_report(columns, len(clips)),
+        }
+        tensors = {name: folded.to(block.stored[name].dtype)}
+        # What was observed is not yet divided by the steps, which no division can make up for.
+        return static_input(calibration, columns, self.bits, report, tensors), []
+
+
+@dataclass(frozen=True)
 class ChannelCalibration:
-    """What calibration found of a norm's output.
+    """What calibration says of a norm's output.
 
     Attributes:
         folded: the norm with 1/s in its multiplier.
-        largest: float32 [n], max |X|.
+        shift: float64 [n], z, what the code 0 stands for; None where codes are symmetric.
         energy: float64 [n], sum of X^2 over the tokens.
         clip: float64 [n], ratios c.
     """
 
     folded: FoldedNorm
-    largest: Tensor
+    shift: Tensor | None
     energy: Tensor
     clip: Tensor
 
 
-def static_input(
-    block: Block,
-    stage: Stage,
-    norm: Norm,
-    batches: list[Tensor],
-    options: Options,
-    form: LinearFormat,
-) -> StageInput:
-    """Choose a step for each channel and fold it into the norm, within the block too.
+def calibrate_channels(
+    plan: StaticInputPlan, block: Block, linear: str, inputs: Sequence[Tensor], weights: Tensor
+) -> ChannelCalibration:
+    """Steps, zero points and clip ratios of a norm's channels; the block is left as it was.
 
     Args:
-        batches: hidden states to calibrate on.
-        form: how the stage's linears are stored.
+        linear: one of the norm's readers.
+        inputs: [tokens, n] each, what it reads.
+        weights: [out, n], of all of them.
     """
-    found = calibrate_channels(block, stage, norm, batches, options)
-    name = f"{norm.name}.weight"
-    module: Any = block.module.get_submodule(norm.name)
-    module.weight = nn.Parameter(found.folded.weight.to(torch.float32), requires_grad=False)
-    shape = None
-    if form.columns is not None:
-        weights = stacked_weights(block, stage)
-        shape = columns_of(found, weights, options, form.columns)
-    clips = {"lowest": found.clip.min(), "mean": found.clip.mean(), "highest": found.clip.max()}
-    return reading(
-        found.folded.step,
-        shape,
-        options.static_bits,
-        tensors={name: found.folded.weight.to(block.stored[name].dtype)},
-        report={
-            "clip": {key: round(float(value), 4) for key, value in clips.items()},
-            "reconstruction": _reconstruction_report(shape, len(found.largest)),
-        },
-    )
-
-
-def calibrate_channels(
-    block: Block, stage: Stage, norm: Norm, batches: list[Tensor], options: Options
-) -> ChannelCalibration:
-    """Steps and clip ratios of a norm's channels; the block is left as it was."""
-    first = stage.linears[0].name
-    seen = ChannelMagnitudes()
-    block.observe(first, batches, seen.add)
-    refuse_infinite(seen.energy, f"The input of {block.name_of(first)}")
-    clip = _channel_clips(block, stage, batches, seen.largest, options)
+    magnitudes = ChannelMagnitudes()
+    for x in inputs:
+        magnitudes.add(x)
+    refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
+    if plan.zero_points:
+        spans = ChannelRange.between(magnitudes.lowest, magnitudes.highest, plan.bits)
+    else:
+        spans = ChannelRange.symmetric(magnitudes.largest, plan.bits)
+    clip = _channel_clips(plan, inputs, weights, spans)
     folded = fold_norm(
-        block.stored[f"{norm.name}.weight"].to(clip.device),
+        block.stored[f"{plan.norm.name}.weight"].to(clip.device),
         None,
-        _steps(block, stage, seen.largest, clip, options),
-        one_plus=norm.multiplier == "one_plus",
+        _steps(plan, weights, spans, clip),
+        one_plus=plan.norm.multiplier == "one_plus",
     )
-    return ChannelCalibration(folded, seen.largest, seen.energy, clip)
+    return ChannelCalibration(folded, spans.shift(folded.step), magnitudes.energy, clip)
 
 
-def _steps(block: Block, stage: Stage, largest: Tensor, clip: Tensor, options: Options) -> Tensor:
-    bits = options.static_bits
-    if options.activation_step == "channel":
-        return activation_steps(largest, clip, bits)
-    if options.activation_step == "tensor":
-        return tensor_steps(largest, bits)
-    return smooth_steps(largest, stacked_weights(block, stage).abs().amax(dim=0), bits)
+def _steps(plan: StaticInputPlan, weights: Tensor, spans: ChannelRange, clip: Tensor) -> Tensor:
+    if plan.step == "channel":
+        return activation_steps(spans.extent, clip, spans.levels)
+    if plan.step == "tensor":
+        return tensor_steps(spans.extent, plan.bits)
+    return smooth_steps(spans.extent, weights.abs().amax(dim=0), plan.bits)
 
 
 def _channel_clips(
-    block: Block, stage: Stage, batches: list[Tensor], largest: Tensor, options: Options
+    plan: StaticInputPlan, inputs: Sequence[Tensor], weights: Tensor, spans: ChannelRange
 ) -> Tensor:
-    if options.clipping == "none":
-        return torch.ones_like(largest, dtype=torch.float64)
-    grid = clip_grid(options.lowest_clip, options.clip_points)
-    bits = options.static_bits
-    seen = ChannelClipStatistics.empty(len(grid), len(largest), largest.device)
-    block.observe(stage.linears[0].name, batches, lambda x: seen.add(x, largest, grid, bits))
-    weights = stacked_weights(block, stage)
-    return choose_channel_clips(seen, weights, largest, grid, bits, options.weight_bits)
+    if plan.clip is None:
+        return torch.ones_like(spans.extent, dtype=torch.float64)
+    grid = plan.clip.grid()
+    sums = ChannelClipStatistics.empty(len(grid), len(spans.extent), spans.extent.device)
+    for x in inputs:
+        sums.add(x, spans, grid, plan.bits)
+    return choose_channel_clips(sums, weights, spans, grid, plan.weight_bits)
 
 
-def reading(
-    step: Tensor,
-    shape: Reconstruction | None,
+@dataclass(frozen=True)
+class StaticInput:
+    """The input of linears whose norm hands out x / step.
+
+    Attributes:
+        bits: width of an activation code.
+        step: float64 [n], what migrates into the weights.
+        shift: float64 [n], what the code 0 stands for once `offset` is rounded; None: 0.
+        columns: of the linears; None: the channels as they are.
+        offset: float32 [K], added before rounding; None: 0.
+        report: fields of the report.
+        norm_tensors: the folded norm as it is to be stored, by name within the block.
+    """
+
+    bits: int
+    step: Tensor
+    shift: Tensor | None
+    columns: Reconstruction | None
+    offset: Tensor | None
+    report: Mapping[str, Any]
+    norm_tensors: Mapping[str, Tensor]
+    is_served: bool = True
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """Codes of x [..., n], whose norm is folded: float32 [..., K]."""
+        codes = static_codes(
+            x, self.bits, CodeLayout.FLOAT32, index=self._index, offset=self.offset
+        )
+        return self._without_padding(codes)
+
+    def relaxed(self, x: Tensor) -> Tensor:
+        """Codes of x [..., n] before they are rounded, clamped: float32 [..., K]."""
+        columns = x if self._index is None else x.index_select(-1, self._index)
+        columns = columns if self.offset is None else columns + self.offset
+        return self._without_padding(
+            columns.clamp(smallest_code(self.bits), largest_code(self.bits))
+        )
+
+    def folded_weight(self, weight: Tensor) -> Tensor:
+        """W times the steps, columns reconstructed: [out, n] to [out, K]."""
+        if self.columns is None:
+            return migrate_weight(weight, self.step)
+        return fold_columns(weight, self.step, self.columns)
+
+    def output_offset(self, weight: Tensor) -> Tensor | None:
+        """W z: [out, n] to float32 [out]; None without zero points."""
+        if self.shift is None:
+            return None
+        return (weight.to(torch.float64) @ self.shift).to(torch.float32)
+
+    def stored(self) -> dict[str, Tensor]:
+        """`input_index` and `input_offset` where there are any."""
+        tensors = {}
+        if self._index is not None:
+            tensors["input_index"] = self._index.cpu()
+        if self.offset is not None:
+            tensors["input_offset"] = self.offset.cpu().clone()
+        return tensors
+
+    @property
+    def _index(self) -> Tensor | None:
+        return None if self.columns is None else self.columns.index.to(torch.int32)
+
+    def _without_padding(self, codes: Tensor) -> Tensor:
+        """Padding reads channel 0 and must learn nothing from it: its weight stays 0."""
+        if self.columns is None or self.columns.padding == 0:
+            return codes
+        return codes * (self.columns.share != 0).to(torch.float32)
+
+
+def static_input(
+    calibration: ChannelCalibration,
+    columns: Reconstruction | None,
     bits: int,
-    tensors: dict[str, Tensor],
-    report: dict[str, Any],
-) -> StageInput:
-    """The input of linears whose norm hands out x / step."""
-    index = None if shape is None else shape.index.to(torch.int32)
-    offset = None if shape is None else shape.offset
-    # Padding reads channel 0 and must learn nothing from it: its weight stays 0.
-    real = None if shape is None else (shape.share != 0).to(torch.float32)
-
-    def masked(codes: Tensor) -> Tensor:
-        return codes if real is None else codes * real
-
-    def dequantized(x: Tensor) -> Tensor:
-        return masked(static_codes(x, bits, CodeLayout.FLOAT32, index=index, offset=offset))
-
-    def relaxed(x: Tensor) -> Tensor:
-        columns = x if index is None else x.index_select(-1, index)
-        columns = columns if offset is None else columns + offset
-        return masked(columns.clamp(smallest_code(bits), largest_code(bits)))
-
-    return StageInput(dequantized, relaxed, report, step, shape, tensors=tensors)
+    report: Mapping[str, Any],
+    norm_tensors: Mapping[str, Tensor],
+) -> StaticInput:
+    """The input behind a norm that was calibrated; zero points become offsets of its columns."""
+    step, shift = calibration.folded.step, calibration.shift
+    offset = None if columns is None else columns.offset
+    if shift is not None:
+        # As it is stored: W z is then the constant of what the server really subtracts.
+        zero = (-shift / step).to(torch.float32)
+        shift = -zero.to(torch.float64) * step
+        per_column = zero if columns is None else zero[columns.index]
+        offset = per_column if offset is None else per_column + offset
+    return StaticInput(bits, step, shift, columns, offset, report, norm_tensors)
 
 
 def columns_of(
-    found: ChannelCalibration, weights: Tensor, options: Options, columns: int
+    calibration: ChannelCalibration, weights: Tensor, plan: ColumnsPlan
 ) -> Reconstruction:
-    """The columns of the linears behind a norm, as many in every block (paper 4.2, Eq. 6).
+    """The columns of the linears behind a norm: K = `plan.count` of them (paper 4.2, Eq. 6).
 
     Args:
         weights: [out, n], the space's readers stacked, not migrated.
-        columns: K.
+
+    Raises:
+        InputError: `prune` does not have as many channels to drop.
     """
-    assert not isinstance(options.alpha, str) and options.reconstruction != "auto"  # see `pilot`
-    mode: Literal["prune", "pad"] = "pad" if options.reconstruction == "pad" else "prune"
-    step = found.folded.step
-    size = step
-    if options.split_by == "folded":
-        size = step * weights.to(torch.float64).norm(dim=0)
+    step = calibration.folded.step
+    folded = step * weights.to(torch.float64).norm(dim=0)
+    if plan.mode == "none":
+        columns = as_they_are(len(step), plan.count, step.device)
+    else:
+        columns = _reconstructed(calibration, folded, plan)
+    return sort_columns(columns, folded) if plan.sorted else columns
+
+
+def _reconstructed(
+    calibration: ChannelCalibration, folded: Tensor, plan: ColumnsPlan
+) -> Reconstruction:
+    mode: Literal["prune", "pad"] = "pad" if plan.mode == "pad" else "prune"
+    step = calibration.folded.step
     try:
-        shape = reconstruct(
+        columns = reconstruct(
             step,
-            size,
-            found.energy,
-            options.alpha,
+            step if plan.split_by == "step" else folded,
+            calibration.energy,
+            plan.alpha,
             mode=mode,
-            tile=columns,
-            most_columns=columns if mode == "pad" else None,
-            staggered=options.staggered,
+            tile=plan.count,
+            most_columns=plan.count if mode == "pad" else None,
+            staggered=plan.staggered,
         )
     except ValueError as error:
-        raise InputError(f"--reconstruction {mode} --alpha {options.alpha:g}: {error}.") from error
-    missing = columns - len(shape.index)
-    offset = shape.offset
-    if options.staggered and offset is None:
-        offset = torch.zeros(len(shape.index), dtype=torch.float32, device=step.device)
-    return Reconstruction(
-        index=F.pad(shape.index, (0, missing)),
-        share=F.pad(shape.share, (0, missing)),
+        raise InputError(f"--reconstruction {mode} --alpha {plan.alpha:g}: {error}.") from error
+    missing = plan.count - len(columns.index)
+    offset = columns.offset
+    if plan.staggered and offset is None:
+        offset = torch.zeros(len(columns.index), dtype=torch.float32, device=step.device)
+    return replace(
+        columns,
+        index=F.pad(columns.index, (0, missing)),
+        share=F.pad(columns.share, (0, missing)),
         offset=None if offset is None else F.pad(offset, (0, missing)),
-        strong=shape.strong,
-        copies=shape.copies,
-        left_out=shape.left_out,
-        dropped=shape.dropped,
-        padding=shape.padding + missing,
+        padding=columns.padding + missing,
     )
 
 
-def _reconstruction_report(found: Reconstruction | None, channels: int) -> dict[str, Any] | None:
-    if found is None:
+def _reconstruction_report(columns: Reconstruction | None, channels: int) -> dict[str, Any] | None:
+    if columns is None:
         return None
     return {
-        "columns": len(found.index),
-        "growth": len(found.index) / channels - 1,
-        "strong": found.strong,
-        "copies": found.copies,
-        "left_out": found.left_out,
-        "dropped": len(found.dropped),
-        "padding": found.padding,
+        "columns": len(columns.index),
+        "growth": len(columns.index) / channels - 1,
+        "strong": columns.strong,
+        "copies": columns.copies,
+        "left_out": columns.left_out,
+        "dropped": len(columns.dropped),
+        "padding": columns.padding,
     }

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from mergequant.model.architecture import Architecture, Linear, linear_shape, widths
+from mergequant.model.architecture import Architecture, Linear, Readers, linear_shape, widths
 from mergequant.model.decoder import TOKENS_A_BATCH
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
 from mergequant.options import Options
-from mergequant.output.checkpoint_plan import padded_columns
+from mergequant.quantizer.columns import padded_columns
 from mergequant.quantizer.train_compensation import TOKENS_A_STEP
 
 _F32, _F64 = 4, 8
@@ -84,7 +84,8 @@ def needed_memory(
         need float64), 5 more where it is to be compensated. Beside them, the largest of
 
     a Hessian: 20 K K, and a batch's forward pass; its inverse: 51 K K;
-    clip ratios: 60 out n of a norm's readers, stacked; of o and down 4 (out n + t (2 h + 6 n));
+    clip ratios: 60 out n of a norm's readers, stacked; of o and down 4 (out n + t (2 h + 6 n)); and
+        4 n of each token of the statistics' windows, twice for an input that is rotated online;
     codes: 16 K K and 41 out K of one linear (groups: 8 more, 16 with zero points);
     a forward pass: 4 t (2 h + 4 m), or of attention 10 heads t length where scores are written;
     compensation: 14 out K of all linears and 12 of the largest; 4 (3 K + 4 q + 7 m + ...) of each
@@ -145,7 +146,7 @@ class _Weight:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Readers:
     """Linears that read one input."""
 
     static: bool
@@ -164,6 +165,14 @@ class _Stage:
         return sum(weight.out for weight in self.weights)
 
 
+def _exact(own: Options, columns: int, static: bool) -> int:
+    """Bytes of an element in which sums of products are exact, see `layers.served_linear`."""
+    bits = own.static_bits if static else own.dynamic_bits
+    code = 2**bits if own.dynamic_zero_points and not static else 2 ** (bits - 1)
+    weight = 2**own.weight_bits // (1 if own.asymmetric else 2)
+    return _F32 if columns * code * weight <= 2**24 else _F64
+
+
 @dataclass(frozen=True)
 class _Shapes:
     """What the formula is about; sizes in elements or tokens unless said otherwise."""
@@ -179,30 +188,39 @@ class _Shapes:
         return widths(self.config)
 
     @cached_property
-    def stages(self) -> tuple[_Stage, ...]:
-        found = []
-        for stage in self.architecture.stages():
-            static = stage.norm is not None and self.options.activations == "static"
-            weights = (self._weight(linear, static) for linear in stage.linears)
-            found.append(_Stage(static, tuple(weights)))
-        return tuple(found)
+    def readers(self) -> tuple[_Readers, ...]:
+        return tuple(
+            _Readers(
+                self.options.activations == "static" and x.norm is not None,
+                tuple(self._weight(linear, x) for linear in x.linears),
+            )
+            for x in self.architecture.readers()
+        )
 
-    def _weight(self, linear: Linear, static: bool) -> _Weight:
-        options = self.options
+    def _weight(self, linear: Linear, readers: Readers) -> _Weight:
+        """The largest that the linear is in any block."""
         out, channels = linear_shape(self.architecture, linear, self.config)
-        columns = channels
-        if static and options.reconstruction in ("pad", "auto"):
-            columns = max(channels, padded_columns(options, channels))
-        bits = options.static_bits if static else options.dynamic_bits
-        largest = 2**options.weight_bits * 2 ** (bits - 1) // (1 if options.asymmetric else 2)
-        exact = _F32 if columns * largest <= 2**24 else _F64  # see `quantized_linear`
-        kept = exact + 1 + (_F32 + 1 if options.compensated else 0)
-        groups = -(-columns // (options.group_size or columns))
-        return _Weight(out, channels, columns, groups, exact, kept)
+        own = [self.options.for_linear(name) for name in self._names(linear)]
+        static = [x.activations == "static" and readers.norm is not None for x in own]
+        widest = max(map(self._columns, own, [channels] * len(own), static))
+        exact = max(map(_exact, own, [widest] * len(own), static))
+        kept = exact + 1 + (_F32 + 1 if self.options.compensated else 0)
+        groups = max(x.segments or -(-widest // (x.group_size or widest)) for x in own)
+        return _Weight(out, channels, widest, groups, exact, kept)
+
+    def _names(self, linear: Linear) -> Iterator[str]:
+        blocks = int(self.config["num_hidden_layers"]) if self.options.overrides else 1
+        for number in range(blocks):
+            yield f"{self.architecture.block.format(block=number)}.{linear.name}"
+
+    def _columns(self, own: Options, channels: int, static: bool) -> int:
+        if static and own.reconstruction in ("pad", "auto"):
+            return max(channels, padded_columns(own, channels))
+        return channels
 
     @cached_property
     def weights(self) -> tuple[_Weight, ...]:
-        return tuple(weight for stage in self.stages for weight in stage.weights)
+        return tuple(weight for stage in self.readers for weight in stage.weights)
 
     @cached_property
     def columns(self) -> int:
@@ -251,9 +269,9 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
     if options.reconstruction != "none" and options.activations == "static":
         yield from _pilot(shapes)
     block = shapes.plain
-    for stage in shapes.stages:
-        yield from _stage(shapes, stage, block, tokens)
-        for weight in stage.weights:
+    for readers in shapes.readers:
+        yield from _readers(shapes, readers, block, tokens)
+        for weight in readers.weights:
             square = _F64 * weight.columns**2 * (2 if options.weights == "gptq" else 1)
             work = square + _codes(options, weight)
             yield Moment("codes", shapes.hidden, block, work)
@@ -263,20 +281,24 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
         yield _compensation(shapes)
 
 
-def _stage(shapes: _Shapes, stage: _Stage, block: int, tokens: int) -> Iterator[Moment]:
-    """Until a stage's first linear is rounded."""
-    square, stacked = stage.columns**2, stage.out * stage.channels
-    seen = _HESSIAN * square + shapes.forward(tokens)
-    yield Moment("a Hessian", shapes.hidden, block, seen)
+def _readers(shapes: _Shapes, readers: _Readers, block: int, tokens: int) -> Iterator[Moment]:
+    """Until the first linear of an input is rounded."""
+    square, stacked = readers.columns**2, readers.out * readers.channels
+    windows = min(shapes.options.statistics_samples, shapes.windows)
+    inputs = _F32 * windows * shapes.length * readers.channels
+    work = _HESSIAN * square + shapes.forward(tokens)
+    yield Moment("a Hessian", shapes.hidden, block, work + (0 if readers.static else inputs))
     if shapes.options.weights == "gptq":
         yield Moment("a Hessian's inverse", shapes.hidden, block, _INVERT * square)
     tokens = shapes.tokens(TOKENS_A_BATCH, shapes.options.statistics_samples)
     work = _CLIPS * stacked
-    if not stage.static:
-        tried = max(6 * stage.channels, 2 * stage.channels + 4 * stage.out)
+    if not readers.static:
+        tried = max(6 * readers.channels, 2 * readers.channels + 4 * readers.out)
         work = _F32 * (stacked + tokens * (2 * shapes.width["hidden"] + tried))
+        work += 0 if shapes.options.rotation != "online" else inputs
     if shapes.options.clipping != "none":
-        yield Moment("clip ratios", shapes.hidden, block, max(shapes.forward(tokens), work))
+        work = max(shapes.forward(tokens), work)
+        yield Moment("clip ratios", shapes.hidden, block, inputs + work)
 
 
 def _codes(options: Options, weight: _Weight) -> int:
@@ -293,17 +315,17 @@ def _pilot(shapes: _Shapes) -> Iterator[Moment]:
     windows = min(options.statistics_samples, shapes.windows)
     tokens = shapes.tokens(TOKENS_A_BATCH, windows)
     hidden = shapes.states(windows)
-    for stage in shapes.stages:
-        if not stage.static:
+    for readers in shapes.readers:
+        if not readers.static:
             continue
-        stacked, elements = stage.out * stage.channels, stage.out * stage.columns
-        square = stage.columns**2
-        inputs = _F32 * windows * shapes.length * (stage.channels + stage.columns)
-        whole = _Weight(stage.out, stage.channels, stage.columns, 1, _F32, 0)
+        stacked, elements = readers.out * readers.channels, readers.out * readers.columns
+        square = readers.columns**2
+        inputs = _F32 * windows * shapes.length * (readers.channels + readers.columns)
+        whole = _Weight(readers.out, readers.channels, readers.columns, 1, _F32, 0)
         work = max(
             (_INVERT + _F64) * square + _F64 * elements,
             2 * _F64 * square + _codes(options, whole),
-            _F32 * elements + 5 * _F32 * tokens * stage.out,
+            _F32 * elements + 5 * _F32 * tokens * readers.out,
         )
         if options.clipping != "none":
             clips = max(_CLIPS * stacked, shapes.forward(tokens))

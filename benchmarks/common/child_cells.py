@@ -1,4 +1,4 @@
-"""Child processes that print findings line by line, so that what came before a death stays."""
+"""Child processes that print cells line by line, so that those before a crash are kept."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-Finding = Callable[[str, dict[str, Any]], None]
+OnCell = Callable[[str, dict[str, Any]], None]
 
 
 def run_child(
-    module: str, arguments: Sequence[str], found: Finding, seconds: float, log: Path
+    module: str, arguments: Sequence[str], on_cell: OnCell, seconds: float, log: Path
 ) -> str | None:
-    """Run `python -m MODULE ARGUMENTS`; hand every line `CELL key json` to `found` as it comes
-    and print every line `NOTE text`.
+    """Run `python -m MODULE ARGUMENTS`; hand every line `CELL key json` to `on_cell` as it
+    comes and print every line `NOTE text`.
 
     Args:
         seconds: after which the child is killed.
@@ -29,7 +29,7 @@ def run_child(
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
-    late = threading.Event()
+    timed_out = threading.Event()
     last: deque[str] = deque(maxlen=40)
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -44,7 +44,7 @@ def run_child(
     ):
 
         def kill() -> None:
-            late.set()
+            timed_out.set()
             child.kill()
 
         timer = threading.Timer(max(seconds, 1.0), kill)
@@ -53,14 +53,14 @@ def run_child(
             written.write(line)
             if line.startswith("CELL "):
                 _, key, record = line.split(" ", 2)
-                found(key, json.loads(record))
+                on_cell(key, json.loads(record))
             else:
                 last.append(line.strip())
                 if line.startswith("NOTE "):
                     print(" ", line.removeprefix("NOTE "), end="", flush=True)
         timer.cancel()
         status = child.wait()
-    if late.is_set():
+    if timed_out.is_set():
         return f"stopped after {seconds:.0f} s"
     if status == 0:
         return None
@@ -68,7 +68,7 @@ def run_child(
 
 
 def _python_path() -> str:
-    """This checkout first, so that children find the benchmarks and the plugin."""
+    """Put this checkout first, so that children import its benchmarks and plugin."""
     present = os.environ.get("PYTHONPATH")
     return str(ROOT) if not present else f"{ROOT}{os.pathsep}{present}"
 

@@ -1,0 +1,82 @@
+"""What a run begins with: the model as it will be quantized, the text, the device."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergequant.calibration.text import (
+    calibration_sources,
+    calibration_windows,
+    load_tokenizer,
+    window_length,
+)
+from mergequant.errors import InputError
+from mergequant.model.architecture import Architecture, validate
+from mergequant.model.architectures import find
+from mergequant.model.reader import ModelReader, Reader, locate
+from mergequant.model.rotated_reader import RotatedReader
+from mergequant.model.untied_reader import UntiedReader
+from mergequant.options import Options
+from mergequant.quantizer.head import BITS
+from mergequant.quantizer.plan import samples_of
+
+
+def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Architecture, list[Path]]:
+    """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files."""
+    folder, architecture = open_folder(model)
+    reader: ModelReader = folder
+    if options.head_bits == BITS and reader.config.get("tie_word_embeddings", False):
+        reader = UntiedReader(reader, architecture)
+    if options.rotation != "none":
+        reader = RotatedReader(
+            reader,
+            architecture,
+            options.rotation,
+            options.seed,
+            most=options.hadamard_block,
+            heads=options.mix_heads,
+        )
+    return reader, architecture, folder.weight_files()
+
+
+def open_folder(model: str | Path) -> tuple[Reader, Architecture]:
+    """A 16-bit model as it is stored, and its table; raises InputError if that does not fit."""
+    folder = Reader(locate(model))
+    folder.refuse_quantized()
+    architecture = find(folder.config.get("model_type"))
+    validate(architecture, folder.config, folder.shapes())
+    return folder, architecture
+
+
+def calibration_of(
+    reader: ModelReader, calibration: Sequence[str | Path], options: Options
+) -> Tensor:
+    """Token ids int64 [samples, length]: as many windows as any use of them asks for.
+
+    Raises:
+        InputError: there is no text, or too little.
+    """
+    sources = calibration_sources(calibration)
+    context = reader.config.get("max_position_embeddings")
+    samples = samples_of(options)
+    return calibration_windows(
+        sources,
+        load_tokenizer(reader.folder),
+        samples=max(samples.statistics, samples.hessians, samples.training),
+        length=window_length(options.sequence_length, context),
+        seed=options.seed,
+    )
+
+
+def find_device(wanted: str) -> torch.device:
+    """The device that an option names; InputError if it cannot be used."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"Device {wanted!r} cannot be used here: give --device cpu.") from error
+    return device
