@@ -261,3 +261,20 @@ int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t
         return MQ_ERROR_ARGUMENT;
     return kernels->hadamard(x, y, m, k, block);
 }
+
+int mq_mix_heads(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t heads,
+                 int64_t width, const float *mixing, float *y)
+{
+    const Kernels *const kernels = find(isa);
+    if (!kernels)
+        return MQ_ERROR_ISA;
+    if (m < 0 || heads <= 0 || width <= 0 || heads > INT32_MAX || width > INT32_MAX)
+        return MQ_ERROR_ARGUMENT;
+    if (!is_type(type) || ((heads & (heads - 1)) && !mixing))
+        return MQ_ERROR_ARGUMENT;
+    if (m == 0)
+        return MQ_OK;
+    if (!x || !y || (m > 1 && stride < heads * width))
+        return MQ_ERROR_ARGUMENT;
+    return kernels->mix_heads({x, type, stride, m, heads, width, mixing, y});
+}

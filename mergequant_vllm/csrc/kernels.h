@@ -47,6 +47,14 @@ struct StaticArguments {
     int64_t k, columns;
 };
 
+struct HeadArguments {
+    const void *x;
+    int type;
+    int64_t stride, m, heads, width;
+    const float *mixing;
+    float *y;
+};
+
 struct Kernels {
     const char *name;
     int64_t (*linear_bytes)(int64_t n, int64_t k, int weight_bits);
@@ -56,4 +64,5 @@ struct Kernels {
     int (*token_quant)(const TokenArguments &);
     int (*static_round)(const StaticArguments &);
     int (*hadamard)(const float *x, float *y, int64_t m, int64_t k, int64_t block);
+    int (*mix_heads)(const HeadArguments &);
 };

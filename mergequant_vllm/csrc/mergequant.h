@@ -71,6 +71,13 @@ int mq_static_round(int isa, const void *x, int type, int64_t stride, int64_t m,
 // Block-diagonal rotation, as kernels/hadamard/reference.py's `rotate`, bit for bit: float32 [m, k].
 int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t block);
 
+// Mixing of heads, as kernels/hadamard/reference.py's `mix_heads`, bit for bit.
+//   x      [m, heads * width] of type `type`, `stride` elements from row to row
+//   mixing float32 [odd, odd], odd being the odd factor of heads; null where it is 1
+//   y      float32 [m, heads * width], contiguous, not x
+int mq_mix_heads(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t heads,
+                 int64_t width, const float *mixing, float *y);
+
 #ifdef __cplusplus
 }
 #endif

@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         _long,
     ),
     "mq_hadamard": (_int, _pointer, _pointer, _long, _long, _long),
+    "mq_mix_heads": (_int, _pointer, _int, _long, _long, _long, _long, _pointer, _pointer),
 }
 _ERRORS = {
     1: "the instruction set does not run on this CPU",

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -39,20 +40,36 @@ SIZES: tuple[tuple[int, int], ...] = (
     (4096, 11008),
     (1024, 129),
 )
-FORMATS = (  # bits of weights, bits of activations, group size, zero points
-    (4, 4, None, False),
-    (4, 8, None, False),
-    (3, 4, None, False),
-    (4, 4, 128, True),
-    (4, 4, None, True),
-    (3, 4, 128, False),
-    (8, 8, None, False),
-    (8, 4, None, False),
-    (3, 8, None, False),
-    (4, 8, 128, True),
-    (8, 8, 128, False),
+
+
+class Form(NamedTuple):
+    """What a linear stores; `segments`: of the first 32 columns and of the rest."""
+
+    weight_bits: int
+    activation_bits: int
+    group_size: int | None = None
+    zero_points: bool = False
+    segments: bool = False
+    token_zero_points: bool = False
+
+
+FORMATS = (
+    Form(4, 4),
+    Form(4, 8),
+    Form(3, 4),
+    Form(4, 4, 128, zero_points=True),
+    Form(4, 4, segments=True, token_zero_points=True),
+    Form(4, 4, None, zero_points=True),
+    Form(3, 4, 128),
+    Form(8, 8),
+    Form(8, 4),
+    Form(3, 8),
+    Form(4, 8, 128, zero_points=True),
+    Form(8, 8, 128),
+    Form(4, 4, segments=True),
+    Form(8, 8, zero_points=True, token_zero_points=True),
 )
-SMOKE_TOKENS, SMOKE_SIZES, SMOKE_FORMATS = (1, 17), ((43, 43), (48, 128)), FORMATS[:4]
+SMOKE_TOKENS, SMOKE_SIZES, SMOKE_FORMATS = (1, 17), ((43, 43), (48, 128)), FORMATS[:5]
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,9 @@ class Case:
         s = self.spec
         form = f"W{s.weight_bits}A{s.activation_bits}"
         form += "" if s.group_size is None else f" g{s.group_size}"
+        form += "" if s.segments is None else f" segments {'+'.join(map(str, s.segments))}"
         form += " zero points" if s.zero_points else ""
+        form += " token zero points" if s.token_zero_points else ""
         dtype = str(s.dtype).removeprefix("torch.")
         return f"{self.kernel} {form} N={s.out_features} K={s.in_features} {dtype}"
 
@@ -92,21 +111,23 @@ def cases(device: Device, *, smoke: bool) -> Iterator[Case]:
                 yield Case(name, spec)
 
 
-def _spec(
-    device: Device, form: tuple[int, int, int | None, bool], n: int, k: int, dtype: torch.dtype
-) -> LinearSpec:
-    weight_bits, activation_bits, group_size, zero_points = form
+def _spec(device: Device, form: Form, n: int, k: int, dtype: torch.dtype) -> LinearSpec:
+    segments = None
+    if form.segments:
+        segments = (32, k - 32) if k > 32 else (k,)
     return LinearSpec(
         in_features=k,
         out_features=n,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        dynamic=False,
+        weight_bits=form.weight_bits,
+        activation_bits=form.activation_bits,
+        dynamic=form.token_zero_points,
         device=device.kind,
         dtype=dtype,
-        group_size=group_size,
-        zero_points=zero_points,
+        group_size=form.group_size,
+        zero_points=form.zero_points,
         capability=device.capability,
+        segments=segments,
+        token_zero_points=form.token_zero_points,
     )
 
 
@@ -136,7 +157,8 @@ def check_linear(case: Case, tokens: tuple[int, ...], device: Device) -> Record:
     """
     checks, differing, first = 0, 0, None
     refusal = None
-    for dynamic, pattern in itertools.product((False, True), PATTERNS):
+    kinds = (True,) if case.spec.token_zero_points else (False, True)
+    for dynamic, pattern in itertools.product(kinds, PATTERNS):
         spec = replace(case.spec, dynamic=dynamic)
         refusal = LINEAR_KERNELS[case.kernel].refusal(spec)
         if refusal is not None:
@@ -179,11 +201,16 @@ class Trial:
         codes = make_codes((tokens, spec.in_features), spec.activation_bits, pattern, generator)
         token_step = make_token_step(tokens, generator) if spec.dynamic else None
         given = laid_out(codes, LINEAR_KERNELS[self.kernel].layout, self.product.columns)
-        result = self.product(given, token_step, None, add_bias)
+        token_zero = None
+        if spec.token_zero_points:
+            zeros = make_codes((tokens, 1), spec.activation_bits, pattern, generator)
+            token_zero = zeros.to(torch.int32)
+        result = self.product(given, token_step, token_zero, add_bias)
         if self.to_cpu:
             codes, result = codes[:4].cpu(), result[:4].cpu()
             token_step = None if token_step is None else token_step[:4].cpu()
-        expected = self.definition(codes, token_step, None, add_bias)
+            token_zero = None if token_zero is None else token_zero[:4].cpu()
+        expected = self.definition(codes, token_step, token_zero, add_bias)
         return check(
             self.kernel,
             Product(spec, self.stored, codes, token_step, add_bias, expected, result),

@@ -118,23 +118,24 @@ def check_static(
 def check_tokens(
     K: int, bits: int, layout: CodeLayout, tokens: tuple[int, ...], device: Device
 ) -> Record:
-    """Codes and steps per token, with and without the rotation."""
+    """Codes, steps and zero points per token, with and without the rotation."""
     _refuse(device)
     generator = generator_on(device, K)
     differences = []
-    for count, dtype, hadamard in itertools.product(tokens, _DTYPES, (None, HADAMARD[K])):
+    for count, dtype, hadamard, zero_points in itertools.product(
+        tokens, _DTYPES, (None, HADAMARD[K]), (False, True)
+    ):
         x = inputs(count, K, dtype, generator)
         clip = torch.tensor([0.8])
-        codes, step, _ = token_quant_triton.token_codes(
-            x, clip.to(x.device), bits, layout, hadamard=hadamard, columns=K + 32
-        )
+        form = {"hadamard": hadamard, "columns": K + 32, "zero_points": zero_points}
+        results = token_quant_triton.token_codes(x, clip.to(x.device), bits, layout, **form)
         # The definition on a CPU: a GPU's division may round otherwise.
-        expected, expected_step, _ = token_quant.token_codes(
-            x.cpu(), clip, bits, layout, hadamard=hadamard, columns=K + 32
-        )
-        what = f"{count} tokens {dtype} {hadamard=}"
-        differences.append(_compare(f"{what} codes", codes.cpu(), expected))
-        differences.append(_compare(f"{what} steps", step.cpu(), expected_step))
+        expected = token_quant.token_codes(x.cpu(), clip, bits, layout, **form)
+        what = f"{count} tokens {dtype} {hadamard=} {zero_points=}"
+        names = ("codes", "steps", "zeros")
+        for name, result, wanted in zip(names, results, expected, strict=True):
+            if result is not None and wanted is not None:
+                differences.append(_compare(f"{what} {name}", result.cpu(), wanted))
     return _record(differences)
 
 

@@ -15,6 +15,7 @@ const Kernels kernels_avx512vnni = {
     rows_token_quant,
     rows_static_round,
     rows_hadamard,
+    rows_mix_heads,
 };
 
 #endif

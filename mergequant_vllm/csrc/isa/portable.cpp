@@ -13,4 +13,5 @@ const Kernels kernels_portable = {
     rows_token_quant,
     rows_static_round,
     rows_hadamard,
+    rows_mix_heads,
 };

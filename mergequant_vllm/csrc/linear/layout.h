@@ -32,7 +32,7 @@ template <class Set> struct Shape {
     int planes;       // nibbles of a weight
     int64_t outputs;  // of a block
     int64_t blocks;
-    int64_t channels;  // k, padded
+    int64_t channels;     // k, padded
     const int32_t *ends;  // of the spans, or null
     int64_t spans;
 

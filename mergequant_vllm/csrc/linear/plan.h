@@ -79,7 +79,8 @@ template <class Set> struct Plan {
     int32_t *token_sums;
 
     Plan(const LinearArguments &arguments, int64_t first_row, int64_t rows)
-        : a(arguments), shape(a.n, a.k, a.weight_bits, a.span_ends, a.spans), first_row(first_row), tiles(rows)
+        : a(arguments), shape(a.n, a.k, a.weight_bits, a.span_ends, a.spans),
+          first_row(first_row), tiles(rows)
     {
         threads = rows * a.k * a.n < SERIAL_WORK ? 1 : thread_count();
         unpacks = tiles.count > NIBBLE_TILES;

@@ -71,7 +71,7 @@ def hartley_matrix(size: int) -> Tensor:
 
 
 @functools.cache
-def _odd_factor(size: int, device: torch.device) -> Tensor:
+def odd_factor(size: int, device: torch.device) -> Tensor:
     """Return `hartley_matrix` in float32 on a device, where CUDA graphs may read it again."""
     with torch.inference_mode(False):  # whoever asks first, all may take gradients through it
         return hartley_matrix(size).to(device=device, dtype=torch.float32)
@@ -114,8 +114,9 @@ def mix_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
     z = _butterflies(x.to(torch.float32), width, width * block) * (1 / math.sqrt(block))
     if count == block:
         return z
-    runs = z.reshape(*x.shape[:-1], -1, count // block, block * width)
-    mixing = _odd_factor(count // block, x.device)
+    groups = x.shape[-1] // (count * width)
+    runs = z.reshape(*x.shape[:-1], groups, count // block, block * width)
+    mixing = odd_factor(count // block, x.device)
     y = runs[..., :1, :] * mixing[0, :, None]
     for i in range(1, count // block):
         y = y + runs[..., i : i + 1, :] * mixing[i, :, None]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.hadamard.cpu import mix_heads_native
 from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
 from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
@@ -165,7 +166,8 @@ class TokenQuantizer(nn.Module):
         """x [..., K] to codes [..., columns], steps float32 [..., 1] and zeros int32 or None."""
         form = self.form
         if self.heads is not None:
-            x = mix_heads_opaque(x, *self.heads)
+            native = form.writer is Writer.NATIVE
+            x = (mix_heads_native if native else mix_heads_opaque)(x, *self.heads)
         codes, step, zero = self._source().token_codes(
             x,
             self.clip,

@@ -143,6 +143,38 @@ inline bool hadamard_passes(int64_t m, int64_t k, int64_t block, int isa, Random
     return true;
 }
 
+inline bool mix_heads_passes(const RowCase &c, int64_t heads, int64_t width, int isa, Random &random)
+{
+    const int64_t k = heads * width, stride = k + c.gap, power = heads & -heads, odd = heads / power;
+    const auto x = reals(random, (c.m - 1) * stride + k, c.type, 3.0f);
+    std::vector<float> y(size_t(c.m * k), NAN), mixing;
+    for (int64_t i = 0; i < odd * odd; ++i)
+        mixing.push_back(random.real(1.0f));
+    if (mq_mix_heads(isa, x.data(), c.type, stride, c.m, heads, width,
+                     odd > 1 ? mixing.data() : nullptr, y.data()))
+        return false;
+    for (int64_t token = 0; token < c.m; ++token) {
+        for (int64_t channel = 0; channel < width; ++channel) {
+            // Channel by channel the power of two is the rotation in blocks of so many heads.
+            std::vector<float> column;
+            for (int64_t head = 0; head < heads; ++head)
+                column.push_back(read(x.data(), token * stride + head * width + channel, c.type));
+            rotate(column, power);
+            for (int64_t head = 0; head < heads; ++head) {
+                float wanted = column[size_t(head)];
+                for (int64_t from = 0; from < odd && odd > 1; ++from) {
+                    const float part = column[size_t(from * power + head % power)] *
+                                       mixing[size_t(from * odd + head / power)];
+                    wanted = from ? wanted + part : part;
+                }
+                if (!same(y[size_t(token * k + head * width + channel)], wanted))
+                    return false;
+            }
+        }
+    }
+    return true;
+}
+
 inline void check_rows(int isa, Tally &tally)
 {
     Random random(2);
@@ -166,6 +198,11 @@ inline void check_rows(int isa, Tally &tally)
         tally.note(static_round_passes(c, gathers, shifts, isa, random),
                    "%s: static rounding m %d k %d type %d bits %d index %d offset %d size %g", name,
                    int(c.m), int(c.k), c.type, c.bits, gathers, shifts, double(c.size));
+        const int64_t heads = random.between(1, 40), width = random.between(1, 33);
+        if (number % 4 == 0)
+            tally.note(mix_heads_passes(c, heads, width, isa, random),
+                       "%s: mixing m %d, %d heads of %d, type %d", name, int(c.m), int(heads),
+                       int(width), c.type);
         if (block)
             tally.note(hadamard_passes(c.m, k, block, isa, random), "%s: hadamard m %d k %d block %d",
                        name, int(c.m), int(k), int(block));

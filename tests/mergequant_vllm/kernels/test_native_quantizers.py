@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.hadamard.reference import rotate
+from mergequant_vllm.kernels.hadamard.cpu import mix_heads_native
+from mergequant_vllm.kernels.hadamard.reference import mix_heads, rotate
 from mergequant_vllm.kernels.norm_round import cpu as norm_round_native
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.token_quant import cpu as token_quant_native
@@ -55,6 +56,18 @@ def test_the_rotation(block: int) -> None:
     y = torch.empty_like(x)
     native.call("mq_hadamard", x.data_ptr(), y.data_ptr(), 7, 3 * block, block)
     assert torch.equal(y, rotate(x, block))
+
+
+@pytest.mark.parametrize("heads", [(1, 7), (2, 3), (3, 5), (8, 64), (7, 16), (28, 9), (32, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mixing_of_heads(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    size = heads[0] * heads[1]
+    for tokens in (0, 1, 2, 300):
+        for runs in (1, 2):
+            x = random(tokens, runs * size + 3).to(dtype)[:, 2:-1]
+            assert torch.equal(mix_heads_native(x, *heads), mix_heads(x, heads))
+    with pytest.raises(ValueError, match="4 channels are not whole runs of 3 heads of 2"):
+        mix_heads_native(random(2, 4), 3, 2)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
@@ -113,6 +126,7 @@ def test_the_operators_are_traced_by_the_compiler() -> None:
     x, clip = random(3, 64), torch.tensor([0.9])
     torch.library.opcheck(token_quant_native.token_quant_native, (x, clip, 4, 16, 80, False))
     torch.library.opcheck(token_quant_native.token_quant_native, (x, clip, 4, 16, 80, True))
+    torch.library.opcheck(mix_heads_native, (x, 4, 16))
     index = torch.arange(64, dtype=torch.int32)
     operator = norm_round_native.static_round_native
     torch.library.opcheck(operator, (x, index, torch.zeros(64), 4, 80))
