@@ -15,7 +15,8 @@
 Under torch.compile the compiler puts gather, round, clamp and packing into the loop of the norm
 (or of the activation function) in front; in eager mode each is one kernel. With zero points the
 codes come from an operator that no compiler looks into, since it would contract a product and a sum
-of the definition.
+of the definition. Where heads are mixed, that comes first: `hadamard.cpu` for kernel `cpu-int4`,
+else `hadamard.operator`.
 """
 
 from dataclasses import dataclass
