@@ -132,13 +132,12 @@ class MergeQuantLinearMethod(LinearMethodBase):
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)
         bias = getattr(layer, "bias", None)
-        constant = getattr(layer, "output_offset", None)
         stored = StoredLinear(
             weight_packed=layer.weight_packed.data,
             weight_step=layer.weight_scale.data.contiguous(),
             zero_points=None if zeros is None else zeros.data.to(torch.int8),
             bias=None if bias is None else bias.data,
-            output_offset=None if constant is None else self._own_constant(layer, constant.data),
+            output_offset=self._output_offset(layer),
         )
         layer.product = self.kernel.prepare(stored, self.spec)
         layer.quantizer = self._quantizer(layer)
@@ -146,10 +145,13 @@ class MergeQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 delattr(layer, name)
 
-    def _own_constant(self, layer: Any, constant: Tensor) -> Tensor:
-        """The constant on one rank of a row-parallel linear, whose ranks' outputs are added up."""
-        summed = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-        return torch.zeros_like(constant) if summed else constant.clone()
+    def _output_offset(self, layer: Any) -> Tensor | None:
+        """The constant, where this rank adds it: one of those whose outputs are added up does."""
+        constant = getattr(layer, "output_offset", None)
+        if constant is None or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
+            return None
+        offset: Tensor = constant.data.clone()
+        return offset
 
     def _quantizer(self, layer: Any) -> StaticQuantizer | TokenQuantizer:
         form = CodeForm(

@@ -99,6 +99,8 @@ def _quantize_blocks(
             tensors = block_tensors(block, decoder.architecture, results)
             named = {block.name_of(name): tensor for name, tensor in tensors.items()}
             writer.write_block(block.number, named, [x.line.as_json() for x in results])
+            del tensors, named
+        del block, results  # else they would stay while the next block is quantized
 
 
 def _restore(writer: Writer, plan: Plan, block: Block) -> bool:

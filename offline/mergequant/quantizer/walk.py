@@ -48,6 +48,7 @@ def walk_blocks(
                         block, decoder.architecture, activations, targets, block_plan, bar
                     )
                 yield block, results
+                del results
                 _advance(block, activations, targets)
 
 
