@@ -122,21 +122,21 @@ def current_isa() -> int:
 
 @functools.cache
 def _default_isa() -> int:
-    found = instruction_sets()
-    name = _choose(found)
+    sets = instruction_sets()
+    name = _choose(sets)
     logger.info("The native CPU kernels run on %s", name)
-    return found[name]
+    return sets[name]
 
 
-def _choose(found: dict[str, int]) -> str:
+def _choose(sets: dict[str, int]) -> str:
     named = os.environ.get(ISA_VARIABLE)
     if named:
-        if named not in found:
+        if named not in sets:
             raise NativeError(
-                f"{ISA_VARIABLE}={named!r} does not run here: choose one of {', '.join(found)}"
+                f"{ISA_VARIABLE}={named!r} does not run here: choose one of {', '.join(sets)}"
             )
         return named
-    fastest = list(found)[-1]
+    fastest = list(sets)[-1]
     if fastest == _PORTABLE:
         raise NativeError(
             "this CPU has none of AVX2, AVX-512 and the NEON dot product "

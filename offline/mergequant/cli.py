@@ -116,7 +116,7 @@ def ablate(
     base = read_options(flags, **({"compensation_rank": 0} if fast else {}))
     from mergequant.ablation import ablate as run
 
-    found = run(
+    ablation = run(
         model,
         output,
         calibration,
@@ -132,10 +132,10 @@ def ablate(
         keep=keep,
         progress=not quiet,
     )
-    typer.echo(found.markdown)
-    for key, reason in found.failed.items():
+    typer.echo(ablation.markdown)
+    for key, reason in ablation.failed.items():
         typer.echo(f"{key} failed: {reason}", err=True)
-    if found.failed:
+    if ablation.failed:
         raise typer.Exit(1)
 
 

@@ -22,11 +22,11 @@ def cpu(spec: LinearSpec) -> str | None:
     return None if spec.device == "cpu" else f"it runs on the CPU and the layer is on {spec.device}"
 
 
-def capability(found: int | None, oldest: int) -> str | None:
+def capability(given: int | None, oldest: int) -> str | None:
     """The GPU's compute capability, if it is known, is below `oldest`."""
-    if found is None or found >= oldest:
+    if given is None or given >= oldest:
         return None
-    return f"it needs compute capability {spell(oldest)} and the GPU has {spell(found)}"
+    return f"it needs compute capability {spell(oldest)} and the GPU has {spell(given)}"
 
 
 def dtype(spec: LinearSpec) -> str | None:

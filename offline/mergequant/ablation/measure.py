@@ -67,16 +67,16 @@ class Bench:
         self, folder: Path, engines: Collection[str]
     ) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
         """Losses, by engine and text, and accuracies of a 16-bit or quantized model on disk."""
-        found = {}
+        measured = {}
         if VLLM in engines:
-            found[VLLM] = self._served(folder)
+            measured[VLLM] = self._served(folder)
         accuracies: dict[str, float] = {}
         if REFERENCE in engines or self.tasks:
             model = load_model(folder, getattr(torch, self.dtype))
             losses, accuracies = self.model(model, texts=REFERENCE in engines)
             if REFERENCE in engines:
-                found[REFERENCE] = losses
-        return found, accuracies
+                measured[REFERENCE] = losses
+        return measured, accuracies
 
     def model(
         self, model: Any, *, texts: bool = True
@@ -132,8 +132,8 @@ def open_bench(
     length = window_length(window, context)
     windows: dict[str, Tensor] = {}
     for text in texts:
-        found = text_windows(text, tokenizer, length, most_windows)
-        windows[_name(str(text), windows)] = found
+        cut = text_windows(text, tokenizer, length, most_windows)
+        windows[_name(str(text), windows)] = cut
     return Bench(windows, engine, dtype, tasks, tokenizer, progress)
 
 

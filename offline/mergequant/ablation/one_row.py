@@ -136,9 +136,9 @@ def _seconds(report: Report) -> dict[str, float]:
 
 def _clips(report: Report) -> dict[str, list[float]]:
     """One ratio a linear and block, blocks in order; per-token linears only."""
-    found: dict[str, list[float]] = defaultdict(list)
+    clips: dict[str, list[float]] = defaultdict(list)
     for line in report:
         if not isinstance(line["clip"], Mapping):
             name = re.split(r"\.\d+\.", line["linear"], maxsplit=1)[-1]
-            found[name].append(float(line["clip"]))
-    return dict(found)
+            clips[name].append(float(line["clip"]))
+    return dict(clips)

@@ -143,10 +143,10 @@ def _figure7(model: str, tables: Sequence[Table], records: Mapping[str, Record])
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    found = _clipped_row(tables, records)
-    if found is None:
+    clipped = _clipped_row(tables, records)
+    if clipped is None:
         return None
-    row, options = found
+    row, options = clipped
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, ratios in records[row.key].clips.items():
         label = _ENDINGS.get(name.rpartition(".")[2], name)
@@ -165,8 +165,8 @@ def _clipped_row(
 ) -> tuple[Row, Options] | None:
     """A finished row with searched ratios of o and down, the most of the method first."""
 
-    def lacks(found: tuple[Row, Options]) -> tuple[bool, bool, int]:
-        _, options = found
+    def lacks(clipped: tuple[Row, Options]) -> tuple[bool, bool, int]:
+        _, options = clipped
         return options.rotation != "none", options.weights != "gptq", -options.compensation_rank
 
     clipped = [

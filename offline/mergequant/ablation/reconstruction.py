@@ -34,20 +34,20 @@ def kept_shapes(
         return {}
     made_for = base.model_dump(mode="json")
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    found: dict[str, Mapping[str, Any]] = kept["shapes"] if kept.get("base") == made_for else {}
+    decided: dict[str, Mapping[str, Any]] = kept["shapes"] if kept.get("base") == made_for else {}
     for rotation in _rotations(tables):
-        if rotation not in found:
+        if rotation not in decided:
             options = RowMaker(base, {}).whole_options(rotation)
-            found[rotation] = _decide(model, calibration, options, progress)
-            write_json(file, {"base": made_for, "shapes": found})
-    return found
+            decided[rotation] = _decide(model, calibration, options, progress)
+            write_json(file, {"base": made_for, "shapes": decided})
+    return decided
 
 
 def _rotations(tables: Iterable[Table]) -> list[str]:
     """Those of rows with reconstruction."""
     options = (row.options for table in tables for row in table.rows)
-    found = (x.rotation for x in options if x is not None and x.reconstruction != "none")
-    return list(dict.fromkeys(found))
+    rotations = (x.rotation for x in options if x is not None and x.reconstruction != "none")
+    return list(dict.fromkeys(rotations))
 
 
 def _decide(

@@ -117,8 +117,8 @@ def open_shelf(output: Path, study: Study) -> Iterator[Shelf]:
 def _acquire(output: Path) -> int:
     if output.exists() and not output.is_dir():
         raise InputError(f"Output {output} is a file: choose another name.")
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if found - {_ROWS} and _LOCK not in found:  # a run that was killed at once left rows alone
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if names - {_ROWS} and _LOCK not in names:  # a run that was killed at once left rows alone
         raise InputError(f"Output folder {output} holds other files: choose another or a new one.")
     try:
         (output / _ROWS).mkdir(parents=True, exist_ok=True)

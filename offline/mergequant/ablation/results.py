@@ -70,7 +70,7 @@ def line(table: str, row: Row, results: Results) -> dict[str, Any]:
     `excess` is the loss above full precision by the same engine on the same tokens, nats a token.
     """
     theirs = paper.figures(table, paper.shown_model(table, results.paper_model), row.paper)
-    found: dict[str, Any] = {
+    line: dict[str, Any] = {
         "label": row.label,
         "key": row.key,
         "failed": results.failed.get(row.key),
@@ -85,10 +85,10 @@ def line(table: str, row: Row, results: Results) -> dict[str, Any]:
     }
     record = results.records.get(row.key)
     if record is None:
-        return {**found, "texts": {}, "accuracies": {}, "growth": None, "measured_by": None}
+        return {**line, "texts": {}, "accuracies": {}, "growth": None, "measured_by": None}
     engine = next(iter(record.measured))
     return {
-        **found,
+        **line,
         "texts": {
             name: _text(measured, results.records.get(FULL), engine, name)
             for name, measured in record.measured[engine].items()
@@ -131,11 +131,13 @@ def _cells(
     theirs = x["paper"] or {}
     cells = [x["label"]]
     for text in texts:
-        found = x["texts"].get(text, {})
+        result = x["texts"].get(text, {})
         cells += [
-            _number(found.get("loss"), ".4f"),
-            _number(found.get("excess"), "+.4f"),
-            _number(found.get("perplexity"), ".3f" if found.get("perplexity", 0) < 1e4 else ".2e"),
+            _number(result.get("loss"), ".4f"),
+            _number(result.get("excess"), "+.4f"),
+            _number(
+                result.get("perplexity"), ".3f" if result.get("perplexity", 0) < 1e4 else ".2e"
+            ),
         ]
     cells.append(_number(x["growth"], "+.1f", "%"))
     for task in tasks:

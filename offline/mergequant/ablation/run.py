@@ -143,8 +143,8 @@ class _Run:
     def _engines(self, rows: Sequence[Row]) -> dict[str, set[str]]:
         """What measures each row: full precision, whatever measures a row to be compared."""
         usual = self.bench.engine
-        found = {x.key: {usual if x.baseline.exported else REFERENCE} for x in rows if x.options}
-        return {FULL: {usual}.union(*found.values()), **found}
+        engines = {x.key: {usual if x.baseline.exported else REFERENCE} for x in rows if x.options}
+        return {FULL: {usual}.union(*engines.values()), **engines}
 
     def _is_finished(self, row: Row, engines: set[str]) -> bool:
         record = self.shelf.read(row.key, row.options_as_json)
@@ -184,7 +184,7 @@ class _Run:
     def plots(self) -> list[Path]:
         """Draw the figures."""
         subject = self.subject
-        seen = kept_survey(
+        surveyed = kept_survey(
             self.shelf.output / "survey.safetensors",
             subject.reader,
             subject.architecture,
@@ -192,4 +192,4 @@ class _Run:
             self.base,
             self.bench.progress,
         )
-        return draw(self.shelf.output, subject.name, self.tables, self.records, seen)
+        return draw(self.shelf.output, subject.name, self.tables, self.records, surveyed)

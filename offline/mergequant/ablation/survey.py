@@ -66,17 +66,17 @@ def survey(
     norm_fed = [readers for readers in architecture.readers() if readers.norm is not None]
     alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(reader.config)
     largest: dict[str, list[Tensor]] = {readers.space: [] for readers in norm_fed}
-    found: _Columns | None = None
+    most: _Columns | None = None
     for block in decoder.walk(batches, int(reader.config["num_hidden_layers"]), "Survey", progress):
         for readers in norm_fed:
-            seen = _magnitudes(block, readers, batches)
-            largest[readers.space].append(seen.largest.to("cpu", torch.float32))
-            columns = _columns(block, readers, seen, alpha, options)
-            if found is None or columns.excess > found.excess:
-                found = columns
-    assert found is not None  # a model has a block, and a block a norm
+            magnitudes = _magnitudes(block, readers, batches)
+            largest[readers.space].append(magnitudes.largest.to("cpu", torch.float32))
+            columns = _columns(block, readers, magnitudes, alpha, options)
+            if most is None or columns.excess > most.excess:
+                most = columns
+    assert most is not None  # a model has a block, and a block a norm
     rows = {space: torch.stack(vectors) for space, vectors in largest.items()}
-    return Survey(rows, found.space, found.block, found.before, found.after)
+    return Survey(rows, most.space, most.block, most.before, most.after)
 
 
 def kept_survey(
@@ -93,17 +93,19 @@ def kept_survey(
         kept = load_file(file)
         if bytes(kept.pop("options").tolist()).decode() == made_with:
             return _unpacked(kept)
-    seen = survey(reader, architecture, calibration, options, progress)
-    tensors = _packed(seen) | {"options": torch.tensor(list(made_with.encode()), dtype=torch.uint8)}
+    survey_made = survey(reader, architecture, calibration, options, progress)
+    tensors = _packed(survey_made) | {
+        "options": torch.tensor(list(made_with.encode()), dtype=torch.uint8)
+    }
     write_durably(file, lambda path: save_file(tensors, path))
-    return seen
+    return survey_made
 
 
-def _packed(seen: Survey) -> dict[str, Tensor]:
-    spaces = list(seen.largest)
-    where = torch.tensor([spaces.index(seen.space), seen.block])
-    largest = {f"largest.{space}": tensor for space, tensor in seen.largest.items()}
-    return {**largest, "where": where, "before": seen.before, "after": seen.after}
+def _packed(survey_made: Survey) -> dict[str, Tensor]:
+    spaces = list(survey_made.largest)
+    where = torch.tensor([spaces.index(survey_made.space), survey_made.block])
+    largest = {f"largest.{space}": tensor for space, tensor in survey_made.largest.items()}
+    return {**largest, "where": where, "before": survey_made.before, "after": survey_made.after}
 
 
 def _unpacked(kept: dict[str, Tensor]) -> Survey:
@@ -120,23 +122,23 @@ def _windows(reader: ModelReader, calibration: Sequence[str | Path], options: Op
 
 
 def _magnitudes(block: Block, readers: Readers, batches: list[Tensor]) -> ChannelMagnitudes:
-    seen = ChannelMagnitudes()
-    block.observe(readers.linears[0].name, batches, seen.add)
-    return seen
+    magnitudes = ChannelMagnitudes()
+    block.observe(readers.linears[0].name, batches, magnitudes.add)
+    return magnitudes
 
 
 def _columns(
-    block: Block, readers: Readers, seen: ChannelMagnitudes, alpha: float, options: Options
+    block: Block, readers: Readers, magnitudes: ChannelMagnitudes, alpha: float, options: Options
 ) -> _Columns:
     """The readers' stacked weights as QSM makes them, before and after reconstruction."""
     weight = stacked_weights(block, [x.name for x in readers.linears]).to(torch.float64)
     step = activation_steps(
-        seen.largest, torch.ones_like(seen.largest), largest_code(options.static_bits)
+        magnitudes.largest, torch.ones_like(magnitudes.largest), largest_code(options.static_bits)
     )
     shape = reconstruct(
         step,
         step,
-        seen.energy,
+        magnitudes.energy,
         alpha,
         mode="prune" if options.reconstruction == "prune" else "pad",
         tile=1,

@@ -68,14 +68,14 @@ class Tasks:
         """Zero-shot accuracy of a `transformers` model, percent, by task."""
         from lm_eval import evaluate
 
-        found = self._manager.load(self.names)
-        for task in found["tasks"].values():
+        loaded = self._manager.load(self.names)
+        for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=0)
         with _quiet(progress):
             wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, batch_size=8)
             wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=not progress)
-            results = evaluate(wrapped, found, bootstrap_iters=0, log_samples=False)
+            results = evaluate(wrapped, loaded, bootstrap_iters=0, log_samples=False)
         return {name: _percent(name, metrics) for name, metrics in results["results"].items()}
 
 

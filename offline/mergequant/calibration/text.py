@@ -191,8 +191,8 @@ def calibration_windows(
     body = length - len(start)
     generator = torch.Generator().manual_seed(seed)
     shuffled = [_shuffled_windows(stream, body, generator) for stream in streams]
-    for source, found in zip(sources, shuffled, strict=True):
-        if not found:
+    for source, windows_of_source in zip(sources, shuffled, strict=True):
+        if not windows_of_source:
             logger.warning("%s is shorter than one window and is left out", source.name)
     windows = _in_turn(shuffled)[:samples]
     if len(windows) < samples:

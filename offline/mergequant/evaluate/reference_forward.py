@@ -37,10 +37,10 @@ def load_model(
 
 def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
     model: Any
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers
         raise InputError(
             f"Model {folder} lacks {len(missing)} weights that a {model.config.model_type} has "

@@ -187,12 +187,12 @@ def model_tensors(
 def validate(
     architecture: Architecture,
     config: Mapping[str, Any],
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Check that the table covers the checkpoint: each tensor once, each of the right shape.
 
     Args:
-        found: shapes of the checkpoint's tensors, by name.
+        shapes: shapes of the checkpoint's tensors, by name.
 
     Raises:
         InputError: names the first tensor that is missing, unknown or misshapen.
@@ -201,7 +201,7 @@ def validate(
     tied_head = f"{architecture.head.name}.weight"
     known = {
         name: shape
-        for name, shape in found.items()
+        for name, shape in shapes.items()
         if not name.endswith(architecture.ignored_suffixes)
         and not (name == tied_head and tied_head not in expected)
     }

@@ -127,8 +127,8 @@ class UnfinishedRun:
     def decision(self) -> dict[str, Any]:
         """What the finished blocks were quantized with; empty if there are none."""
         with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / _DECISION).read_text())
-            return found
+            decision: dict[str, Any] = json.loads((self.folder / _DECISION).read_text())
+            return decision
         return {}
 
     def remember(self, decision: dict[str, Any]) -> None:

@@ -176,12 +176,12 @@ class Writer:
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Contiguous, on the CPU; linears behind one norm may share tensors, safetensors may not."""
-    seen = set()
+    memories = set()
     for name, tensor in tensors.items():
         whole = tensor.detach().cpu().contiguous()
         memory = whole.untyped_storage().data_ptr()
-        yield name, whole.clone() if memory in seen else whole
-        seen.add(memory)
+        yield name, whole.clone() if memory in memories else whole
+        memories.add(memory)
 
 
 def _index(shards: Sequence[Path]) -> dict[str, Any]:

@@ -269,9 +269,9 @@ class _HummingLinear:
         reason = refusals.capability(spec.capability, OLDEST_CAPABILITY)
         if reason is not None:
             return reason
-        found = spell(spec.capability)
+        spelled = spell(spec.capability)
         if spec.capability < 80 and spec.dtype is torch.bfloat16:
-            return f"bfloat16 needs compute capability 8.0 (this is {found}); use --dtype float16"
+            return f"bfloat16 needs compute capability 8.0 (this is {spelled}); use --dtype float16"
         return self._refuse_capability(spec.capability)
 
     def _refuse_capability(self, capability: int) -> str | None:
@@ -282,11 +282,11 @@ class _HummingLinear:
             module = importlib.import_module("humming")
         except (ImportError, OSError) as error:
             return f"humming-kernels cannot be imported ({error}); install vLLM for CUDA"
-        needed, found = self._needed_version(spec), getattr(module, "__version__", None)
-        if found is None:
+        needed, installed = self._needed_version(spec), getattr(module, "__version__", None)
+        if installed is None:
             return f"the module humming of {module.__spec__} is not that of humming-kernels"
-        if Version(found) < Version(needed):
-            return f"the layer or GPU needs humming-kernels {needed}, not {found}; upgrade vLLM"
+        if Version(installed) < Version(needed):
+            return f"the layer or GPU needs humming-kernels {needed}, not {installed}; upgrade vLLM"
         return None
 
     def _needed_version(self, spec: LinearSpec) -> str:
@@ -312,8 +312,8 @@ class HummingInt4Linear(_HummingLinear):
     def _refuse_capability(self, capability: int) -> str | None:
         if capability < 90:
             return None
-        found = spell(capability)
-        return f"INT4 tensor cores end at compute capability 8.9, this is {found}; {_OTHER}"
+        spelled = spell(capability)
+        return f"INT4 tensor cores end at compute capability 8.9, this is {spelled}; {_OTHER}"
 
 
 class HummingInt8Linear(_HummingLinear):

@@ -151,9 +151,9 @@ def _refuse_replaced(config: str, bits: int, group: int) -> None:
         "weight_scale_group_size": group,
         "use_int_weight_scale": False,
     }
-    found = {name: chosen[name] for name in asked}
-    if found != asked:
-        raise RuntimeError(f"humming configured {found} where {asked} was asked for")
+    configured = {name: chosen[name] for name in asked}
+    if configured != asked:
+        raise RuntimeError(f"humming configured {configured} where {asked} was asked for")
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:

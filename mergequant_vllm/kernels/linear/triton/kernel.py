@@ -95,5 +95,5 @@ def _device_refusal(spec: LinearSpec) -> str | None:
         return f"it runs on GPUs (or with TRITON_INTERPRET=1) and the layer is on {spec.device}"
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs and this PyTorch is built for ROCm"
-    found = current_capability(spec.device) if spec.capability is None else spec.capability
-    return refusals.capability(found, OLDEST_CAPABILITY)
+    capability = current_capability(spec.device) if spec.capability is None else spec.capability
+    return refusals.capability(capability, OLDEST_CAPABILITY)

@@ -55,7 +55,7 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
         bytes; None where the system does not say.
     """
     system = _fields(root / "proc/meminfo").get("MemAvailable")
-    found = [] if system is None else [system * 1024]
+    limits_bytes = [] if system is None else [system * 1024]
     for folder in _control_groups(root):
         # Version 2, then 1. Cached files count as used there, and are given up when needed.
         for limit, used in (
@@ -65,8 +65,8 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
             most, now = _number(folder / limit), _number(folder / used)
             if most is not None and now is not None:
                 cached = _fields(folder / "memory.stat").get("inactive_file", 0)
-                found.append(max(0, most - now + cached))
-    return min(found, default=None)
+                limits_bytes.append(max(0, most - now + cached))
+    return min(limits_bytes, default=None)
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
