@@ -35,7 +35,7 @@ class BuildNative(build_ext):
     """Compiles each unit with its own flags; setuptools knows only one set for all."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Not a Python module: no tag of the interpreter in its name."""
+        """Name of the library, which is no Python module and has no tag of the interpreter."""
         return fullname.replace(".", os.sep) + ".so"
 
     def run(self) -> None:
@@ -90,15 +90,15 @@ class AnyPython(bdist_wheel):
     """A wheel of the platform, for every Python: the library is called through ctypes."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Such as py3-none-linux_x86_64."""
+        """Tag of the wheel, such as py3-none-linux_x86_64."""
         return ("py3", "none", super().get_tag()[2])
 
 
 class WithLibrary(Distribution):
-    """Holds something compiled."""
+    """A distribution that holds something compiled."""
 
     def has_ext_modules(self) -> bool:
-        """It does."""
+        """Return True, so that the wheel is one of a platform."""
         return True
 
 
@@ -116,7 +116,7 @@ def _machine(compiler: list[str]) -> str:
 
 
 def _openmp(compiler: list[str]) -> list[str]:
-    """Nothing with GCC: its library is the one that PyTorch loads, whose threads vLLM binds.
+    """Flags that link OpenMP; none with GCC, whose library is the one that PyTorch loads, whose threads vLLM binds.
 
     Clang's calls need Clang's own library, whose threads nobody has bound.
     """

@@ -58,7 +58,7 @@ class MergeQuantConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: the configuration is part of config.json."""
+        """Return no file: the configuration is part of config.json."""
         return []
 
     @classmethod

@@ -38,15 +38,15 @@ class SharedInputParameter(BasevLLMParameter):
     """A tensor of a linear's input, of which every merged linear brings an equal copy."""
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """The whole copy: the input of a column-parallel linear is not sharded."""
+        """Take the whole copy: the input of a column-parallel linear is not sharded."""
         self._take(loaded_weight)
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """As above, for each of the merged linears."""
+        """Take the whole copy of one of the merged linears."""
         self._take(loaded_weight)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """As above, for q, k and v."""
+        """Take the whole copy of q, k or v."""
         self._take(loaded_weight)
 
     def _take(self, loaded: Tensor) -> None:

@@ -20,7 +20,7 @@ KERNELS = ROOT / "mergequant_vllm" / "kernels"
 
 @dataclass(frozen=True)
 class Device:
-    """Where a part runs.
+    """A device on which a part runs.
 
     Attributes:
         kind: torch device type, `cuda` or `cpu`.

@@ -25,7 +25,7 @@ class Goal:
 
     @property
     def reached(self) -> bool | None:
-        """None if nothing was measured."""
+        """Whether the goal is reached; None if nothing was measured."""
         if self.measured is None or math.isnan(self.measured):
             return None
         return self.measured <= self.wanted if self.most else self.measured >= self.wanted

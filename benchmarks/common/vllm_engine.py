@@ -70,7 +70,7 @@ def default_attention() -> str | None:
 
 
 def _kernel_config() -> dict[str, bool] | None:
-    """No warming up of libraries that are not installed; None where vLLM has no such settings."""
+    """Settings without warm-ups of libraries that are missing; None where vLLM has none."""
     try:
         from vllm.config import KernelConfig
     except ImportError:

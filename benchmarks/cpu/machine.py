@@ -17,7 +17,7 @@ def cores() -> list[int]:
 
 
 def cpu_name(text: str | None = None) -> str:
-    """As its maker calls it; `text` in place of /proc/cpuinfo."""
+    """Name that the CPU's maker gave it; `text` stands for /proc/cpuinfo."""
     information = Path("/proc/cpuinfo").read_text() if text is None else text
     for line in information.splitlines():
         name, _, value = line.partition(":")

@@ -33,7 +33,7 @@ def instruction_set_name(isa: str | None, kernel: str = "cpu-int4") -> str:
 
 
 def file_name(part: str, isa: str, threads: int, *, amx: bool) -> str:
-    """Such as `linear-avx2-2t`."""
+    """Name of a result's file, such as `linear-avx2-2t`."""
     return f"{part}-{isa}{'' if amx else AMX_OFF}-{threads}t"
 
 

@@ -60,7 +60,7 @@ def _finish(figure: Any, axes: Any, path: Path) -> Path:
 
 
 def _gemm(cells: Cells, path: Path) -> list[Path]:
-    """For each shape the speed of every subject against bf16, over M."""
+    """Draw for each shape the speed of every subject against bf16, over M."""
     limits = cells.records().get("limits")
     shapes: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for key, cell in products(cells):

@@ -139,7 +139,7 @@ def _bias(product: Product) -> Tensor:
 
 
 def _humming(product: Product, *, int8: bool) -> str | None:
-    """As its own emulation, which rounds where the library does."""
+    """Compare with the library's own emulation, which rounds where it does."""
     spec = product.spec
     # From 0.1.17 on, INT8 on these GPUs multiplies in another order.
     scale_first = int8 and spec.capability is not None and 100 <= spec.capability < 120

@@ -106,7 +106,7 @@ def make_steps(device: Device, K: int) -> dict[str, Step]:
 
 
 def make_quantizers(device: Device, K: int) -> dict[str, nn.Module]:
-    """As a server has them in front of a kernel that takes int8 codes."""
+    """Make quantizers as a server has them in front of a kernel that takes int8 codes."""
     form = CodeForm(
         bits=BITS,
         layout=INT8,

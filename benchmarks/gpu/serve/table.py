@@ -52,7 +52,7 @@ def sequence_bytes(cell: Record) -> float | None:
 
 
 def goals(cells: Cells) -> list[Goal]:
-    """For `mergequant`, and for each kernel that was asked for by name."""
+    """Goals for `mergequant`, and for each kernel that was asked for by name."""
     variants = by_variant(cells)
     goals = []
     names = [name for name in variants if base_name(name) == OURS] or [OURS]

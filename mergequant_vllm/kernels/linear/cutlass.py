@@ -92,7 +92,7 @@ class _Prepared(PreparedLinear):
     def forward(
         self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
     ) -> Tensor:
-        """As `reference`, up to the numerics in the module's docstring."""
+        """Compute `reference`, up to the numerics in the module's docstring."""
         from vllm import _custom_ops
 
         rows = codes.reshape(-1, self.columns)

@@ -234,7 +234,7 @@ class _Prepared(PreparedLinear):
     def forward(
         self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
     ) -> Tensor:
-        """As `reference`, up to the numerics in the module's docstring."""
+        """Compute `reference`, up to the numerics in the module's docstring."""
         y: Tensor = marlin_int8(
             codes,
             self.weight,

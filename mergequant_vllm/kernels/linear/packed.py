@@ -56,7 +56,7 @@ class PackedLinear(PreparedLinear):
     def forward(
         self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
     ) -> Tensor:
-        """As `reference`, bit for bit."""
+        """Compute `reference`, bit for bit."""
         y: Tensor = self._operator(
             codes,
             self.weight,

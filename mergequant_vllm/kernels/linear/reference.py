@@ -174,7 +174,7 @@ class ReferenceLinear:
     writer = Writer.REFERENCE
 
     def refusal(self, spec: LinearSpec) -> str | None:
-        """Nothing is refused."""
+        """Return None: the definition refuses nothing."""
         return None
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:

@@ -55,7 +55,7 @@ class LinearSpec:
         _ = self.spans
 
     def __str__(self) -> str:
-        """As users read it in a refusal."""
+        """Return the linear as users read it in a refusal."""
         weights = f"W{self.weight_bits}"
         if self.group_size is not None:
             weights += f" in groups of {self.group_size}"

@@ -20,7 +20,7 @@ def static_codes(
     offset: Tensor | None = None,
     columns: int | None = None,
 ) -> Tensor:
-    """As `reference.static_codes`, in layout INT8 alone."""
+    """Compute `reference.static_codes`, in layout INT8 alone."""
     if layout is not CodeLayout.INT8:
         raise ValueError(f"The native quantizer writes int8 codes, not {layout.value}.")
     width = columns or (normed.shape[-1] if index is None else len(index))

@@ -64,7 +64,7 @@ def _plan_slab(n: int, index: Tensor | None, offset: Tensor | None, start: int, 
 def static_codes(
     normed: Tensor, bits: int, layout: CodeLayout, slabs: list[Slab], columns: int
 ) -> Tensor:
-    """As `reference.static_codes`; rows of the result may have a stride above `columns`.
+    """Compute `reference.static_codes`; rows of the result may have a stride above `columns`.
 
     Args:
         normed: [..., n], the norm's output.

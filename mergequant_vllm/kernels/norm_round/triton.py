@@ -110,7 +110,7 @@ def static_codes(
     offset: Tensor | None = None,
     columns: int | None = None,
 ) -> Tensor:
-    """As `reference.static_codes`, bit for bit; opaque to torch.compile."""
+    """Compute `reference.static_codes`, bit for bit; opaque to torch.compile."""
     columns = columns or _columns_before_padding(normed, index)
     codes: Tensor = static_codes_triton(normed, bits, layout.value, index, offset, columns)
     return codes

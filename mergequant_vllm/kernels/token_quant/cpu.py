@@ -18,7 +18,7 @@ def token_codes(
     columns: int | None = None,
     zero_points: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `reference.token_codes`, in layout INT8 alone."""
+    """Compute `reference.token_codes`, in layout INT8 alone."""
     if layout is not CodeLayout.INT8:
         raise ValueError(f"The native quantizer writes int8 codes, not {layout.value}.")
     columns = columns or x.shape[-1]

@@ -28,7 +28,7 @@ def token_codes(
     columns: int | None = None,
     zero_points: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `reference.token_codes`."""
+    """Compute `reference.token_codes`."""
     channels = x.shape[-1]
     columns = columns or channels
     if zero_points:

@@ -120,7 +120,7 @@ def token_codes(
     columns: int | None = None,
     zero_points: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `reference.token_codes`, bit for bit; opaque to torch.compile."""
+    """Compute `reference.token_codes`, bit for bit; opaque to torch.compile."""
     columns = columns or x.shape[-1]
     form = (bits, layout.value, hadamard, columns, zero_points)
     codes, step, zero = token_codes_triton(x, clip, *form)

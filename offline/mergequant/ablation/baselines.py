@@ -107,7 +107,7 @@ class TensorInput:
         return weight
 
     def output_offset(self, weight: Tensor) -> Tensor | None:
-        """None: codes are symmetric."""
+        """Return None: codes are symmetric."""
         return None
 
     def stored(self) -> dict[str, Tensor]:

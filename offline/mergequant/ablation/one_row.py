@@ -119,7 +119,7 @@ def _made_with(folder: Path) -> Path:
 
 
 def _growth(report: Report, hidden: int) -> float:
-    """By how many percent reconstruction widened the norm-fed linears' input; their mean."""
+    """Return by how many percent reconstruction widened norm-fed inputs, their mean."""
     static = [line for line in report if line["activations"] == "static"]
     shaped = [line.get("reconstruction") for line in static]
     columns = [hidden if shape is None else int(shape["columns"]) for shape in shaped]

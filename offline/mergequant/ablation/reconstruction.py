@@ -26,7 +26,7 @@ def kept_shapes(
     tables: Iterable[Table],
     progress: bool = True,
 ) -> Shapes:
-    """By rotation, the fields that say how the rows of `tables` are reconstructed.
+    """Fields that say how the rows of `tables` are reconstructed, by rotation.
 
     Choices are kept in `file`; it is read if they were made for the same `base`.
     """

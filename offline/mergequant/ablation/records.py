@@ -88,7 +88,7 @@ class Shelf:
         return self._error(key)
 
     def checkpoint(self, key: str) -> Path:
-        """Where the row's checkpoint is made."""
+        """Folder in which the row's checkpoint is made."""
         return self.output / "checkpoints" / key
 
     def _path(self, key: str) -> Path:

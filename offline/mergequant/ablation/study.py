@@ -39,7 +39,7 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Where it is on disk."""
+        """Folder of the model on disk."""
         return self.reader.folder
 
 

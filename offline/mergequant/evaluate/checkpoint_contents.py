@@ -74,7 +74,7 @@ class Contents:
     provenance: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON has them."""
         return asdict(self)
 
 

@@ -55,7 +55,7 @@ class Perplexity:
     engine: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON has them."""
         return asdict(self)
 
 

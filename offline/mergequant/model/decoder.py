@@ -218,7 +218,7 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """Device of its tensors."""
         return self._decoder.device
 
     @property
@@ -300,7 +300,7 @@ class Block:
 
 
 class _NothingToAdd(nn.Module):
-    """In the place of a part of a block whose output is in the residual already: adds 0.
+    """A part of a block whose output is in the residual already, and which adds 0.
 
     Args:
         like: what the part returned: a tensor, or a tuple that begins with one.

@@ -80,7 +80,7 @@ class ModelReader(ABC):
         """Raise InputError naming the first tensor with a NaN or an infinity."""
 
     def read_in_source_dtype(self, name: str) -> Tensor:
-        """As `read`; a view that computes its tensors rounds them to the dtype of the source."""
+        """Read one tensor; a view that computes it rounds it to the dtype of the source."""
         return self.read(name)
 
     def read_block(self, prefix: str) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ class RotatedReader(ModelReader):
         return self._read(name, self._dtype)
 
     def read_in_source_dtype(self, name: str) -> Tensor:
-        """As `read`, rounded to the dtype of the source: what a 16-bit checkpoint holds."""
+        """Read one tensor, rounded to the dtype of the source: what a 16-bit checkpoint holds."""
         return self._read(name, None)
 
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -120,7 +120,7 @@ class RotatedReader(ModelReader):
         return torch.cat([_turned(part, turn, gain).to(dtype or tensor.dtype) for part in parts])
 
     def check_finite(self) -> None:
-        """As the plain model's; and what goes back to 16 bits must not overflow there."""
+        """Check the plain model, and that what goes back to 16 bits does not overflow there."""
         self._source.check_finite()
         for name in self._outer:
             if str(self._source.stored[self._turns[name].source].dtype) != "F16":

@@ -13,7 +13,7 @@ logger = logging.getLogger("mergequant")
 
 
 class HeldError(Exception):
-    """Another process holds the lock; the message is its id."""
+    """A lock that another process holds; the message is its id."""
 
 
 def lock(path: Path) -> int | None:

@@ -82,7 +82,7 @@ def fingerprint(
 
 
 def library_versions() -> dict[str, str]:
-    """Of the libraries whose arithmetic and tokenizers are used, by package."""
+    """Versions of the libraries whose arithmetic and tokenizers are used, by package."""
     return versions_of("torch", "transformers", "compressed-tensors")
 
 
@@ -93,12 +93,12 @@ def versions_of(*libraries: str) -> dict[str, str]:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """Of what a `config.json` says, however it is laid out; in hexadecimal."""
+    """Hash of what a `config.json` says, however it is laid out; in hexadecimal."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(files: Sequence[Path]) -> dict[str, str]:
-    """Of each weight file, by name.
+    """Hash of each weight file, by name.
 
     Files are hashed whole: it costs 1 to 3 seconds a GB, and quantizing minutes a GB. Sizes,
     headers and sampled pages would not see an adapter merged into a few of the matrices.

@@ -36,7 +36,7 @@ logger = logging.getLogger("mergequant")
 
 
 class BlockRecord(BaseModel):
-    """That a block is finished: the sha256 of its shard, and its lines of the report."""
+    """Record of a finished block: the sha256 of its shard, and its lines of the report."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

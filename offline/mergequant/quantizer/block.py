@@ -75,7 +75,7 @@ def borders_within(architecture: Architecture) -> dict[str, tuple[str, list[str]
 
 
 def _growth(result: LinearResult) -> str:
-    """By how much reconstruction made the linear's input longer."""
+    """Growth of the linear's input by reconstruction, as the bar shows it."""
     columns = result.line.input.get("reconstruction")
     return f", K{columns['growth']:+.1%}" if columns else ""
 

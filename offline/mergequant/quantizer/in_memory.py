@@ -25,7 +25,7 @@ def quantize_in_memory(
     *,
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """As `quantize`, for any plan; the whole model is held in float32 on the device.
+    """Quantize as `quantize` does, by any plan; the whole model stays in float32 on the device.
 
     Args:
         change: makes a baseline's plan of the one that the options make.

@@ -76,7 +76,7 @@ def _hessian(
     inputs: Sequence[Tensor],
     batches: Sequence[Tensor],
 ) -> Tensor:
-    """Of what the linears' products really read: float64 [K, K].
+    """Hessian of what the linears' products really read: float64 [K, K].
 
     Args:
         inputs: what the linears read of the first batches, where that is known already.

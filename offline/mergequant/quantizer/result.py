@@ -58,7 +58,7 @@ class ReportLine:
     compensation: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For the report's file."""
+        """Return the line as the report's file has it."""
         line = {
             "linear": self.linear,
             "activations": self.activations,

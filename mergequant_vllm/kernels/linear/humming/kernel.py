@@ -153,7 +153,7 @@ class HummingPrepared(PreparedLinear):
     def forward(
         self, codes: Tensor, token_step: Tensor | None, token_zero: Tensor | None, add_bias: bool
     ) -> Tensor:
-        """As `rounding.emulate`."""
+        """Compute `rounding.emulate`."""
         scale = self.input_scale if token_step is None else token_step
         if token_step is not None and self.unit != 1:
             scale = token_step * self.unit
@@ -209,7 +209,7 @@ class HummingPrepared(PreparedLinear):
 
 
 def _locks(device: torch.device) -> Tensor:
-    """As many as vLLM gives; at least the 1024 of older versions."""
+    """Locks, as many as vLLM gives, and at least the 1024 of older versions."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return torch.zeros(max(1024, 8 * processors), dtype=torch.int32, device=device)
 

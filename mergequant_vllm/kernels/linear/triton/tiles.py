@@ -142,7 +142,7 @@ def default_tile(shape: LinearShape, tokens: int, limit: int) -> Tile:
 
 
 def _stages(tile: Tile, shape: LinearShape, limit: int) -> int:
-    """As many as leave room for a second program, if those are three, else as many as fit."""
+    """Stages that leave room for a second program, if three do, else as many as fit."""
     one = stage_bytes(tile, shape)
     fitting = (limit // 2 - _BARRIERS) // one
     if fitting < 3:

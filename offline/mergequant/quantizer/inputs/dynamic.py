@@ -98,7 +98,7 @@ class DynamicInput:
         return weight
 
     def output_offset(self, weight: Tensor) -> Tensor | None:
-        """None: the server takes a token's zero point away by itself."""
+        """Return None: the server takes a token's zero point away by itself."""
         return None
 
     def stored(self) -> dict[str, Tensor]:

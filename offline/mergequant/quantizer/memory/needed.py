@@ -282,7 +282,7 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
 
 
 def _readers(shapes: _Shapes, readers: _Readers, block: int, tokens: int) -> Iterator[Moment]:
-    """Until the first linear of an input is rounded."""
+    """Moments until the first linear of an input is rounded."""
     square, stacked = readers.columns**2, readers.out * readers.channels
     windows = min(shapes.options.statistics_samples, shapes.windows)
     inputs = _F32 * windows * shapes.length * readers.channels
@@ -380,6 +380,6 @@ def _host_outer(shapes: _Shapes) -> int:
 
 
 def _source_bytes(config: Mapping[str, Any]) -> int:
-    """Of an element in the model's files; 4 where `config.json` does not say."""
+    """Bytes of an element in the model's files; 4 where `config.json` does not say."""
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     return 2 if dtype.endswith(("bfloat16", "float16")) else _F32
