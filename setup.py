@@ -116,7 +116,7 @@ def _machine(compiler: list[str]) -> str:
 
 
 def _openmp(compiler: list[str]) -> list[str]:
-    """Flags that link OpenMP; none with GCC, whose library is the one that PyTorch loads, whose threads vLLM binds.
+    """Flags that link OpenMP: none with GCC, whose library is PyTorch's, whose threads vLLM binds.
 
     Clang's calls need Clang's own library, whose threads nobody has bound.
     """

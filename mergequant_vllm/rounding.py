@@ -55,7 +55,7 @@ def round_to_16_bit(x: Tensor) -> Tensor:
 
 
 def round_to_16_bit_normal(x: Tensor) -> Tensor:
-    """Round as `round_to_16_bit`, to magnitudes of at least float16's smallest normal number (2^-14).
+    """Round as `round_to_16_bit`, to at least float16's smallest normal magnitude (2^-14).
 
     Zero stays zero. Processors that flush subnormal numbers cannot change these values.
     """

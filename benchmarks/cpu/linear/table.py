@@ -67,7 +67,7 @@ def fastest(row: Row, name: str) -> float | None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Summarize each M and baseline: the shapes won; over the shapes, medians and fastest rounds."""
+    """Summarize each M and baseline: shapes won; over shapes, medians and fastest rounds."""
     lines = [
         "| M | against | shapes won | least | median | most | fastest: least | median | most |",
         "|---" * 9 + "|",
