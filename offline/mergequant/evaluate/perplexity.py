@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 DTYPES = ("float32", "bfloat16", "float16")
 PUBLISHED_WINDOW = 2048
 _TOKENS_A_BATCH = 4096
+_STOP_SECONDS = 60.0  # vLLM's own limit of 5 kills an engine that ends slowly on a busy CPU
 _NO_VLLM = (
     'Engine vllm is not installed: pip install "mergequant-vllm[cuda]" or [cpu], '
     "or use --engine transformers."
@@ -170,16 +171,35 @@ def require_vllm() -> None:
 
 def vllm_engine(folder: Path, **arguments: Any) -> AbstractContextManager[Any]:
     """A context around an `LLM`, which is started at once and shut down when the context ends."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gibibytes(folder, arguments)))
-    # A window as long as the context needs room for the one token that vLLM insists on generating.
-    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    with _environment(_settings(folder, arguments)):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise InputError(_NO_VLLM) from error
+        return _closing(LLM(model=str(folder), **arguments))
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those of `variables` that are not set, and unset them at the end."""
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
-        from vllm import LLM
-    except ImportError as error:
-        raise InputError(_NO_VLLM) from error
-    return _closing(LLM(model=str(folder), **arguments))
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _settings(folder: Path, arguments: dict[str, Any]) -> dict[str, str]:
+    """Variables that vLLM reads as it starts an engine, for this model and context."""
+    return {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+        "VLLM_CPU_KVCACHE_SPACE": str(_cache_gibibytes(folder, arguments)),
+        # A window as long as the context needs room for the token that vLLM insists on generating.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    }
 
 
 def _cache_gibibytes(folder: Path, arguments: dict[str, Any]) -> int:
@@ -195,7 +215,20 @@ def _closing(llm: Any) -> Iterator[Any]:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        _stop(llm.llm_engine.engine_core)
+
+
+def _stop(core: Any) -> None:
+    """Shut an engine's processes down and join the thread that receives their outputs.
+
+    The thread frees the tensors of its last message as it ends. PyTorch takes the GIL for that in a
+    destructor; were the interpreter finalizing, Python would end the thread there, which C++
+    answers with std::terminate: an abort after the results are printed.
+    """
+    core.shutdown(timeout=_STOP_SECONDS)
+    receiver = getattr(core, "output_queue_thread", None)  # an engine in this process has none
+    if receiver is not None:
+        receiver.join(_STOP_SECONDS)
 
 
 def prompt_logprobs(llm: Any, windows: Tensor, progress: bool = False) -> Tensor:

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,12 +66,25 @@ class FakeEngine:
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
-        self.stopped = False
-        core = SimpleNamespace(shutdown=self.stop)
+        self.cache_space = os.environ["VLLM_CPU_KVCACHE_SPACE"]
+        self.stopping = threading.Event()
+        self.receiver = threading.Thread(target=self.receive, daemon=True)
+        self.receiver.start()
+        core = SimpleNamespace(shutdown=self.stop, output_queue_thread=self.receiver)
         self.llm_engine = SimpleNamespace(engine_core=core)
 
-    def stop(self) -> None:
-        self.stopped = True
+    @property
+    def stopped(self) -> bool:
+        """Whether the engine was shut down and its thread has ended."""
+        return self.stopping.is_set() and not self.receiver.is_alive()
+
+    def stop(self, timeout: float) -> None:
+        self.stopping.set()
+
+    def receive(self) -> None:
+        """Receive outputs, and end a moment after the engine."""
+        self.stopping.wait()
+        time.sleep(0.1)
 
     def generate(self, prompts: list[Any], *_: object, use_tqdm: bool) -> list[Any]:
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
@@ -125,6 +141,28 @@ def test_an_engine_is_started_at_once_and_stopped_whatever_happens(
     assert context.__enter__() is fake[0] and not fake[0].stopped
     assert not context.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert fake[0].stopped
+
+
+def test_an_engine_that_runs_in_this_process_has_no_thread_to_wait_for(
+    fake: list[FakeEngine], llama: Path
+) -> None:
+    with vllm_engine(llama) as engine:
+        del engine.llm_engine.engine_core.output_queue_thread
+    assert fake[0].stopping.is_set()
+
+
+def test_each_engine_has_the_cache_of_its_own_context(
+    fake: list[FakeEngine], llama: Path, no_settings: pytest.MonkeyPatch
+) -> None:
+    no_settings.delenv("VLLM_CPU_KVCACHE_SPACE")
+    # Keys and values of 2 blocks with 32 channels in float32 take 512 bytes a token.
+    with vllm_engine(llama, max_model_len=64), vllm_engine(llama, max_model_len=2**22):
+        assert [engine.cache_space for engine in fake] == ["1", "3"]
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+    no_settings.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    with vllm_engine(llama):
+        assert fake[-1].cache_space == os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
 
 
 def test_without_vllm_one_sentence(no_settings: pytest.MonkeyPatch, llama: Path) -> None:
