@@ -25,6 +25,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from muon import Muon
+
 SEED = 0
 VOCABULARY = 1000  # not whole tiles: vLLM pads it
 CONTEXT = 256  # positions the model accepts, and tokens in a training row
@@ -114,7 +116,7 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, ns_steps=3),
+        Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, ns_steps=3),
         torch.optim.AdamW(rest, lr=REST_RATE, betas=(0.9, 0.95), weight_decay=0.1),
     ]
 

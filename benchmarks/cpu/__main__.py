@@ -21,9 +21,8 @@ from benchmarks.cpu import instruction_sets, machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-TESTS = [
-    f"tests/mergequant_vllm/kernels/test_native_{name}.py" for name in ("linear", "quantizers")
-]
+KERNELS = "tests/mergequant_vllm/kernels"
+TESTS = [f"{KERNELS}/linear/test_cpu_int4.py", f"{KERNELS}/test_native_quantizers.py"]
 LINEAR_MODELS = ("Llama-2-7B", "Llama-3-8B", "TinyLlama-1.1B", "Qwen3-0.6B")
 REFUSED = 2
 

@@ -60,7 +60,7 @@ class Options(BaseModel):
         dynamic_zero_points: o's and down's tokens have zero points.
         reconstruction: `none`; `prune`: strong channels split, as many others dropped (paper 4.2);
             `pad`: split and nothing dropped, K grows up to `max_extra_channels`; `auto`: what
-            measures best on calibration text, see `pilot`.
+            measures best on calibration text, see `choose_reconstruction`.
         alpha: how many standard deviations above the mean make a channel strong (paper Eq. 6); the
             paper's for the `architecture`; or `auto`, what measures best.
         split_by: what Eq. 6 measures: the activation `step` (the paper), or the size of the

@@ -133,3 +133,9 @@ def test_a_profile_is_of_one_token() -> None:
     assert f"| {profile.LINEARS} | 500.00 | 50.0% | 62.50 | 66.7% |" in text
     assert "| without the profiler | 500.00 |  | 62.50 |  |" in text
     assert profile.EMBEDDING not in text.split("\n| |")[1]
+
+
+def test_the_tests_that_must_pass_before_anything_is_timed_exist() -> None:
+    from benchmarks.cpu.__main__ import TESTS
+
+    assert all((Path(__file__).parents[3] / file).is_file() for file in TESTS)
