@@ -213,7 +213,7 @@ def validate(
     for name in sorted(known.keys() - expected.keys()):
         raise InputError(
             f"Tensor {name!r} is not part of {kind} as mergequant knows it: "
-            "the model is a variant that needs a table of its own in mergequant/model/architectures."
+            "the model is a variant that needs a table of its own in model/architectures."
         )
     for name, shape in expected.items():
         if tuple(known[name]) != shape:
