@@ -84,12 +84,25 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "__init__"),
 )
 # Who may look at `Options`: what reads them, and what resolves them into the steps' own plans.
-RESOLVES_OPTIONS = {"cli_flags.py", "__init__.py", "output/fingerprint.py"}
+RESOLVES_OPTIONS = {
+    "cli_flags.py",
+    "__init__.py",
+    "output/fingerprint.py",
+    "output/checkpoint_plan.py",
+}
 RESOLVES_OPTIONS |= {
     f"quantizer/{name}.py"
-    for name in ("choose_reconstruction", "columns", "in_memory", "plan", "prepare", "run")
+    for name in (
+        "choose_reconstruction",
+        "columns",
+        "forms",
+        "in_memory",
+        "prepare",
+        "resolve",
+        "run",
+    )
 }
-RESOLVES_OPTIONS |= {"quantizer/memory/needed.py"}
+RESOLVES_OPTIONS |= {"quantizer/resolve.py", "quantizer/run.py", "quantizer/memory/needed.py"}
 
 
 def room(file: Path) -> str:

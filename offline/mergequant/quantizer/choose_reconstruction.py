@@ -29,6 +29,7 @@ from mergequant.model.architecture import Norm, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.quantizer.columns import columns_plan, padded_columns, tile_of
+from mergequant.quantizer.forms import static_form
 from mergequant.quantizer.inputs.record import stacked_weights
 from mergequant.quantizer.inputs.static import (
     ChannelCalibration,
@@ -36,7 +37,8 @@ from mergequant.quantizer.inputs.static import (
     columns_of,
     static_input,
 )
-from mergequant.quantizer.plan import WeightPlan, static_form, static_input_plan, weight_plan
+from mergequant.quantizer.plan import WeightPlan
+from mergequant.quantizer.resolve import static_input_plan, weight_plan
 
 logger = logging.getLogger("mergequant")
 

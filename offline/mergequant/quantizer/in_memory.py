@@ -12,8 +12,9 @@ from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
 from mergequant.quantizer.head import quantize_head
-from mergequant.quantizer.plan import Plan, make_plan
+from mergequant.quantizer.plan import Plan
 from mergequant.quantizer.prepare import calibration_of, find_device, open_model
+from mergequant.quantizer.resolve import make_plan
 from mergequant.quantizer.walk import walk_blocks
 
 

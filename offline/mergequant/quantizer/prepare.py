@@ -20,7 +20,7 @@ from mergequant.model.rotated_reader import RotatedReader
 from mergequant.model.untied_reader import UntiedReader
 from mergequant.options import Options
 from mergequant.quantizer.head import BITS
-from mergequant.quantizer.plan import samples_of
+from mergequant.quantizer.resolve import samples_of
 
 
 def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Architecture, list[Path]]:

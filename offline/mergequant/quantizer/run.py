@@ -18,8 +18,9 @@ from mergequant.quantizer.choose_reconstruction import Decision, resolve_reconst
 from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.memory.available import refuse_if_short
 from mergequant.quantizer.memory.needed import needed_memory
-from mergequant.quantizer.plan import Plan, make_plan
+from mergequant.quantizer.plan import Plan
 from mergequant.quantizer.prepare import calibration_of, find_device, open_model
+from mergequant.quantizer.resolve import make_plan
 from mergequant.quantizer.result import LinearResult
 from mergequant.quantizer.walk import walk_blocks
 from mergequant_vllm.format import CheckpointFormat, check_tensors

@@ -1,0 +1,126 @@
+"""What each linear of a model will be like, and whether that can be served."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergequant.errors import InputError
+from mergequant.methods.rotate import OnlineRotation
+from mergequant.model.architecture import Architecture, Readers, outer_tensors, widths
+from mergequant.model.rotated_reader import online_rotations
+from mergequant.options import Options
+from mergequant.quantizer.columns import columns_plan, segment_lengths
+from mergequant.quantizer.head import BITS, HEAD_FORM
+from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm
+
+
+def linear_forms(
+    architecture: Architecture, config: Mapping[str, Any], options: Options
+) -> Iterator[tuple[str, LinearForm | None]]:
+    """What each linear of the model will be like, by full name; None: it is not quantized."""
+    for number in range(int(config["num_hidden_layers"])):
+        prefix = f"{architecture.block.format(block=number)}."
+        for readers in architecture.readers():
+            forms = {
+                f"{prefix}{x.name}": _form(
+                    architecture, config, options, readers, f"{prefix}{x.name}"
+                )
+                for x in readers.linears
+            }
+            if readers.norm is not None:
+                _refuse_unlike(forms)
+            yield from forms.items()
+    head = architecture.head.name
+    if f"{head}.weight" in outer_tensors(architecture, config):
+        quantized = options.head_bits == BITS and not options.ignores(head)
+        yield head, HEAD_FORM if quantized else None
+
+
+def _form(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    options: Options,
+    readers: Readers,
+    name: str,
+) -> LinearForm | None:
+    if options.ignores(name):
+        return None
+    own = options.for_linear(name)
+    if is_static(readers, own):
+        return static_form(own, widths(config)[width_of(architecture, readers.space)])
+    rotation = rotation_of(architecture, config, own, readers)
+    return LinearForm(
+        weight=_weight_form(own, None),
+        input=DynamicInput(
+            bits=own.dynamic_bits,
+            zero_points=own.dynamic_zero_points,
+            hadamard=rotation.hadamard,
+            heads=rotation.heads,
+        ),
+    )
+
+
+def static_form(own: Options, channels: int) -> LinearForm:
+    """What a linear behind a norm of `channels` channels is like."""
+    columns = columns_plan(own, channels)
+    lengths = None
+    if own.segments is not None:
+        lengths = segment_lengths(channels if columns is None else columns.count, own.segments)
+    staggered = columns is not None and columns.mode != "none" and columns.staggered
+    return LinearForm(
+        weight=_weight_form(own, lengths),
+        input=StaticInput(
+            bits=own.static_bits,
+            zero_points=own.static_zero_points,
+            columns=None if columns is None else columns.count,
+            offsets=staggered or own.static_zero_points,
+        ),
+        output_offset="float32" if own.static_zero_points else None,
+    )
+
+
+def _weight_form(own: Options, segments: tuple[int, ...] | None) -> WeightForm:
+    return WeightForm(
+        bits=own.weight_bits,
+        group_size=own.group_size,
+        segments=segments,
+        zero_points=own.asymmetric,
+    )
+
+
+def is_static(readers: Readers, own: Options) -> bool:
+    return readers.norm is not None and own.activations == "static"
+
+
+def rotation_of(
+    architecture: Architecture, config: Mapping[str, Any], own: Options, readers: Readers
+) -> OnlineRotation:
+    online = online_rotations(architecture, config, own.rotation, own.hadamard_block, own.mix_heads)
+    return online.get(readers.linears[0].name, OnlineRotation())
+
+
+def width_of(architecture: Architecture, space: str) -> str:
+    return next(entry.width for entry in architecture.spaces if entry.name == space)
+
+
+def _refuse_unlike(forms: Mapping[str, LinearForm | None]) -> None:
+    """Raise InputError where linears that vLLM merges are not alike."""
+    first, *others = forms
+    for other in others:
+        if forms[other] != forms[first]:
+            raise InputError(
+                f"{first} and {other} must be quantized alike, because vLLM merges them into one "
+                f"linear: give --ignore and --override a pattern that matches "
+                f"{', '.join(name.rpartition('.')[2] for name in forms)} together."
+            )
+
+
+def refuse_idle_patterns(options: Options, forms: Mapping[str, LinearForm | None]) -> None:
+    """Raise InputError where a pattern matches no linear of the model."""
+    for flag, patterns in (("--ignore", options.ignore), ("--override", options.overrides)):
+        for pattern in patterns:
+            only = Options(ignore=(pattern,))
+            if not any(only.ignores(name) for name in forms):
+                raise InputError(
+                    f"{flag} {pattern!r} matches no linear of the model, whose linears are called "
+                    f"like {next(iter(forms))}: correct the pattern."
+                )
