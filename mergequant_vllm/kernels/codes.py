@@ -29,7 +29,7 @@ class CodeLayout(Enum):
     NIBBLES = "nibbles"
 
 
-class Writer(Enum):
+class CodeWriter(Enum):
     """Whose code writes the codes that a kernel takes, see `quantizers`."""
 
     REFERENCE = "reference"

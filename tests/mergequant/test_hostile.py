@@ -72,7 +72,7 @@ def edited(folder: Path, edit: Edit, **config: Any) -> Path:
 def good_error(source: Path, output: Path, text: Path) -> float:
     """Relative squared error of the logits on the text's first tokens; all must be finite."""
     stored = Reader(output)
-    for name in stored.stored:
+    for name in stored.headers:
         assert bool(torch.isfinite(stored.read(name).to(torch.float64)).all()), name
     ids = AutoTokenizer.from_pretrained(str(source))(text.read_text()[:100])["input_ids"]
     window = torch.tensor(ids)[None]
@@ -97,8 +97,8 @@ def report_of(output: Path) -> list[dict[str, Any]]:
 
 def assert_same(one: Path, other: Path) -> None:
     a, b = Reader(one), Reader(other)
-    assert a.stored == b.stored
-    for name in a.stored:
+    assert a.headers == b.headers
+    for name in a.headers:
         assert torch.equal(a.read(name), b.read(name)), name
 
 

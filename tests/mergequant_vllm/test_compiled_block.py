@@ -22,7 +22,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.ir.ops import layernorm
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from mergequant_vllm.kernels.codes import Writer
+from mergequant_vllm.kernels.codes import CodeWriter
 from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from tests.mergequant_vllm.kernels.made import make_linear, make_spec
@@ -39,7 +39,7 @@ class Linear(torch.nn.Module):
         spec = make_spec(in_features=columns, out_features=out, dynamic=form.norm is None)
         self.product = LINEAR_KERNELS["triton"].prepare(make_linear(spec).stored, spec)
         code_form = CodeForm(
-            4, LINEAR_KERNELS["triton"].layout, self.product.columns, writer=Writer.REFERENCE
+            4, LINEAR_KERNELS["triton"].layout, self.product.columns, writer=CodeWriter.REFERENCE
         )
         if form.norm is None:
             self.quantizer: Any = TokenQuantizer(code_form, torch.tensor([0.9]), None)

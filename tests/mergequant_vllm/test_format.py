@@ -36,7 +36,7 @@ def contract(config: dict[str, Any]) -> CheckpointFormat:
 
 
 def test_what_is_written_is_what_is_expected(checkpoint: Path, contract: CheckpointFormat) -> None:
-    stored = Reader(checkpoint).stored
+    stored = Reader(checkpoint).headers
     check_tensors(contract, stored)
     assert stored.keys() == expected_tensors(contract).keys()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergequant.layers.served_linear import ServedLinear
 from mergequant_vllm.format import FormatError, LinearFormat
-from mergequant_vllm.kernels.codes import Writer
+from mergequant_vllm.kernels.codes import CodeWriter
 from mergequant_vllm.packing import pack
 from tests.forms import linear_form
 from tests.mergequant_vllm.kernels.made import random_codes
@@ -213,7 +213,7 @@ def test_what_runs_on_gpus_equals_the_oracle(
     up, down = merged_layer(static, static, "triton"), row_layer(dynamic, "triton")
     load(up, *tensors[:2])
     load(down, tensors[2])
-    assert {x.quantizer.form.writer for x in (up, down)} == {Writer.GPU}
+    assert {x.quantizer.form.writer for x in (up, down)} == {CodeWriter.GPU}
     x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
     z = torch.randn(9, 192, generator=torch.Generator().manual_seed(6))
 

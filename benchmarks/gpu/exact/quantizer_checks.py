@@ -16,7 +16,7 @@ from benchmarks.common.device import Device, runs_triton
 from benchmarks.common.random_linears import generator_on
 from benchmarks.common.result_cells import Record, Refused
 from benchmarks.gpu.exact.error_bounds import first_difference
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
@@ -58,7 +58,7 @@ def check_compiled(K: int, layout: CodeLayout, tokens: tuple[int, ...], device: 
     index = torch.randint(K, (K,), generator=generator, device=there, dtype=torch.int32)
     offset = torch.rand(K, generator=generator, device=there) - 0.5
     clip = torch.tensor([0.8], device=there)
-    form = CodeForm(bits=4, layout=layout, columns=K, writer=Writer.GPU)
+    form = CodeForm(bits=4, layout=layout, columns=K, writer=CodeWriter.GPU)
     pairs: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {
         "static": (
             StaticQuantizer(form, K, None, None, there),

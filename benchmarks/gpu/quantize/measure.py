@@ -17,7 +17,7 @@ from benchmarks.common.random_linears import generator_on
 from benchmarks.common.result_cells import Record, Refused
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.timing import ROUND_SECONDS, ROUNDS, Call, compare
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 
@@ -111,7 +111,7 @@ def make_quantizers(device: Device, K: int) -> dict[str, nn.Module]:
         bits=BITS,
         layout=INT8,
         columns=K,
-        writer=Writer.GPU if runs_triton(device) else Writer.REFERENCE,
+        writer=CodeWriter.GPU if runs_triton(device) else CodeWriter.REFERENCE,
     )
     generator, there = generator_on(device, 0), torch.device(device.kind)
     index = torch.randint(K, (K,), generator=generator, device=there, dtype=torch.int32)

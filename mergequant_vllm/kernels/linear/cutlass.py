@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
@@ -38,7 +38,7 @@ class CutlassLinear:
 
     name = "cutlass-int8"
     layout = CodeLayout.INT8
-    writer = Writer.GPU
+    writer = CodeWriter.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernels cannot hold, GPUs they are not for and a vLLM without them."""

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, Writer, as_rows
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter, as_rows
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.torch_operator import define_operator
@@ -160,7 +160,7 @@ class MarlinLinear:
 
     name = "marlin-int8"
     layout = CodeLayout.INT8
-    writer = Writer.GPU
+    writer = CodeWriter.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses what the kernel cannot hold, old GPUs and a vLLM without it."""

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.packing import unpack
 
@@ -171,7 +171,7 @@ class ReferenceLinear:
 
     name = "reference"
     layout = CodeLayout.INT8
-    writer = Writer.REFERENCE
+    writer = CodeWriter.REFERENCE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Return None: the definition refuses nothing."""

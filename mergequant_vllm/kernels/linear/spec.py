@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.linear.spans import span_slices
 
 
@@ -180,7 +180,7 @@ class LinearKernel(Protocol):
 
     name: str
     layout: CodeLayout
-    writer: Writer
+    writer: CodeWriter
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot serve `spec`, as a clause; None if it can."""

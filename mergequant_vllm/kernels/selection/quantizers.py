@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.hadamard.cpu import mix_heads_native
 from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
 from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
@@ -54,13 +54,13 @@ class CodeForm:
     bits: int
     layout: CodeLayout
     columns: int
-    writer: Writer
+    writer: CodeWriter
 
 
-def writer_for(spec: LinearSpec, kernel: LinearKernel) -> Writer:
+def writer_for(spec: LinearSpec, kernel: LinearKernel) -> CodeWriter:
     """The kernel's, but Triton's forms of the quantizers need a GPU or their interpreter."""
-    if kernel.writer is Writer.GPU and spec.device != "cuda" and not interpreted():
-        return Writer.REFERENCE
+    if kernel.writer is CodeWriter.GPU and spec.device != "cuda" and not interpreted():
+        return CodeWriter.REFERENCE
     return kernel.writer
 
 
@@ -90,7 +90,7 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("index", index)
         self.register_buffer("offset", offset)
         slabs: list[norm_round_fused.Slab] = []
-        if form.writer is Writer.GPU:
+        if form.writer is CodeWriter.GPU:
             slabs = norm_round_fused.plan_slabs(channels, form.layout, index, offset, form.columns)
         self.slabs = len(slabs)
         for number, slab in enumerate(slabs):
@@ -102,15 +102,15 @@ class StaticQuantizer(nn.Module):
         """x [..., n] to codes [..., columns]; no step and no zero point."""
         form = self.form
         compiling = torch.compiler.is_compiling()
-        if form.writer is Writer.GPU and compiling:
+        if form.writer is CodeWriter.GPU and compiling:
             codes = norm_round_fused.static_codes(
                 x, form.bits, form.layout, self._slabs(), form.columns
             )
             return codes, None, None
         source: ModuleType = norm_round
-        if form.writer is Writer.GPU:
+        if form.writer is CodeWriter.GPU:
             source = norm_round_triton
-        elif form.writer is Writer.NATIVE and not compiling:
+        elif form.writer is CodeWriter.NATIVE and not compiling:
             source = norm_round_native
         codes = source.static_codes(
             x,
@@ -167,7 +167,7 @@ class TokenQuantizer(nn.Module):
         """x [..., K] to codes [..., columns], steps float32 [..., 1] and zeros int32 or None."""
         form = self.form
         if self.heads is not None:
-            native = form.writer is Writer.NATIVE
+            native = form.writer is CodeWriter.NATIVE
             x = (mix_heads_native if native else mix_heads_opaque)(x, *self.heads)
         codes, step, zero = self._source().token_codes(
             x,
@@ -183,9 +183,9 @@ class TokenQuantizer(nn.Module):
     def _source(self) -> ModuleType:
         """Return the module of the table's row and column."""
         writer, compiling = self.form.writer, torch.compiler.is_compiling()
-        if writer is Writer.NATIVE:
+        if writer is CodeWriter.NATIVE:
             return token_quant_native
-        if writer is Writer.GPU:
+        if writer is CodeWriter.GPU:
             fuses = compiling and self.hadamard is None and not self.zero_points
             return token_quant_fused if fuses else token_quant_triton
         return token_quant_fused if compiling and self.zero_points else token_quant

@@ -86,9 +86,9 @@ def inspect_checkpoint(checkpoint: str | Path) -> Contents:
             f"{reader.folder} is not a mergequant checkpoint: quantize the model first."
         )
     contract = parse(reader.config["quantization_config"])
-    check_tensors(contract, reader.stored)
+    check_tensors(contract, reader.headers)
     linears = [_linear(reader, name, linear) for name, linear in contract.quantized.items()]
-    total = sum(_size(entry) for entry in reader.stored.values())
+    total = sum(_size(entry) for entry in reader.headers.values())
     plain = _bytes_16_bit(contract)
     return Contents(
         folder=str(reader.folder),
@@ -103,7 +103,7 @@ def inspect_checkpoint(checkpoint: str | Path) -> Contents:
 
 
 def _linear(reader: Reader, name: str, linear: LinearFormat) -> LinearContents:
-    stored = sum(_size(reader.stored[f"{name}.{suffix}"]) for suffix in stored_tensors(linear))
+    stored = sum(_size(reader.headers[f"{name}.{suffix}"]) for suffix in stored_tensors(linear))
     clip = None
     if linear.dynamic is not None:
         clip = round(float(reader.read(f"{name}.input_clip")), 4)

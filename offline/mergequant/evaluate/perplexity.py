@@ -88,7 +88,7 @@ def perplexity(
     reader = Reader(locate(model))
     folder = reader.folder
     if is_mergequant(reader.config):
-        check_tensors(parse(reader.config["quantization_config"]), reader.stored)
+        check_tensors(parse(reader.config["quantization_config"]), reader.headers)
     length = window_length(window, reader.config.get("max_position_embeddings"))
     windows = text_windows(text, load_tokenizer(folder), length, most_windows)
     if engine == "vllm":

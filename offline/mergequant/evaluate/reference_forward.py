@@ -51,7 +51,7 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
 
 def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     checkpoint = parse(reader.config["quantization_config"])
-    check_tensors(checkpoint, reader.stored)
+    check_tensors(checkpoint, reader.headers)
     config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -62,7 +62,7 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
         setattr(model.get_submodule(parent), child, module)
     others = {
         name: reader.read(name).to(dtype)
-        for name in reader.stored
+        for name in reader.headers
         if name.rpartition(".")[0] not in quantized
     }
     model.load_state_dict(others, strict=False)

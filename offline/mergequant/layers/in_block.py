@@ -55,7 +55,7 @@ def replace_by_simulated(
     output_offset: Tensor | None = None,
 ) -> None:
     """Put a linear of floating-point products into the block, see `SimulatedLinear`."""
-    bias = block.stored.get(f"{name}.bias")
+    bias = block.source_tensors.get(f"{name}.bias")
     constant = None if bias is None else bias.to(block.device, torch.float32)
     if output_offset is not None:
         constant = output_offset if constant is None else constant + output_offset
@@ -65,4 +65,4 @@ def replace_by_simulated(
 def _read(block: Block, name: str, tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
     full = f"{name}.{suffix}"
     # A bias is not quantized: it stays what the source model has.
-    return (tensors[full] if full in tensors else block.stored[full]).to(block.device)
+    return (tensors[full] if full in tensors else block.source_tensors[full]).to(block.device)

@@ -143,17 +143,17 @@ class Decoder:
         """
         module: nn.Module = self._body.layers[number]
         prefix = self.architecture.block.format(block=number)
-        stored = self.reader.read_block(prefix)
+        source_tensors = self.reader.read_block(prefix)
         weights = {
             name: tensor.to(self.device, torch.float32)
-            for name, tensor in stored.items()
+            for name, tensor in source_tensors.items()
             if not name.endswith(self.architecture.ignored_suffixes)
         }
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False)
         del weights
         hooks = list(self._rotate_inputs(module))
-        loaded = Block(module, stored, self, number)
+        loaded = Block(module, source_tensors, self, number)
         try:
             yield loaded
         finally:
@@ -199,15 +199,19 @@ class Block:
 
     Attributes:
         module: the `transformers` decoder layer, float32.
-        stored: its tensors as the checkpoint has them, by name within the block.
+        source_tensors: its tensors as the source model has them, by name within the block.
         number: which block, from 0.
     """
 
     def __init__(
-        self, module: nn.Module, stored: Mapping[str, Tensor], decoder: Decoder, number: int
+        self,
+        module: nn.Module,
+        source_tensors: Mapping[str, Tensor],
+        decoder: Decoder,
+        number: int,
     ) -> None:
         self.module = module
-        self.stored = stored
+        self.source_tensors = source_tensors
         self._decoder = decoder
         self.number = number
         self._left_behind: dict[str, nn.Module] = {}

@@ -54,7 +54,7 @@ class ModelReader(ABC):
     Attributes:
         folder: where the files are.
         config: `config.json`.
-        stored: shape and dtype of each tensor, by name.
+        headers: shape and dtype of each tensor, by name.
         online: the rotation that a linear's weight expects of its input, by name within its
             block; a model as it is stored has none.
     """
@@ -63,12 +63,12 @@ class ModelReader(ABC):
         self,
         folder: Path,
         config: dict[str, Any],
-        stored: Mapping[str, StoredTensor],
+        headers: Mapping[str, StoredTensor],
         online: Mapping[str, OnlineRotation] | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
-        self.stored = dict(stored)
+        self.headers = dict(headers)
         self.online = dict(online or {})
 
     @abstractmethod
@@ -86,11 +86,11 @@ class ModelReader(ABC):
     def read_block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors below module `prefix`, by their name within it."""
         start = f"{prefix}."
-        return {x.removeprefix(start): self.read(x) for x in self.stored if x.startswith(start)}
+        return {x.removeprefix(start): self.read(x) for x in self.headers if x.startswith(start)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, by name."""
-        return {name: entry.shape for name, entry in self.stored.items()}
+        return {name: entry.shape for name, entry in self.headers.items()}
 
 
 class Reader(ModelReader):
@@ -98,12 +98,12 @@ class Reader(ModelReader):
 
     def __init__(self, folder: Path) -> None:
         self._file_of: dict[str, Path] = {}
-        stored: dict[str, StoredTensor] = {}
+        headers: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
             for name, entry in read_header(file).items():
-                stored[name] = entry
+                headers[name] = entry
                 self._file_of[name] = file
-        super().__init__(folder, _read_config(folder), stored)
+        super().__init__(folder, _read_config(folder), headers)
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, by name."""
@@ -118,7 +118,7 @@ class Reader(ModelReader):
 
     def check_finite(self) -> None:
         """Raise InputError naming the first tensor with a NaN or an infinity."""
-        for name in self.stored:
+        for name in self.headers:
             tensor = self.read(name)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InputError(

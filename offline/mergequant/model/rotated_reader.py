@@ -86,13 +86,13 @@ class RotatedReader(ModelReader):
         self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
         online = online_rotations(architecture, reader.config, rotation, most, heads)
         config = {**reader.config, "tie_word_embeddings": False}
-        super().__init__(reader.folder, config, reader.stored, online)
+        super().__init__(reader.folder, config, reader.headers, online)
         rotations = _space_rotations(architecture, reader.config, online, seed)
         self._turns = dict(_turns(architecture, reader.config, rotations))
         for name, turn in self._turns.items():
-            source = reader.stored.get(turn.source)  # what is missing is for `validate` to name
+            source = reader.headers.get(turn.source)  # what is missing is for `validate` to name
             if source is not None and turn.constant is None:
-                self.stored[name] = StoredTensor(
+                self.headers[name] = StoredTensor(
                     source.shape, "F32" if dtype == torch.float32 else None
                 )
 
@@ -123,7 +123,7 @@ class RotatedReader(ModelReader):
         """Check the plain model, and that what goes back to 16 bits does not overflow there."""
         self._source.check_finite()
         for name in self._outer:
-            if str(self._source.stored[self._turns[name].source].dtype) != "F16":
+            if str(self._source.headers[self._turns[name].source].dtype) != "F16":
                 continue  # the others reach as far as the float32 that is calibrated in
             tensor = self.read_in_source_dtype(name)
             if not bool(torch.isfinite(tensor).all()):

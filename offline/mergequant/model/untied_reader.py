@@ -20,7 +20,7 @@ class UntiedReader(ModelReader):
         super().__init__(
             reader.folder,
             {**reader.config, "tie_word_embeddings": False},
-            {**reader.stored, self._head: reader.stored[self._embedding]},
+            {**reader.headers, self._head: reader.headers[self._embedding]},
             reader.online,
         )
 

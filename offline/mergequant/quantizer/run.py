@@ -121,7 +121,7 @@ def block_tensors(
     """What a checkpoint stores of a block, by name within it. Weights are packed here, once."""
     tensors = {
         name: tensor
-        for name, tensor in block.stored.items()
+        for name, tensor in block.source_tensors.items()
         if not name.endswith(architecture.ignored_suffixes)
     }
     for result in results:

@@ -133,7 +133,7 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
     config = AutoConfig.from_pretrained(str(reader.folder))
     config.tie_word_embeddings = reader.config.get("tie_word_embeddings", False)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    tensors = {name: reader.read(name) for name in reader.stored}
+    tensors = {name: reader.read(name) for name in reader.headers}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
@@ -203,7 +203,7 @@ def test_every_tensor_that_should_turn_does(tmp_path: Path) -> None:
         "mlp.down_proj": OnlineRotation(hadamard=4)
     }
     same = {"q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias"}
-    for name, entry in view.stored.items():
+    for name, entry in view.headers.items():
         tensor = view.read(name)
         assert tuple(tensor.shape) == entry.shape and entry.dtype == "F32"
         if "norm" in name:
@@ -225,7 +225,7 @@ def test_16_bit_models_turn_in_float32_and_keep_their_dtype_for_the_outside(
     assert block["self_attn.q_norm.weight"].dtype == torch.bfloat16
     assert block["input_layernorm.weight"].dtype == torch.bfloat16
     assert block["mlp.down_proj.weight"].dtype == torch.float32
-    assert view.stored["model.layers.0.input_layernorm.weight"].dtype == "BF16"
+    assert view.headers["model.layers.0.input_layernorm.weight"].dtype == "BF16"
     rounded = view.read_in_source_dtype("lm_head.weight")
     assert torch.equal(rounded, view.read("lm_head.weight").to(torch.bfloat16))
 

@@ -54,7 +54,7 @@ def test_only_the_head_changes(tmp_path: Path, text: Path, tied: bool, rotation:
     other = quantize(model, tmp_path / "plain", [text], plain, progress=False)
     found, expected = load_model(folder), load_model(other)
     assert not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-    assert "lm_head.weight" not in Reader(folder).stored
+    assert "lm_head.weight" not in Reader(folder).headers
     ids = torch.arange(40)[None]
     with torch.no_grad():
         hidden = expected.model(ids).last_hidden_state

@@ -38,7 +38,7 @@ def test_every_architecture_is_quantized_and_still_the_same_model(
     source = make_model(tmp_path / "source", model_type, tied=tied, dtype=torch.bfloat16)
     output = quantize(source, tmp_path / "out", [text], SMALL, progress=False)
     reader = Reader(output)
-    check_tensors(parse(reader.config["quantization_config"]), reader.stored)
+    check_tensors(parse(reader.config["quantization_config"]), reader.headers)
     full = reference_logits(load_model(source), WINDOW).flatten(0, 1)
     ours = reference_logits(load_model(output), WINDOW).flatten(0, 1)
     likeness = torch.cosine_similarity(full, ours, dim=-1)
@@ -57,8 +57,8 @@ def test_a_seed_gives_the_same_bytes(tmp_path: Path, llama: Path, text: Path) ->
 
 def test_stored_steps_are_the_same_numbers_in_every_model_dtype(checkpoint: Path) -> None:
     reader = Reader(checkpoint)
-    folded = [name for name in reader.stored if "layernorm" in name]
-    scales = [name for name in reader.stored if name.endswith("weight_scale")]
+    folded = [name for name in reader.headers if "layernorm" in name]
+    scales = [name for name in reader.headers if name.endswith("weight_scale")]
     assert len(folded) == 4 and len(scales) == 14
     for name in folded + scales:
         stored = reader.read(name).to(torch.float64)
@@ -152,7 +152,7 @@ def test_the_output_may_be_a_mount_a_link_or_left_over_from_a_run_that_finished_
     output = quantize(llama, tmp_path / "link", [text], SMALL, progress=False)
     assert (tmp_path / "link").is_symlink()
     assert not (output / ".partial").exists()
-    check_tensors(parse(Reader(output).config["quantization_config"]), Reader(output).stored)
+    check_tensors(parse(Reader(output).config["quantization_config"]), Reader(output).headers)
 
 
 def test_a_run_interrupted_before_its_first_block_is_finished_leaves_nothing(

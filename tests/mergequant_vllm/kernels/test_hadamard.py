@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.hadamard.operator import mix_heads_opaque
 from mergequant_vllm.kernels.hadamard.reference import (
     hadamard_matrix,
@@ -204,7 +204,7 @@ def test_a_power_of_two_of_heads_of_one_channel_is_the_rotation() -> None:
 
 def test_heads_are_mixed_before_the_blocks_and_the_step() -> None:
     x, clip = random(5, 24).to(torch.bfloat16), torch.tensor([0.9])
-    form = CodeForm(4, CodeLayout.INT8, 32, Writer.REFERENCE)
+    form = CodeForm(4, CodeLayout.INT8, 32, CodeWriter.REFERENCE)
     quantizer = TokenQuantizer(form, clip, 8, zero_points=True, heads=(3, 8))
     wanted = token_codes(
         mix_heads(x, (3, 8)), clip, 4, form.layout, hadamard=8, columns=32, zero_points=True

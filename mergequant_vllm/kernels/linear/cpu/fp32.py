@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.exactness import exact_columns
 from mergequant_vllm.kernels.linear.reference import CentredLinear
@@ -29,7 +29,7 @@ class CpuFp32Linear:
 
     name = "cpu-fp32"
     layout = CodeLayout.FLOAT32
-    writer = Writer.REFERENCE
+    writer = CodeWriter.REFERENCE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other devices."""

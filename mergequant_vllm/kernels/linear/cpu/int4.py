@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergequant_vllm.kernels import native_library as native
-from mergequant_vllm.kernels.codes import CodeLayout, Writer, as_rows
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter, as_rows
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
@@ -27,7 +27,7 @@ class CpuInt4Linear:
 
     name = "cpu-int4"
     layout = CodeLayout.INT8
-    writer = Writer.NATIVE
+    writer = CodeWriter.NATIVE
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other devices, and machines where the library does not run."""

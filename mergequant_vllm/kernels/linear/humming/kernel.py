@@ -26,7 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import spell
-from mergequant_vllm.kernels.codes import CodeLayout, Writer, lay_out
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter, lay_out
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.humming.library import (
     code_bits,
@@ -302,7 +302,7 @@ class HummingInt4Linear(_HummingLinear):
 
     name = "humming-int4"
     layout = CodeLayout.NIBBLES
-    writer = Writer.GPU
+    writer = CodeWriter.GPU
     weight_widths = (3, 4)
     activation_widths = (4,)
 
@@ -321,7 +321,7 @@ class HummingInt8Linear(_HummingLinear):
 
     name = "humming-int8"
     layout = CodeLayout.INT8
-    writer = Writer.GPU
+    writer = CodeWriter.GPU
     weight_widths = (3, 4, 8)
     activation_widths = (4, 8)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergequant_vllm.kernels.capability import current_capability
-from mergequant_vllm.kernels.codes import CodeLayout, Writer
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
 from mergequant_vllm.kernels.linear import refusals
 from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
@@ -34,7 +34,7 @@ class TritonLinear:
 
     name = "triton"
     layout = CodeLayout.INT8
-    writer = Writer.GPU
+    writer = CodeWriter.GPU
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Refuses other widths, a missing Triton and, unless interpreted, CPUs and old GPUs."""

@@ -109,7 +109,7 @@ class StaticInputPlan:
             "clip": {key: round(float(value), 4) for key, value in limits.items()},
             "reconstruction": _reconstruction_report(columns, len(clips)),
         }
-        tensors = {name: folded.to(block.stored[name].dtype)}
+        tensors = {name: folded.to(block.source_tensors[name].dtype)}
         # What was observed is not yet divided by the steps, which no division can make up for.
         return static_input(calibration, columns, self.bits, report, tensors), []
 
@@ -151,7 +151,7 @@ def calibrate_channels(
         spans = ChannelRange.symmetric(magnitudes.largest, plan.bits)
     clip = _channel_clips(plan, inputs, weights, spans)
     folded = fold_norm(
-        block.stored[f"{plan.norm.name}.weight"].to(clip.device),
+        block.source_tensors[f"{plan.norm.name}.weight"].to(clip.device),
         None,
         _steps(plan, weights, spans, clip),
         one_plus=plan.norm.multiplier == "one_plus",

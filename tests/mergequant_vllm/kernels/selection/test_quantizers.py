@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergequant_vllm.kernels import native_library as native
-from mergequant_vllm.kernels.codes import CodeLayout, Writer, lay_out, nibble_order, read_codes
+from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter, lay_out, nibble_order, read_codes
 from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
@@ -24,8 +24,8 @@ def test_static_codes_round_and_clamp() -> None:
 def test_what_only_the_compiler_reads_is_planned_for_gpus_only() -> None:
     offset, device = torch.zeros(80), torch.device("cpu")
     for writer, planned in (
-        (Writer.REFERENCE, set()),
-        (Writer.GPU, {"slab_0_offset", "slab_1_offset"}),
+        (CodeWriter.REFERENCE, set()),
+        (CodeWriter.GPU, {"slab_0_offset", "slab_1_offset"}),
     ):
         form = CodeForm(4, INT8, 128, writer=writer)
         quantizer = StaticQuantizer(form, 64, torch.arange(80) % 64, offset, device)
@@ -102,8 +102,8 @@ def test_zero_points_move_the_codes_to_the_tokens_range(bits: int, clip: float) 
 
 def test_zero_points_reach_the_quantizer_and_no_compiler_looks_into_them() -> None:
     x, clip = torch.randn(5, 24), torch.tensor([0.9])
-    for writer in (Writer.REFERENCE, Writer.NATIVE):
-        if writer is Writer.NATIVE and native.refusal() is not None:
+    for writer in (CodeWriter.REFERENCE, CodeWriter.NATIVE):
+        if writer is CodeWriter.NATIVE and native.refusal() is not None:
             continue
         quantizer = TokenQuantizer(CodeForm(4, INT8, 32, writer), clip, 8, zero_points=True)
         wanted = token_codes(x, clip, 4, INT8, hadamard=8, columns=32, zero_points=True)
