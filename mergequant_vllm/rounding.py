@@ -38,6 +38,11 @@ def round_to_codes(x: Tensor, bits: int) -> Tensor:
     return torch.clamp(torch.round(x), smallest_code(bits), largest_code(bits))
 
 
+def round_to_codes_(x: Tensor, bits: int) -> Tensor:
+    """Round as `round_to_codes`, in the memory of `x`, which is returned."""
+    return x.round_().clamp_(smallest_code(bits), largest_code(bits))
+
+
 def round_to_16_bit(x: Tensor) -> Tensor:
     """The value nearest to `x` that bfloat16 and float16 both hold exactly.
 

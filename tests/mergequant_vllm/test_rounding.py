@@ -7,6 +7,7 @@ from mergequant_vllm.rounding import (
     round_to_16_bit,
     round_to_16_bit_normal,
     round_to_codes,
+    round_to_codes_,
     smallest_code,
 )
 
@@ -19,6 +20,8 @@ def test_ties_go_to_the_even_code() -> None:
 def test_codes_are_clamped_to_twos_complement() -> None:
     wide = torch.tensor([-1e30, -8.6, -8.4, 7.4, 7.6, 1e30])
     assert round_to_codes(wide, 4).tolist() == [-8, -8, -8, 7, 7, 7]
+    expected = round_to_codes(wide, 4)
+    assert round_to_codes_(wide, 4) is wide and torch.equal(wide, expected)
     assert (smallest_code(8), largest_code(8)) == (-128, 127)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.token_quant.reference import token_codes
-from mergequant_vllm.rounding import largest_code, round_to_codes
+from mergequant_vllm.rounding import largest_code, round_to_codes, round_to_codes_
 
 # One token in so many screens the ratios of a per-token step, and so many are tried on all.
 _SCREENING, _SCREENED = 8, 3
@@ -87,9 +87,10 @@ class ChannelClipStatistics:
             step = torch.where(alive, full_step * ratio, 1.0)
             shift = spans.shift(step)
             shifted = x if shift is None else x - shift
-            codes = round_to_codes(shifted / step, bits)
-            self.error[index] += (shifted - codes * step).square().sum(dim=0, dtype=torch.float64)
-            self.energy[index] += codes.square().sum(dim=0, dtype=torch.float64)
+            codes = round_to_codes_(shifted / step, bits)
+            error = (codes * step).sub_(shifted).square_()
+            self.error[index] += error.sum(dim=0, dtype=torch.float64)
+            self.energy[index] += codes.square_().sum(dim=0, dtype=torch.float64)
 
 
 def choose_channel_clips(

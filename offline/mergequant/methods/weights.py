@@ -194,7 +194,8 @@ def _cut_off(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Te
 def _error(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
     """Sum of |error|^2.4 over each group: [out, groups, size] and [out, groups] to the latter."""
     step, zero = _fit(low, high, form)
-    offset = torch.zeros_like(step) if zero is None else zero
-    scaled = grouped / step[:, :, None] + offset[:, :, None]
-    error = (round_to_codes(scaled, form.bits) - scaled) * step[:, :, None]
+    scaled = grouped / step[:, :, None]
+    if zero is not None:
+        scaled.add_(zero[:, :, None])
+    error = round_to_codes(scaled, form.bits).sub_(scaled).mul_(step[:, :, None])
     return error.abs_().pow_(_EXPONENT).sum(dim=2)

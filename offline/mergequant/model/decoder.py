@@ -47,18 +47,20 @@ class Activations:
         gptq: how many, from the first, serve for Hessians.
         exact: what the full-precision model has in place of the first batches, as many as the
             compensation trains on.
+        behind: how many batches, from the first, are behind the present block already.
     """
 
     batches: list[Tensor]
     statistics: int
     gptq: int
     exact: list[Tensor]
+    behind: int = 0
 
     def advance(self, forward: Callable[[Tensor], Tensor], exact: list[Tensor]) -> None:
         """Go behind a block: `forward` is the quantized one, `exact` what the plain one emits."""
-        for index, hidden in enumerate(self.batches):
-            self.batches[index] = forward(hidden)  # the old one is freed
-        self.exact = exact
+        for index in range(self.behind, len(self.batches)):
+            self.batches[index] = forward(self.batches[index])  # the old one is freed
+        self.exact, self.behind = exact, 0
 
 
 class Decoder:
@@ -246,7 +248,9 @@ class Block:
             output: Tensor = self.module(hidden, **arguments)
         return output
 
-    def leave_behind(self, linears: Sequence[str], norm: str, batches: list[Tensor]) -> None:
+    def leave_behind(
+        self, linears: Sequence[str], norm: str, batches: list[Tensor], known: Sequence[Tensor]
+    ) -> None:
         """Go on from `norm`, whose input all of `linears` have done their part for.
 
         Each batch becomes what `norm` reads, and the part of the block that holds `linears` adds
@@ -256,19 +260,33 @@ class Block:
             linears: names within the block, all in one submodule whose output is added to the
                 residual that `norm` reads.
             batches: hidden states at the block's input, replaced in place.
+            known: what the last of `linears` reads of the first batches, as far as it is known.
         """
         (owner,) = {name.partition(".")[0] for name in linears}
         part = self.module.get_submodule(owner)
-        shapes: list[Any] = []
-        handle = part.register_forward_hook(lambda _, __, output: shapes.append(output))
-        hidden: list[Tensor] = []
-        for index, batch in enumerate(batches):
-            self._observe(norm, batch, hidden.append)
-            batches[index] = hidden.pop()
-            del shapes[1:]
+        outputs: list[Any] = []
+        handle = part.register_forward_hook(lambda _, __, output: outputs.append(output))
+        self._observe(norm, batches[0][:1, :1], lambda _: None)
         handle.remove()
+        self.add_output(linears[-1], batches, known)
+        hidden: list[Tensor] = []
+        for index in range(len(known), len(batches)):
+            self._observe(norm, batches[index], hidden.append)
+            batches[index] = hidden.pop()
         self._left_behind[owner] = part
-        self.replace(owner, _NothingToAdd(shapes[0]))
+        self.replace(owner, _NothingToAdd(outputs[0]))
+
+    def add_output(self, linear: str, batches: list[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Add what `linear`, which writes the residual, makes of its `inputs` to the first batches.
+
+        Args:
+            batches: hidden states [windows, length, n], replaced in place.
+            inputs: [tokens, channels] each.
+        """
+        module = self.module.get_submodule(linear)
+        with torch.no_grad():
+            for index, x in enumerate(inputs):
+                batches[index] = batches[index] + module(x).reshape(batches[index].shape)
 
     def restore(self) -> None:
         """Put back what `leave_behind` took out."""

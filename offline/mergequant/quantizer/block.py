@@ -36,15 +36,25 @@ def quantize_block(
     results: list[LinearResult] = []
     trained = plan.training is not None
     borders = {} if trained else borders_within(architecture)
+    known: dict[str, list[Tensor]] = {}
     for readers in plan.readers:
         first = next(iter(readers.weights))
         if first in borders:
-            norm, before = borders[first]
-            block.leave_behind(before, norm, activations.batches)
-        for result in quantize_linears(block, readers, activations, plan.formats, trained=trained):
+            norm, before = borders.pop(first)
+            inputs = known.pop(before[-1], [])
+            block.leave_behind(before, norm, activations.batches, inputs)
+            del inputs
+        walk = quantize_linears(block, readers, activations, plan.formats, known, trained=trained)
+        for result in walk:
             results.append(result)
             bar.set_postfix_str(f"loss={result.line.loss:.2e}{_growth(result)}")
             bar.update()
+    last = architecture.linears[-1]
+    if not trained and not borders and last.writes == architecture.embedding.writes:
+        # Every border is passed: the block's output is the last linear's, added to what is there.
+        inputs = known.pop(last.name, [])
+        block.add_output(last.name, activations.batches, inputs)
+        activations.behind = len(inputs)
     if plan.training is not None and results:
         results = _compensated(block, activations, targets, results, plan, plan.training, bar)
     return results

@@ -36,6 +36,7 @@ def quantize_linears(
     plan: ReadersPlan,
     activations: Activations,
     formats: Mapping[str, LinearFormat],
+    known: dict[str, list[Tensor]],
     *,
     trained: bool,
 ) -> Iterator[LinearResult]:
@@ -43,6 +44,7 @@ def quantize_linears(
 
     Args:
         formats: how each linear of the block is to be stored, by name.
+        known: gets what a linear reads of the first batches, [tokens, n] each, by its name.
         trained: the compensation goes on from the results.
     """
     began = time.monotonic()
@@ -53,6 +55,8 @@ def quantize_linears(
     calibration = time.monotonic() - began
     began = time.monotonic()
     hessian = _hessian(block, names[0], source, inputs, activations.batches[: activations.gptq])
+    if len(names) == 1 and not trained:
+        known[names[0]] = inputs[: len(activations.batches)]
     del inputs
     inverse = _inverse(plan.weights[names[0]], hessian, block.name_of(names[0]))
     for number, (name, weight_plan) in enumerate(plan.weights.items()):

@@ -273,7 +273,11 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
         yield from _readers(shapes, readers, block, tokens)
         for weight in readers.weights:
             square = _F64 * weight.columns**2 * (2 if options.weights == "gptq" else 1)
-            work = square + _codes(options, weight)
+            work = (
+                square
+                + _codes(options, weight)
+                + (0 if readers.static else _inputs(shapes, weight))
+            )
             yield Moment("codes", shapes.hidden, block, work)
             block += weight.kept * weight.elements - weight.plain
     yield Moment("a forward pass", shapes.hidden, block, shapes.forward(tokens))
@@ -284,12 +288,12 @@ def _moments(shapes: _Shapes) -> Iterator[Moment]:
 def _readers(shapes: _Shapes, readers: _Readers, block: int, tokens: int) -> Iterator[Moment]:
     """Moments until the first linear of an input is rounded."""
     square, stacked = readers.columns**2, readers.out * readers.channels
-    windows = min(shapes.options.statistics_samples, shapes.windows)
-    inputs = _F32 * windows * shapes.length * readers.channels
+    inputs = _inputs(shapes, readers.weights[0])
+    kept = 0 if readers.static else inputs
     work = _HESSIAN * square + shapes.forward(tokens)
-    yield Moment("a Hessian", shapes.hidden, block, work + (0 if readers.static else inputs))
+    yield Moment("a Hessian", shapes.hidden, block, work + kept)
     if shapes.options.weights == "gptq":
-        yield Moment("a Hessian's inverse", shapes.hidden, block, _INVERT * square)
+        yield Moment("a Hessian's inverse", shapes.hidden, block, _INVERT * square + kept)
     tokens = shapes.tokens(TOKENS_A_BATCH, shapes.options.statistics_samples)
     work = _CLIPS * stacked
     if not readers.static:
@@ -299,6 +303,12 @@ def _readers(shapes: _Shapes, readers: _Readers, block: int, tokens: int) -> Ite
     if shapes.options.clipping != "none":
         work = max(shapes.forward(tokens), work)
         yield Moment("clip ratios", shapes.hidden, block, inputs + work)
+
+
+def _inputs(shapes: _Shapes, weight: _Weight) -> int:
+    """Bytes of what a linear reads of the windows for statistics."""
+    windows = min(shapes.options.statistics_samples, shapes.windows)
+    return _F32 * windows * shapes.length * weight.channels
 
 
 def _codes(options: Options, weight: _Weight) -> int:
