@@ -25,6 +25,11 @@ def smallest_code(bits: int) -> int:
     return int(-(2 ** (bits - 1)))
 
 
+def largest_magnitude(bits: int, zero_point: bool) -> int:
+    """Largest magnitude of a code of `bits` bits, less its zero point if it has one."""
+    return int(2**bits - 1 if zero_point else 2 ** (bits - 1))
+
+
 def round_to_codes(x: Tensor, bits: int) -> Tensor:
     """Round `x`, given in units of its step, to integer codes.
 

@@ -72,7 +72,7 @@ def where(device: Device) -> dict[str, Any]:
 
 
 def stamp(place: dict[str, Any], sources: tuple[Path, ...]) -> str:
-    """What a finished figure depends on, as a short digest: device, driver, versions, sources.
+    """Digest of what a finished figure depends on: device, driver, versions, sources.
 
     The date is left out, so that a run of another day goes on with what is there.
     """

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 class Refused(Exception):  # noqa: N818 (a result, not an error)
-    """What is to be measured does not run here; the message is a clause that says why."""
+    """Refusal of what is to be measured; the message is a clause that says why."""
 
 
 class DeadDeviceError(RuntimeError):

@@ -22,7 +22,7 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What the sizes of a model's linears follow from, with Hugging Face's names."""
+    """Sizes of a model, from which its linears follow, with Hugging Face's names."""
 
     name: str
     hidden_size: int

@@ -136,7 +136,7 @@ def generate(llm: Any, inputs: Sequence[Any], tokens: int) -> int:
 
 
 def linear_kernels(llm: Any) -> dict[str, str]:
-    """What runs each linear of the first block."""
+    """Names of the kernels that run each linear of the first block."""
 
     def list_kernels(model: nn.Module) -> dict[str, str]:
         kernels = {}

@@ -12,7 +12,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def cores() -> list[int]:
-    """Those that this process may run on."""
+    """Cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))
 
 

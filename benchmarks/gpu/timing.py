@@ -61,7 +61,7 @@ class GraphRunner:
         torch.cuda.synchronize()
 
     def seconds(self, repeat: int) -> float:
-        """See `Runner`."""
+        """Time `repeat` times all calls, in seconds; see `Runner`."""
         return _between_events(self.graph.replay, repeat)
 
 
@@ -76,12 +76,12 @@ class EventRunner:
         torch.cuda.synchronize()
 
     def seconds(self, repeat: int) -> float:
-        """See `Runner`."""
+        """Time `repeat` times all calls, in seconds; see `Runner`."""
         return _between_events(functools.partial(_call_all, self.list), repeat)
 
 
 class ClockRunner:
-    """On a CPU."""
+    """Calls on a CPU, timed by its clock."""
 
     timer = "clock"
 
@@ -90,7 +90,7 @@ class ClockRunner:
         calls[0]()
 
     def seconds(self, repeat: int) -> float:
-        """See `Runner`."""
+        """Time `repeat` times all calls, in seconds; see `Runner`."""
         begin = time.perf_counter()
         for _ in range(repeat):
             _call_all(self.list)
@@ -98,7 +98,7 @@ class ClockRunner:
 
 
 def warm_up(calls: Sequence[Call]) -> None:
-    """What is compiled or chosen at the first calls happens here."""
+    """Make the first calls, in which kernels are compiled and chosen."""
     for call in (*calls[:1], *calls[:1], *calls):
         call()
 

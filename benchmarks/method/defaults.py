@@ -72,7 +72,7 @@ def known(file: Path, command: str) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Table in Markdown."""
     lines = ["| compensation | changed | excess loss | seconds |", "|---|---|---:|---:|"]
     for row in rows:
         on = "yes" if row.compensated else "no (`--fast`)"

@@ -144,7 +144,7 @@ def predicted(model: Path, method: dict[str, Any]) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Table in Markdown."""
     lines = [
         "| hidden | blocks | model, MiB | measured, MiB | predicted, MiB | predicted / measured |",
         "|---|---|---|---|---|---|",

@@ -70,7 +70,7 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Table in Markdown."""
     lines = [
         "| mode | split by | staggered | alpha | copies M | K grows by | excess loss |",
         "|---|---|---|---|---|---|---|",

@@ -114,7 +114,7 @@ int64_t longest_span(const int32_t *ends, int64_t spans, int64_t k)
     return longest;
 }
 
-// kernels/linear/exactness.py, `largest_magnitude`.
+// rounding.py, `largest_magnitude`.
 int64_t largest_magnitude(int bits, bool zero_point)
 {
     return zero_point ? (1 << bits) - 1 : 1 << (bits - 1);

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.packing import STREAM_CODES
 
 
@@ -183,10 +184,8 @@ class LinearFormat:
     @property
     def groups(self) -> int:
         """Weight steps of an output channel; the last group may be short."""
-        if self.weight.segments is not None:
-            return len(self.weight.segments)
-        size = self.weight.group_size
-        return 1 if size is None else -(-self.in_features // size)
+        spans = span_slices(self.in_features, self.weight.group_size, self.weight.segments)
+        return 1 if spans is None else len(spans)
 
     def merge_key(self) -> tuple[object, ...]:
         """All that linears must share for a server to merge them into one."""

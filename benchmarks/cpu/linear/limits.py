@@ -60,7 +60,7 @@ def derive(isa: str, read: float, float32: float, cores: int) -> Limits:
 
 
 def threads() -> int:
-    """Those that PyTorch uses."""
+    """Number of threads that PyTorch uses."""
     return torch.get_num_threads()
 
 

@@ -40,7 +40,7 @@ MOST_COPIES = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of this part measures.
+    """Plan of a run of this part.
 
     Attributes:
         kernel: name of ours.
@@ -96,7 +96,7 @@ class Subjects:
         self._baselines: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def for_tokens(self, codes: Tensor) -> dict[str, Callable[[], Sequence[Call]]]:
-        """What makes the calls of each subject for activation codes int8 [M, K]."""
+        """Functions that make each subject's calls for activation codes int8 [M, K]."""
         subjects: dict[str, Callable[[], Sequence[Call]]] = {OURS: partial(self._our_calls, codes)}
         for name, baseline in BASELINES.items():
             subjects[name] = partial(self._baseline_calls, name, baseline, codes)

@@ -24,7 +24,7 @@ exact one before it was timed."""
 
 
 def table(kernel: str, isa: str, limits: Limits, cache: int, rows: Sequence[Row]) -> str:
-    """Markdown."""
+    """Tables in Markdown."""
     why = find_instruction_set(isa).why or "nothing is known about it"
     head = HEAD.format(copied=4 * cache / 2**20, cache=cache / 2**20, why=why)
     parts = [f"Ours: kernel `{kernel}`. {head}", limits_text(limits), summary(rows)]
@@ -33,7 +33,7 @@ def table(kernel: str, isa: str, limits: Limits, cache: int, rows: Sequence[Row]
 
 
 def limits_text(limits: Limits) -> str:
-    """What the machine can do at most, in words."""
+    """Limits of the machine in words."""
     text = (
         f"Measured: {limits.bandwidth / 1e9:.1f} GB/s read from memory, {limits.float32 / 1e9:.1f} "
         "G/s of float32 products in the cache"
@@ -112,7 +112,7 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 
 def _quantizing(rows: Sequence[Row]) -> str:
-    """What quantizing each token takes, as a share of the product that follows."""
+    """Table of the time to quantize each token, as a share of the product that follows."""
     lines = [f"| share of ours | M | {QUANTIZE} | {ROTATE} |", "|---|---|---|---|"]
     for row in rows:
         if QUANTIZE not in row["subjects"]:

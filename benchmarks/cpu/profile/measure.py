@@ -136,7 +136,7 @@ def group_of(event: Any) -> str:
 
 
 def own_group(name: str) -> str | None:
-    """What the name of an operator alone tells; loops of the compiler carry their operations."""
+    """Group that an operator's name tells; loops of the compiler carry their operations."""
     if LOOP in name:
         return NORMS if "rsqrt" in name else ELEMENTWISE
     for word, group in GROUPS:

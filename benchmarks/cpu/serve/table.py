@@ -26,7 +26,7 @@ itself is what {baseline} has resident beyond those three, a second copy of its 
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """Markdown."""
+    """Tables in Markdown."""
     model = MODELS[options.model]
     layers = options.layers or model.num_hidden_layers
     head = HEAD.format(
@@ -61,7 +61,7 @@ def speedups(row: Row, options: argparse.Namespace) -> dict[str, tuple[float, fl
 
 
 def expected_bytes(variant: Variant, model: Model, layers: int) -> dict[str, float]:
-    """What weights, embedding and head, and the cache must take at least, in bytes."""
+    """Bytes that weights, embedding and head must take at least."""
     weights = layers * sum(linear.n * linear.k for linear in model.linears())
     table = model.vocab_size * model.hidden_size
     bits = variant.embedding_bits

@@ -55,7 +55,7 @@ def check(kernel: str, product: Product) -> str | None:
 
 
 def equal(product: Product) -> str | None:
-    """Bit for bit."""
+    """Compare bit for bit."""
     return first_difference(product.result, product.expected)
 
 

@@ -271,7 +271,7 @@ def passed(cells: Cells) -> bool:
 
 
 def summary(cells: Cells) -> str:
-    """What to print: how much was checked, and the first cell that is wrong."""
+    """Summary to print: how much was checked, and the first cell that is wrong."""
     checks = sum(cell.get("checks", 0) for cell in cells.done.values())
     first_lines = faults(cells)
     return f"{checks} checks in {len(cells.done)} cells; {first_lines[0]}"

@@ -78,7 +78,7 @@ def _cell(context: Context, subjects: "Subjects", key: str, m: int) -> Record:
 
 
 def cost(name: str, linear: Linear, m: int) -> dict[str, Any]:
-    """What a subject moves and computes at least: bytes, operations, whose peak bounds it."""
+    """Cost of a subject at least: bytes moved, operations, whose peak bounds it."""
     baseline = BASELINES.get(name)
     if baseline is not None:
         weight, activation, arithmetic = (

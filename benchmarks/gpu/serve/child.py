@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _settings(llm: Any) -> dict[str, str]:
-    """What vLLM chose by itself and what it was told."""
+    """Settings that vLLM chose by itself or was told."""
     config = llm.llm_engine.vllm_config
     return {
         "tokens a step": str(config.scheduler_config.max_num_batched_tokens),

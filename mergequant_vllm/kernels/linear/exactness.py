@@ -1,6 +1,7 @@
 """How many columns a kernel can sum before its integers no longer fit."""
 
 from mergequant_vllm.kernels.linear.spec import LinearSpec
+from mergequant_vllm.rounding import largest_magnitude
 
 INT32 = 2**31 - 1
 
@@ -16,11 +17,6 @@ def largest_product(spec: LinearSpec, weight_as: int = 0) -> int:
     """
     weight = largest_magnitude(spec.weight_bits, spec.zero_points)
     return max(weight, weight_as) * largest_magnitude(spec.activation_bits, spec.token_zero_points)
-
-
-def largest_magnitude(bits: int, zero_point: bool) -> int:
-    """Return the largest magnitude of a code of `bits` bits, less its zero point if it has one."""
-    return int(2**bits - 1 if zero_point else 2 ** (bits - 1))
 
 
 def exact_columns(spec: LinearSpec, largest_sum: int, weight_as: int = 0) -> int:

@@ -19,6 +19,7 @@ from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.packing import pack, unpack
+from mergequant_vllm.rounding import largest_magnitude
 
 _FLOAT32_EXACT_BELOW = 2**24
 
@@ -196,8 +197,7 @@ def stored_steps(grid: WeightGrid) -> dict[str, Tensor]:
 def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:
     """float32 where no sum of products can reach 2^24, else float64."""
     largest = float(weight.abs().amax()) if weight.numel() else 0.0
-    code = 2 ** (form.input.bits - 1)
-    if form.dynamic is not None and form.dynamic.zero_points:
-        code = 2**form.input.bits - 1
+    token_zero_points = form.dynamic is not None and form.dynamic.zero_points
+    code = largest_magnitude(form.input.bits, token_zero_points)
     longest = weight.shape[1] * largest * code
     return torch.float32 if longest <= _FLOAT32_EXACT_BELOW else torch.float64

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergequant_vllm.format import WeightForm
+from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.rounding import (
     largest_code,
     round_to_16_bit,
@@ -105,11 +106,8 @@ def weight_grid(weight: Tensor, form: WeightForm, search: Search = "minmax") -> 
 
 def runs_of(form: WeightForm, columns: int) -> tuple[int, ...]:
     """Lengths of the runs of columns that share a step; they add up to `columns`."""
-    if form.segments is not None:
-        return form.segments
-    size = min(form.group_size or columns, columns)
-    whole, rest = divmod(columns, size)
-    return (size,) * whole + ((rest,) if rest else ())
+    spans = span_slices(columns, form.group_size, form.segments)
+    return (columns,) if spans is None else tuple(span.stop - span.start for span in spans)
 
 
 def _fit_groups(grouped: Tensor, form: WeightForm, search: Search) -> tuple[Tensor, Tensor | None]:

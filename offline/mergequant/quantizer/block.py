@@ -36,11 +36,12 @@ def quantize_block(
     results: list[LinearResult] = []
     trained = plan.training is not None
     borders = {} if trained else borders_within(architecture)
+    ahead = dict(borders)
     known: dict[str, list[Tensor]] = {}
     for readers in plan.readers:
         first = next(iter(readers.weights))
-        if first in borders:
-            norm, before = borders.pop(first)
+        if first in ahead:
+            norm, before = ahead.pop(first)
             inputs = known.pop(before[-1], [])
             block.leave_behind(before, norm, activations.batches, inputs)
             del inputs
@@ -50,7 +51,7 @@ def quantize_block(
             bar.set_postfix_str(f"loss={result.line.loss:.2e}{_growth(result)}")
             bar.update()
     last = architecture.linears[-1]
-    if not trained and not borders and last.writes == architecture.embedding.writes:
+    if borders and not ahead and last.writes == architecture.embedding.writes:
         # Every border is passed: the block's output is the last linear's, added to what is there.
         inputs = known.pop(last.name, [])
         block.add_output(last.name, activations.batches, inputs)

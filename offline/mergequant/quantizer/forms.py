@@ -5,12 +5,12 @@ from typing import Any
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
-from mergequant.model.architecture import Architecture, Readers, outer_tensors, widths
+from mergequant.model.architecture import Architecture, Readers, linear_shape, outer_tensors
 from mergequant.model.rotated_reader import online_rotations
 from mergequant.options import Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
-from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm
+from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm, matches
 
 
 def linear_forms(
@@ -46,7 +46,7 @@ def _form(
         return None
     own = options.for_linear(name)
     if is_static(readers, own):
-        return static_form(own, widths(config)[width_of(architecture, readers.space)])
+        return static_form(own, channels_of(architecture, config, readers))
     rotation = rotation_of(architecture, config, own, readers)
     return LinearForm(
         weight=_weight_form(own, None),
@@ -88,18 +88,21 @@ def _weight_form(own: Options, segments: tuple[int, ...] | None) -> WeightForm:
 
 
 def is_static(readers: Readers, own: Options) -> bool:
+    """Whether linears of the options `own` have static activations: a norm carries their steps."""
     return readers.norm is not None and own.activations == "static"
 
 
 def rotation_of(
     architecture: Architecture, config: Mapping[str, Any], own: Options, readers: Readers
 ) -> OnlineRotation:
+    """What the server does to the input of `readers` before it quantizes it."""
     online = online_rotations(architecture, config, own.rotation, own.hadamard_block, own.mix_heads)
     return online.get(readers.linears[0].name, OnlineRotation())
 
 
-def width_of(architecture: Architecture, space: str) -> str:
-    return next(entry.width for entry in architecture.spaces if entry.name == space)
+def channels_of(architecture: Architecture, config: Mapping[str, Any], readers: Readers) -> int:
+    """Channels of the input that `readers` share."""
+    return linear_shape(architecture, readers.linears[0], config)[1]
 
 
 def _refuse_unlike(forms: Mapping[str, LinearForm | None]) -> None:
@@ -118,8 +121,7 @@ def refuse_idle_patterns(options: Options, forms: Mapping[str, LinearForm | None
     """Raise InputError where a pattern matches no linear of the model."""
     for flag, patterns in (("--ignore", options.ignore), ("--override", options.overrides)):
         for pattern in patterns:
-            only = Options(ignore=(pattern,))
-            if not any(only.ignores(name) for name in forms):
+            if not any(matches(pattern, name) for name in forms):
                 raise InputError(
                     f"{flag} {pattern!r} matches no linear of the model, whose linears are called "
                     f"like {next(iter(forms))}: correct the pattern."

@@ -6,16 +6,16 @@ Nothing below this file looks at `Options`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergequant.model.architecture import Architecture, Norm, Readers, widths
+from mergequant.model.architecture import Architecture, Norm, Readers
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.quantizer.columns import columns_plan
 from mergequant.quantizer.forms import (
+    channels_of,
     is_static,
     linear_forms,
     refuse_idle_patterns,
     rotation_of,
-    width_of,
 )
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.record import ClipSearch, InputPlan
@@ -95,7 +95,7 @@ def _input_plan(
     """How an input is calibrated whose readers have the options `own`."""
     if is_static(readers, own):
         assert readers.norm is not None
-        channels = widths(config)[width_of(architecture, readers.space)]
+        channels = channels_of(architecture, config, readers)
         return static_input_plan(own, readers.norm, columns_plan(own, channels))
     return DynamicInputPlan(
         bits=own.dynamic_bits,

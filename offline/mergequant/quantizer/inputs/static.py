@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -238,15 +239,20 @@ class StaticInput:
             tensors["input_offset"] = self.offset.cpu().clone()
         return tensors
 
-    @property
+    @cached_property
     def _index(self) -> Tensor | None:
         return None if self.columns is None else self.columns.index.to(torch.int32)
 
+    @cached_property
+    def _real(self) -> Tensor | None:
+        """1 for each column but those of padding, float32 [K]; None where there are none."""
+        if self.columns is None or self.columns.padding == 0:
+            return None
+        return (self.columns.share != 0).to(torch.float32)
+
     def _without_padding(self, codes: Tensor) -> Tensor:
         """Padding reads channel 0 and must learn nothing from it: its weight stays 0."""
-        if self.columns is None or self.columns.padding == 0:
-            return codes
-        return codes * (self.columns.share != 0).to(torch.float32)
+        return codes if self._real is None else codes * self._real
 
 
 def static_input(

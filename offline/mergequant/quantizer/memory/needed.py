@@ -15,6 +15,7 @@ from mergequant.model.rotated_reader import ROWS_AT_ONCE
 from mergequant.options import Options
 from mergequant.quantizer.columns import padded_columns
 from mergequant.quantizer.train_compensation import TOKENS_A_STEP
+from mergequant_vllm.rounding import largest_magnitude
 
 _F32, _F64 = 4, 8
 HIDDEN = "hidden states"
@@ -167,9 +168,10 @@ class _Readers:
 
 def _exact(own: Options, columns: int, static: bool) -> int:
     """Bytes of an element in which sums of products are exact, see `layers.served_linear`."""
-    bits = own.static_bits if static else own.dynamic_bits
-    code = 2**bits if own.dynamic_zero_points and not static else 2 ** (bits - 1)
-    weight = 2**own.weight_bits // (1 if own.asymmetric else 2)
+    code = largest_magnitude(own.static_bits, zero_point=False)
+    if not static:
+        code = largest_magnitude(own.dynamic_bits, own.dynamic_zero_points)
+    weight = largest_magnitude(own.weight_bits, own.asymmetric)
     return _F32 if columns * code * weight <= 2**24 else _F64
 
 
