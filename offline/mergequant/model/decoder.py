@@ -154,7 +154,7 @@ class Decoder:
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False)
         del weights
-        hooks = list(self._rotate_inputs(module))
+        hooks = list(self._rotate_inputs(module, prefix))
         loaded = Block(module, source_tensors, self, number)
         try:
             yield loaded
@@ -166,12 +166,14 @@ class Decoder:
                     hook.remove()
             _return_freed_memory()
 
-    def _rotate_inputs(self, block: nn.Module) -> Iterator[RemovableHandle]:
+    def _rotate_inputs(self, block: nn.Module, prefix: str) -> Iterator[RemovableHandle]:
         """What the server's linears do themselves, for those that are still in floating point."""
-        for name, rotation in self.reader.online.items():
-            yield block.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
-            )
+        for linear in self.architecture.linears:
+            rotation = self.reader.online.get(f"{prefix}.{linear.name}")
+            if rotation is not None:
+                yield block.get_submodule(linear.name).register_forward_pre_hook(
+                    lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
+                )
 
     def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
         """What `transformers` passes to a decoder block beside the hidden states."""

@@ -55,8 +55,8 @@ class ModelReader(ABC):
         folder: where the files are.
         config: `config.json`.
         headers: shape and dtype of each tensor, by name.
-        online: the rotation that a linear's weight expects of its input, by name within its
-            block; a model as it is stored has none.
+        online: the rotation that a linear's weight expects of its input, by full name; a model as
+            it is stored has none.
     """
 
     def __init__(

@@ -3,11 +3,12 @@
 A space owns a rotation, not a layer: `residual` and what norms make of it have R1, `value` and
 `attn_mix` have R2 (one for all heads, so a group's value head and its query heads agree), and
 `mlp_mid` has the Hadamard blocks R4 of which the server does the other half, as it does where o's
-input is mixed across heads. A linear's weight is
-rotated by the space that it writes and by the space that it reads.
+input is mixed across heads. A linear's weight is rotated by the space that it writes and by the
+space that it reads. Linears that are not quantized are the server's own, which rotate no input:
+their weights have R2, but neither R4 nor the mixing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,7 @@ class RotatedReader(ModelReader):
         seed: of the signs of R1; R2 has the next.
         most: largest Hadamard block; a smaller one lets the server cut finer shards.
         heads: mixed together at o's input by the server; 0: none are.
+        unquantized: whether the linear of a full name stays in 16 bits.
         dtype: of what is rotated; float64 for proofs.
     """
 
@@ -79,16 +81,24 @@ class RotatedReader(ModelReader):
         *,
         most: int = LARGEST_BLOCK,
         heads: int = 0,
+        unquantized: Callable[[str], bool] = lambda _: False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._source = reader
         self._dtype = dtype
         self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
-        online = online_rotations(architecture, reader.config, rotation, most, heads)
+        online = dict(
+            _of_each_block(
+                architecture,
+                reader.config,
+                online_rotations(architecture, reader.config, rotation, most, heads),
+                unquantized,
+            )
+        )
         config = {**reader.config, "tie_word_embeddings": False}
         super().__init__(reader.folder, config, reader.headers, online)
-        rotations = _space_rotations(architecture, reader.config, online, seed)
-        self._turns = dict(_turns(architecture, reader.config, rotations))
+        rotations = _space_rotations(architecture, reader.config, seed)
+        self._turns = dict(_turns(architecture, reader.config, rotations, online))
         for name, turn in self._turns.items():
             source = reader.headers.get(turn.source)  # what is missing is for `validate` to name
             if source is not None and turn.constant is None:
@@ -184,10 +194,9 @@ def online_rotations(
 def _space_rotations(
     architecture: Architecture,
     config: Mapping[str, Any],
-    online: Mapping[str, OnlineRotation],
     seed: int,
 ) -> dict[str, Orthogonal]:
-    """The rotation of each space that has one."""
+    """The rotation of each space that has one, but for what the server does."""
     residual = architecture.embedding.writes
     norms = (*architecture.norms, architecture.final_norm)
     for norm in norms:
@@ -203,12 +212,33 @@ def _space_rotations(
     for space in (VALUE, MIX):
         _width(architecture, config, space)
         rotations[space] = head
-    for done in online.values():
-        if done.hadamard is not None:
-            rotations[MIDDLE] = hadamard(done.hadamard)
-        if done.heads is not None:
-            rotations[MIX] = across_heads(head, done.heads[0])
     return rotations
+
+
+def _of_each_block(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    online: Mapping[str, OnlineRotation],
+    unquantized: Callable[[str], bool],
+) -> Iterator[tuple[str, OnlineRotation]]:
+    """What the server does to the inputs of linears, by full name."""
+    for number in range(int(config["num_hidden_layers"])):
+        prefix = f"{architecture.block.format(block=number)}."
+        for name, rotation in online.items():
+            if not unquantized(f"{prefix}{name}"):
+                yield f"{prefix}{name}", rotation
+
+
+def _what_a_reader_absorbs(
+    online: OnlineRotation | None, offline: Orthogonal | None
+) -> Orthogonal | None:
+    """The rotation of a linear's input, in the weights before it (`offline`) and by the server."""
+    if online is None:
+        return offline
+    if online.heads is not None:
+        assert offline is not None  # R2
+        return across_heads(offline, online.heads[0])
+    return None if online.hadamard is None else hadamard(online.hadamard)
 
 
 def _width(architecture: Architecture, config: Mapping[str, Any], space: str) -> int:
@@ -222,7 +252,10 @@ def _width(architecture: Architecture, config: Mapping[str, Any], space: str) ->
 
 
 def _turns(
-    architecture: Architecture, config: Mapping[str, Any], rotations: Mapping[str, Orthogonal]
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    rotations: Mapping[str, Orthogonal],
+    online: Mapping[str, OnlineRotation],
 ) -> Iterator[tuple[str, _Turn]]:
     """Every tensor that a rotation changes, by full name; biases even if the model has none."""
     embedding = f"{architecture.embedding.name}.weight"
@@ -238,7 +271,10 @@ def _turns(
         prefix = f"{architecture.block.format(block=number)}."
         yield from _norm_turns(prefix, architecture.norms)
         for linear in architecture.linears:
-            writes, reads = rotations.get(linear.writes), rotations.get(linear.reads)
+            writes = rotations.get(linear.writes)
+            reads = _what_a_reader_absorbs(
+                online.get(f"{prefix}{linear.name}"), rotations.get(linear.reads)
+            )
             gain = _gain(prefix, norms[linear.reads]) if linear.reads in norms else None
             weight, bias = (f"{prefix}{linear.name}.{part}" for part in ("weight", "bias"))
             if not (writes is None and reads is None):

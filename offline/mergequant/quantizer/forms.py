@@ -1,6 +1,6 @@
 """What each linear of a model will be like, and whether that can be served."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergequant.errors import InputError
@@ -11,6 +11,21 @@ from mergequant.options import Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
 from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm, matches
+
+# What an override says of one kind of activations, and has no meaning for the other.
+_DYNAMIC_ONLY = frozenset({"dynamic_bits", "dynamic_zero_points"})
+_STATIC_ONLY = frozenset(
+    {
+        "alpha",
+        "max_extra_channels",
+        "reconstruction",
+        "segments",
+        "split_by",
+        "staggered",
+        "static_bits",
+        "static_zero_points",
+    }
+)
 
 
 def linear_forms(
@@ -117,12 +132,42 @@ def _refuse_unlike(forms: Mapping[str, LinearForm | None]) -> None:
             )
 
 
-def refuse_idle_patterns(options: Options, forms: Mapping[str, LinearForm | None]) -> None:
-    """Raise InputError where a pattern matches no linear of the model."""
+def refuse_idle_patterns(
+    architecture: Architecture, options: Options, forms: Mapping[str, LinearForm | None]
+) -> None:
+    """Raise InputError where a pattern matches no linear of the model, or changes none of them."""
+    names = {*forms, architecture.head.name}  # a tied head may be named, though it is no tensor
     for flag, patterns in (("--ignore", options.ignore), ("--override", options.overrides)):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in forms):
+            if not any(matches(pattern, name) for name in names):
                 raise InputError(
                     f"{flag} {pattern!r} matches no linear of the model, whose linears are called "
                     f"like {next(iter(forms))}: correct the pattern."
                 )
+    for pattern, fields in options.overrides.items():
+        matched = [form for name, form in forms.items() if matches(pattern, name)]
+        inputs = [form.input for form in matched if form is not None and form is not HEAD_FORM]
+        if not inputs:
+            raise InputError(
+                f"--override {pattern!r} matches only linears that it cannot change: what --ignore "
+                "leaves in 16 bits, or the head, which only --head-bits quantizes: leave it out."
+            )
+        for field, value in fields.items():
+            _refuse_idle_field(pattern, field, value, inputs)
+
+
+def _refuse_idle_field(
+    pattern: str, field: str, value: object, inputs: Sequence[StaticInput | DynamicInput]
+) -> None:
+    """Raise InputError where an override's field means nothing to any linear that it matches."""
+    if field in _STATIC_ONLY or (field, value) == ("activations", "static"):
+        kind, meant = "static", any(isinstance(x, StaticInput) for x in inputs)
+    elif field in _DYNAMIC_ONLY:
+        kind, meant = "per-token", any(isinstance(x, DynamicInput) for x in inputs)
+    else:
+        return
+    if not meant:
+        raise InputError(
+            f"--override {pattern!r} sets {field}, but none of the linears that it matches has "
+            f"{kind} activations: leave {field} out, or correct the pattern."
+        )

@@ -27,7 +27,8 @@ def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Archit
     """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files."""
     folder, architecture = open_folder(model)
     reader: ModelReader = folder
-    if options.head_bits == BITS and reader.config.get("tie_word_embeddings", False):
+    head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
+    if head_quantized and reader.config.get("tie_word_embeddings", False):
         reader = UntiedReader(reader, architecture)
     if options.rotation != "none":
         reader = RotatedReader(
@@ -37,6 +38,7 @@ def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Archit
             options.seed,
             most=options.hadamard_block,
             heads=options.mix_heads,
+            unquantized=options.ignores,
         )
     return reader, architecture, folder.weight_files()
 

@@ -54,7 +54,7 @@ def make_plan(
             does not fit the model.
     """
     forms = dict(linear_forms(architecture, config, options))
-    refuse_idle_patterns(options, forms)
+    refuse_idle_patterns(architecture, options, forms)
     checkpoint = checkpoint_format(architecture, config, options, forms, calibration_sha256)
     training = None
     if options.compensated:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,13 @@ class ExactNorm(nn.Module):
         return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
 
+def in_float64(rotation: OnlineRotation, x: Tensor) -> Tensor:
+    """What the server does to an input, by full matrices and without its rounding."""
+    if rotation.heads is not None:
+        x = reference.mix_heads_by_matrix(x, rotation.heads)
+    return x if rotation.hadamard is None else reference.rotate_by_matrix(x, rotation.hadamard)
+
+
 def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
     """What `transformers` computes from a reader's tensors and configuration."""
     config = AutoConfig.from_pretrained(str(reader.folder))
@@ -144,8 +152,9 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
             setattr(model.get_submodule(parent), child, exact)
     for name, rotation in reader.online.items():
         for linear in (m for full, m in model.named_modules() if full.endswith(name)):
+            rotated = partial(in_float64, rotation) if dtype == torch.float64 else rotation
             linear.register_forward_pre_hook(
-                lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
+                lambda _, inputs, rotated=rotated: (rotated(inputs[0]),)
             )
     with torch.no_grad():
         result: Tensor = model(WINDOWS, use_cache=False).logits
@@ -194,13 +203,37 @@ def test_rotated_models_are_the_same_models(tmp_path: Path, case: str, tied: boo
         assert error < 1e-4
 
 
+@pytest.mark.parametrize("left_out", ["mlp.down_proj", "self_attn.o_proj", "layers.0."])
+@pytest.mark.parametrize("case", ["llama", "qwen2-24"])
+def test_the_server_rotates_nothing_for_what_is_not_quantized(
+    tmp_path: Path, case: str, left_out: str
+) -> None:
+    """Its linears are the server's own, so that their weights must not expect it either."""
+    reader = Reader(model_folder(tmp_path / "model", case, tied=False))
+    architecture = find(reader.config["model_type"])
+    view = RotatedReader(
+        reader,
+        architecture,
+        "online",
+        seed=3,
+        heads=2,
+        unquantized=lambda name: left_out in name,
+        dtype=torch.float64,
+    )
+    assert view.online and not any(left_out in name for name in view.online)
+    exact = logits(reader, torch.float64)
+    error = (logits(view, torch.float64) - exact).abs().max() / exact.abs().max()
+    assert error < 1e-9
+
+
 def test_every_tensor_that_should_turn_does(tmp_path: Path) -> None:
     """An untouched weight would pass for a rotated one if the rotation were the identity."""
     reader = Reader(model_folder(tmp_path / "model", "llama", tied=True))
     view = RotatedReader(reader, LLAMA, "online", seed=0)
     validate(LLAMA, view.config, view.shapes())
     assert not view.config["tie_word_embeddings"] and view.online == {
-        "mlp.down_proj": OnlineRotation(hadamard=4)
+        f"model.layers.{number}.mlp.down_proj": OnlineRotation(hadamard=4)
+        for number in range(view.config["num_hidden_layers"])
     }
     same = {"q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias"}
     for name, entry in view.headers.items():

@@ -33,6 +33,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rotation online": {"rotation": "online"},
     "rotation online, heads mixed": {"rotation": "online", "mix_heads": 2},
     "rotation online, small blocks": {"rotation": "online", "hadamard_block": 2},
+    "rotation online, some left in 16 bits": {
+        "rotation": "online",
+        "mix_heads": 2,
+        "ignore": ("re:.*[.]0[.].*[.]o_proj", "re:.*[.]1[.].*[.]down_proj"),
+    },
     "segments": {"segments": 2},
     "segments, pad": {**PAD, "segments": 3, "asymmetric": True},
     # They fit the text that they were found on: what lies beyond it is clipped on both sides.

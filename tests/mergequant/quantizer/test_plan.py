@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import JsonValue
 from typer.testing import CliRunner
 
 from mergequant import InputError, Options, quantize
@@ -15,9 +16,11 @@ from mergequant.model.reader import Reader
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.static import StaticInputPlan
 from mergequant.quantizer.plan import Plan
+from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
+from tests.tiny import make_model
 
 GATE_UP = r"re:model\.layers\.1\.mlp\.(gate|up)_proj"
 
@@ -81,6 +84,40 @@ def test_a_pattern_that_matches_nothing_is_a_mistake(llama: Path, field: str) ->
     given = (pattern,) if field == "ignore" else {pattern: {"weight_bits": 8}}
     with pytest.raises(InputError, match=r"'re:layers' matches no linear .* model\.layers\.0\."):
         plan(llama, **{field: given})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fields", "message"),
+    [
+        ("lm_head", {"weight_bits": 4}, "only --head-bits quantizes"),
+        ("re:.*down_proj", {"weight_bits": 8}, "what --ignore leaves in 16 bits"),
+        ("re:.*o_proj", {"static_bits": 8}, "sets static_bits, but none .* static activations"),
+        ("re:.*o_proj", {"activations": "static"}, "sets activations, but none .* static"),
+        ("re:.*(gate|up)_proj", {"dynamic_bits": 8}, "sets dynamic_bits, but none .* per-token"),
+    ],
+)
+def test_an_override_that_changes_nothing_is_a_mistake(
+    llama: Path, pattern: str, fields: dict[str, JsonValue], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        plan(llama, head_bits=8, ignore=("re:.*down_proj",), overrides={pattern: fields})
+
+
+def test_an_override_of_everything_is_for_those_whom_it_concerns(llama: Path) -> None:
+    fields = {"static_bits": 8, "dynamic_bits": 8}
+    made = plan(llama, head_bits=8, overrides={"re:.*": fields})
+    assert made.checkpoint.quantized["model.layers.0.mlp.up_proj"].input.bits == 8
+
+
+def test_an_ignored_head_stays_tied(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "tied", "llama", tied=True)
+    reader, _, _ = open_model(source, SMALL.model_copy(update={"head_bits": 8}))
+    assert not reader.config["tie_word_embeddings"]
+    options = SMALL.model_copy(update={"head_bits": 8, "ignore": ("lm_head",)})
+    reader, _, _ = open_model(source, options)
+    assert reader.config["tie_word_embeddings"]
+    made = make_plan(find("llama"), reader.config, options.model_copy(update={"alpha": 0.0}), "")
+    assert "lm_head" not in made.checkpoint.quantized
 
 
 def test_it_is_refused_before_a_weight_is_read(tmp_path: Path, llama: Path, text: Path) -> None:
