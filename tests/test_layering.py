@@ -14,8 +14,7 @@ QUANTIZER = ROOT / "offline" / "mergequant"
 
 # What the quantizer may know of the server's package.
 SHARED = ("format", "format.targets", "packing", "rounding", "kernels.codes")
-SHARED += ("kernels.linear.reference", "kernels.linear.spans")
-SHARED += ("kernels.linear.spans",)
+SHARED += ("kernels.linear.constant", "kernels.linear.reference", "kernels.linear.spans")
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
 # `mergequant doctor` prints it.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mergequant_vllm.kernels.capability import spell
 from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter
+from mergequant_vllm.kernels.linear.constant import constant_of
 from mergequant_vllm.kernels.linear.spans import span_slices
 
 
@@ -120,9 +121,7 @@ class StoredLinear:
 
     def constant(self, add_bias: bool) -> Tensor | None:
         """Return what is added to every token's outputs: float32 [N], or None for nothing."""
-        added = [self.bias] if add_bias else []
-        there = [x.to(torch.float32) for x in (*added, self.output_offset) if x is not None]
-        return there[0] + there[1] if len(there) == 2 else next(iter(there), None)
+        return constant_of(self.bias if add_bias else None, self.output_offset)
 
 
 class PreparedLinear(nn.Module):

@@ -10,6 +10,7 @@ from mergequant.layers.served_linear import from_stored, served_linear
 from mergequant.layers.simulated_linear import SimulatedLinear
 from mergequant.model.decoder import Block
 from mergequant_vllm.format import LinearFormat
+from mergequant_vllm.kernels.linear.constant import constant_of
 
 
 def load_stored(
@@ -56,9 +57,7 @@ def replace_by_simulated(
 ) -> None:
     """Put a linear of floating-point products into the block, see `SimulatedLinear`."""
     bias = block.source_tensors.get(f"{name}.bias")
-    constant = None if bias is None else bias.to(block.device, torch.float32)
-    if output_offset is not None:
-        constant = output_offset if constant is None else constant + output_offset
+    constant = constant_of(None if bias is None else bias.to(block.device), output_offset)
     block.replace(name, SimulatedLinear(read, weight, constant))
 
 

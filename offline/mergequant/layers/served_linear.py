@@ -14,6 +14,7 @@ from mergequant.methods.weights import WeightGrid
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.hadamard.reference import mix_heads
+from mergequant_vllm.kernels.linear.constant import constant_of
 from mergequant_vllm.kernels.linear.reference import centre, integer_linear
 from mergequant_vllm.kernels.linear.spans import span_slices
 from mergequant_vllm.kernels.norm_round.reference import static_codes
@@ -84,11 +85,7 @@ class ServedLinear(nn.Module):
         weight = centre(codes, zero_points, spans).to(torch.float64)
         self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
-        constant = None if bias is None else bias.to(torch.float32)
-        if output_offset is not None:
-            shift = output_offset.to(torch.float32)
-            constant = shift if constant is None else constant + shift
-        self.register_buffer("constant", constant)
+        self.register_buffer("constant", constant_of(bias, output_offset))
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
         self.register_buffer("index", index)
         self.register_buffer("offset", offset)
