@@ -86,7 +86,7 @@ def paper_dropped(outliers: set[int], importance: list[float], M: int) -> tuple[
 
 
 def test_pieces_and_dropped_channels_are_the_papers() -> None:
-    seen = set()
+    cases = set()
     for seed in range(600):
         n = [1, 2, 3, 5, 12, 40][seed % 6]
         alpha = [0.0, 0.3, 1.0, 2.0][seed // 6 % 4]
@@ -99,7 +99,7 @@ def test_pieces_and_dropped_channels_are_the_papers() -> None:
         M = sum(map(len, pieces)) - n
         assert n > M
         dropped, case = paper_dropped(outliers, importance.tolist(), M)
-        seen.add(case)
+        cases.add(case)
         made = [reconstruct(step, size, importance, alpha, mode="pad", tile=4)]
         if case == "impossible":
             with pytest.raises(ValueError, match="raise alpha, or pad"):
@@ -114,7 +114,7 @@ def test_pieces_and_dropped_channels_are_the_papers() -> None:
                 mine = (result.index == k) & (result.share > 0)
                 got = sorted((result.share[mine] * size[k]).tolist())
                 assert got == pytest.approx(sorted(pieces[k]), abs=1e-12 * float(size[k]))
-    assert seen == {"N > M", "N = M", "N < M", "impossible"}
+    assert cases == {"N > M", "N = M", "N < M", "impossible"}
 
 
 @pytest.mark.parametrize(

@@ -173,9 +173,9 @@ def test_constants_are_added_once_in_float32() -> None:
 
 
 def constant(stored: StoredLinear, add_bias: bool) -> Tensor:
-    found = stored.constant(add_bias)
-    assert found is not None
-    return found
+    total = stored.constant(add_bias)
+    assert total is not None
+    return total
 
 
 @pytest.mark.parametrize(

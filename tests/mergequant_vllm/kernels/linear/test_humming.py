@@ -247,10 +247,10 @@ def test_multiply_add_rounds_once(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal * 4
     for c in (0.0, tiny, -tiny, 1.0, -1.0):
         addend = torch.full_like(a, c)
-        found = multiply_add(a, b, addend, dtype)
+        rounded = multiply_add(a, b, addend, dtype)
         for i in range(a.numel()):
             exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(addend[i]))
-            assert float(found[i]) == float(nearest(exact, dtype))
+            assert float(rounded[i]) == float(nearest(exact, dtype))
 
 
 def worst_case(made: MadeLinear) -> Tensor:

@@ -49,8 +49,8 @@ def test_the_gpu_is_asked_for_its_shared_memory_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tiles, "read_capability", lambda device: asked.append(device) or 90)
     tiles._tile_on_gpu.cache_clear()
     for _ in range(2):
-        found = tile_for(SHAPE, 1, torch.device("cuda", 1))
-        assert found == default_tile(SHAPE, 1, shared_limit(90))
+        tile = tile_for(SHAPE, 1, torch.device("cuda", 1))
+        assert tile == default_tile(SHAPE, 1, shared_limit(90))
     tiles._tile_on_gpu.cache_clear()
     assert asked == [1]
 

@@ -114,8 +114,8 @@ def test_zero_points_reach_the_quantizer_and_no_compiler_looks_into_them() -> No
             return graph
 
         compiled = torch.compile(quantizer, fullgraph=True, backend=keep_graph)
-        for found in (quantizer(x), compiled(x)):
-            for mine, theirs in zip(found, wanted, strict=True):
+        for quantized in (quantizer(x), compiled(x)):
+            for mine, theirs in zip(quantized, wanted, strict=True):
                 assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
         calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
         assert all("mergequant" in str(n.target) or "getitem" in str(n.target) for n in calls)
