@@ -70,12 +70,12 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 def commands_of(start: str) -> list[Any]:
     """Every command of the pages that begins so, as parameters of a test."""
-    found = []
+    parameters = []
     for page in PAGES:
         for words in commands(page):
             if " ".join(words).startswith(start):
-                found.append(pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}"))
-    return found
+                parameters.append(pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}"))
+    return parameters
 
 
 def anchors(page: Path) -> set[str]:
@@ -113,9 +113,9 @@ def paths(page: Path) -> Iterator[tuple[str, Path]]:
 
 @pytest.mark.parametrize("name", ["layout.md", "method.md", "kernels.md", "format.md"])
 def test_paths_exist(name: str) -> None:
-    found = list(paths(ROOT / "docs" / name))
-    assert found
-    for word, folder in found:
+    mentioned = list(paths(ROOT / "docs" / name))
+    assert mentioned
+    for word, folder in mentioned:
         if "/" in word:
             assert (ROOT / word).exists() or (folder / word).exists(), word
         else:  # a name alone is somewhere in the folder of its heading

@@ -50,12 +50,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+def calibration_text(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """The beginning of the text that `trained` learned from."""
+    text = tmp_path_factory.mktemp("calibration") / "calibration.txt"
+    text.write_text((trained / "train.txt").read_text()[:60_000])
+    return text
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, trained: Path, calibration_text: Path) -> Path:
     """`trained`, quantized with every step of the method on little text."""
     folder = tmp_path_factory.mktemp("served") / "tiny-llama-w4a4"
-    text = trained / "calibration.txt"
-    text.write_text((trained / "train.txt").read_text()[:60_000])
-    return quantize(trained, folder, [text], WHOLE, progress=False)
+    return quantize(trained, folder, [calibration_text], WHOLE, progress=False)
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,18 @@ def forget(_: nn.Module) -> None:
 
 def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Input, output, and the served kernel's own codes and integer sums of each linear."""
-    found = {}
+    linears = {}
     for name, (x, y) in SEEN.items():
         layer: Any = model.get_submodule(name)
         method = layer.quant_method
         laid_out, step, _ = layer.quantizer(x)
         codes = read_codes(laid_out, method.kernel.layout)
         sums = integer_sums(layer.product, laid_out)
-        seen = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
-        found[name] = {key: None if value is None else value.cpu() for key, value in seen.items()}
-    return found
+        tensors = {"x": x, "y": y, "codes": codes, "sums": sums, "step": step}
+        linears[name] = {
+            key: None if value is None else value.cpu() for key, value in tensors.items()
+        }
+    return linears
 
 
 def integer_sums(product: Any, codes: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ FORMS = Options(
 )
 
 
-def test_log_probabilities_are_the_oracles(tmp_path: Path, trained: Path) -> None:
-    text, heldout = tmp_path / "calibration.txt", trained / "heldout.txt"
-    text.write_text((trained / "train.txt").read_text()[:60_000])
-    folder = quantize(trained, tmp_path / "forms", [text], FORMS, progress=False)
-    oracle = make_oracle(folder, heldout, ranks=2, most=24)
+def test_log_probabilities_are_the_oracles(
+    tmp_path: Path, trained: Path, calibration_text: Path
+) -> None:
+    folder = quantize(trained, tmp_path / "forms", [calibration_text], FORMS, progress=False)
+    oracle = make_oracle(folder, trained / "heldout.txt", ranks=2, most=24)
     with float32_engine(folder, eager=False, ranks=2) as llm:
         served = prompt_logprobs(llm, oracle.windows)
     assert float((served - oracle.logprobs).abs().mean()) <= oracle.control_mean

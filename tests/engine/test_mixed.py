@@ -44,11 +44,9 @@ OPTIONS = Options(
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+def mixed(tmp_path_factory: pytest.TempPathFactory, trained: Path, calibration_text: Path) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
-    text = folder / "calibration.txt"
-    text.write_text((trained / "train.txt").read_text()[:60_000])
-    return quantize(trained, folder / "out", [text], OPTIONS, progress=False)
+    return quantize(trained, folder / "out", [calibration_text], OPTIONS, progress=False)
 
 
 def contract(folder: Path) -> CheckpointFormat:

@@ -79,35 +79,35 @@ def test_codes_and_integer_sums_equal_the_definition(
     engine.llm.apply_model(probe.forget)
     ids = oracles[1].windows[0].tolist()
     engine.llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1))
-    seen = engine.llm.apply_model(probe.collect)[0]
-    assert seen.keys() == set(names)
+    linears = engine.llm.apply_model(probe.collect)[0]
+    assert linears.keys() == set(names)
     reader = Reader(served)
-    for name, found in seen.items():
-        _check_linear(reader, name, found)
+    for name, tensors in linears.items():
+        _check_linear(reader, name, tensors)
 
 
-def _check_linear(reader: Reader, name: str, found: dict[str, Any]) -> None:
+def _check_linear(reader: Reader, name: str, tensors: dict[str, Any]) -> None:
     parent, _, module = name.rpartition(".")
     parts = [f"{parent}.{part}" for part in MERGED.get(module, (module,))]
-    if found["step"] is None:
+    if tensors["step"] is None:
         index, offset = (reader.read(f"{parts[0]}.input_{part}") for part in ("index", "offset"))
-        units = (found["x"][:, index] + offset).double()
-        assert units.shape[-1] > found["x"].shape[-1]
+        units = (tensors["x"][:, index] + offset).double()
+        assert units.shape[-1] > tensors["x"].shape[-1]
     else:
         clip = reader.read(f"{parts[0]}.input_clip")
-        step = (found["x"].abs().amax(-1, keepdim=True) * clip * (1 / 7)).clamp(min=2.0**-100)
-        assert torch.equal(found["step"], step)
-        units = (found["x"] * step.reciprocal()).double()
+        step = (tensors["x"].abs().amax(-1, keepdim=True) * clip * (1 / 7)).clamp(min=2.0**-100)
+        assert torch.equal(tensors["step"], step)
+        units = (tensors["x"] * step.reciprocal()).double()
     codes = units.round().clamp(-8, 7).to(torch.int64)
-    assert torch.equal(found["codes"].to(torch.int64), codes), name
+    assert torch.equal(tensors["codes"].to(torch.int64), codes), name
     weight = torch.cat(
         [unpack(reader.read(f"{part}.weight_packed"), 4, codes.shape[-1]) for part in parts]
     )
     sums = codes @ weight.to(torch.int64).T
-    assert torch.equal(found["sums"].to(torch.int64), sums), name
+    assert torch.equal(tensors["sums"].to(torch.int64), sums), name
     weight_step = torch.cat([reader.read(f"{part}.weight_scale") for part in parts])[:, 0].float()
-    y = sums.float() * (1.0 if found["step"] is None else found["step"]) * weight_step
-    assert torch.equal(found["y"], y), name
+    y = sums.float() * (1.0 if tensors["step"] is None else tensors["step"]) * weight_step
+    assert torch.equal(tensors["y"], y), name
 
 
 def test_the_perplexity_command_agrees_with_the_oracles_within_its_control(

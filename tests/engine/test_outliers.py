@@ -22,10 +22,10 @@ DYNAMIC = Options.model_validate(
 
 
 def loss(folder: Path, text: Path) -> float:
-    found = perplexity(
+    evaluation = perplexity(
         folder, text, engine="transformers", window=240, most_windows=24, progress=False
     )
-    return found.loss
+    return evaluation.loss
 
 
 @pytest.mark.timeout(900)

@@ -1,4 +1,4 @@
-"""Hostile models and texts, quantized end to end: a good result or one clear sentence."""
+"""Hostile models and texts, quantized end to end, give a good result; see also test_overflow.py."""
 
 import json
 import math
@@ -8,35 +8,21 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mergequant import InputError, quantize
+from mergequant import quantize
 from mergequant.calibration import statistics
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.reader import Reader
 from tests import outliers
 from tests.conftest import SMALL
+from tests.mergequant.edited_models import WHOLE, Edit, Weights, edited
 from tests.tiny import make_model
 
-Weights = dict[str, Tensor]
-Edit = Callable[[Weights], object]
 FIRST = "model.layers.0."
 NORMS = {"input_layernorm": "qkv", "post_attention_layernorm": ("gate", "up")}
-WHOLE = SMALL.model_copy(
-    update={
-        "reconstruction": "auto",
-        "max_extra_channels": 0.25,
-        "split_by": "folded",
-        "staggered": True,
-        "weight_search": "mse",
-        "compensation_rank": 8,
-        "compensation_epochs": 2,
-        "compensation_samples": 8,
-    }
-)
 # None of these models has a source of error that the plain one has not; another model is another
 # draw of a few thousand roundings, and a lost norm, linear or rotation gives 1 or more.
 ROOM = 2.0
@@ -59,14 +45,6 @@ def bound(tmp_path_factory: pytest.TempPathFactory, plain: Path, text: Path) -> 
     # 0.035 of this random model in 4 bits: were everything wrong, all would be compared with that.
     assert error < CEILING
     return ROOM * error
-
-
-def edited(folder: Path, edit: Edit, **config: Any) -> Path:
-    make_model(folder, **{"blocks": 1, **config})
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def good_error(source: Path, output: Path, text: Path) -> float:
@@ -269,87 +247,6 @@ def test_one_character_over_and_over_is_a_text(tmp_path: Path, plain: Path, boun
     same.write_text("a" * 2000)
     output = quantize(plain, tmp_path / "out", [same], WHOLE, progress=False)
     assert good_error(plain, output, same) < bound
-
-
-def fill(value: float, *names: str) -> Edit:
-    def edit(x: Weights) -> None:
-        for name in names:
-            x[f"model.layers.1.{name}"].fill_(value)
-
-    return edit
-
-
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj")
-MIDDLE = ("mlp.gate_proj", "mlp.up_proj")
-OVERFLOWS: dict[str, tuple[Edit, str]] = {
-    "infinity less infinity in the scores": (
-        fill(1e30, *(f"{name}.bias" for name in ATTENTION)),
-        "The input of model.layers.1.self_attn.o_proj holds NaN or infinity",
-    ),
-    "infinity between gate and down": (
-        fill(1e25, *(f"{name}.bias" for name in MIDDLE)),
-        "The input of model.layers.1.mlp.down_proj holds NaN or infinity",
-    ),
-    "infinity behind the last block": (
-        fill(3e38, "self_attn.o_proj.bias", "mlp.down_proj.bias"),
-        "The output of model.layers.1 holds NaN or infinity",
-    ),
-    "huge queries and keys": (
-        fill(1e25, *(f"{name}.weight" for name in ATTENTION)),
-        "The weight of model.layers.1.self_attn.q_proj",
-    ),
-    "huge gates": (
-        fill(1e25, *(f"{name}.weight" for name in MIDDLE)),
-        "The weight of model.layers.1.mlp.gate_proj",
-    ),
-    "huge down": (fill(3e38, "mlp.down_proj.weight"), "The weight of model.layers.1.mlp.down_proj"),
-}
-
-
-@pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_a_model_that_overflows_is_refused_and_leaves_nothing(
-    tmp_path: Path, text: Path, overflow: str
-) -> None:
-    """In the second block, when the first is written already."""
-    edit, expected = OVERFLOWS[overflow]
-    biases = {"attention_bias": True, "mlp_bias": True}
-    source = edited(tmp_path / "model", edit, blocks=2, **biases)
-    with pytest.raises(InputError) as refusal:
-        quantize(source, tmp_path / "new" / "out", [text], SMALL, progress=False)
-    assert_one_sentence(str(refusal.value), expected, "check that")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_pilot_refuses_a_model_that_overflows(tmp_path: Path, text: Path) -> None:
-    edit, _ = OVERFLOWS["infinity less infinity in the scores"]
-    source = edited(tmp_path / "model", edit, blocks=2, attention_bias=True)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError) as refusal:
-        quantize(source, tmp_path / "out", [text], WHOLE, progress=False)
-    expected = "The input of model.layers.1.mlp.gate_proj holds NaN or infinity"
-    assert_one_sentence(str(refusal.value), expected, "check that")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_rotation_that_overflows_16_bits_is_refused(tmp_path: Path, text: Path) -> None:
-    """Of a token that the text does not hold."""
-    source = edited(
-        tmp_path / "model",
-        lambda x: x["model.embed_tokens.weight"][255].fill_(3e4),
-        dtype=torch.float16,
-    )
-    options = SMALL.model_copy(update={"rotation": "offline"})
-    with pytest.raises(InputError) as refusal:
-        quantize(source, tmp_path / "out", [text], options, progress=False)
-    assert_one_sentence(
-        str(refusal.value), "Tensor 'model.embed_tokens.weight' of", "choose rotation 'none'"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def assert_one_sentence(message: str, thing: str, remedy: str) -> None:
-    assert message.startswith(thing) and remedy in message
-    assert message.endswith(".") and "\n" not in message
 
 
 @pytest.fixture

@@ -91,8 +91,8 @@ def generated_kernels(block: Block) -> list[str]:
         eager = block(x, residual)
         torch.compiler.reset()
         compiled = torch.compile(block, fullgraph=True)
-        found, sources = run_and_get_code(compiled, x, residual)
-    for mine, theirs in zip(found, eager, strict=True):
+        outputs, sources = run_and_get_code(compiled, x, residual)
+    for mine, theirs in zip(outputs, eager, strict=True):
         # A code may fall on the other side of a tie where the compiler keeps more bits.
         assert float((mine - theirs).norm() / theirs.norm()) < 0.05
     return re.findall(r"^(cpp_fused\w*) = async_compile", "\n".join(sources), re.M)

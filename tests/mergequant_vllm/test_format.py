@@ -182,9 +182,9 @@ def test_targets_are_written_as_few_as_the_model_allows(config: dict[str, Any]) 
     other = usual[UP].model_copy(update={"weight": WeightForm(bits=8)})
     targets = shortest_targets({**usual, UP: other, GATE: other}, roles)
     assert len(targets) == 3
-    found = parse({**config, "targets": [x.model_dump(mode="json") for x in targets]}).quantized
+    quantized = parse({**config, "targets": [x.model_dump(mode="json") for x in targets]}).quantized
     for name, linear in contract.quantized.items():
-        assert found[name].weight.bits == (8 if name in (UP, GATE) else linear.weight.bits)
+        assert quantized[name].weight.bits == (8 if name in (UP, GATE) else linear.weight.bits)
     ignored = shortest_targets({**usual, UP: None, GATE: None}, roles)
     assert ignored[-1].linear is None and matches(ignored[-1].pattern, UP)
 

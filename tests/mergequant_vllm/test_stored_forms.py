@@ -220,10 +220,10 @@ def test_what_runs_on_gpus_equals_the_oracle(
     def run(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         return up(x)[0], down(z)[0]
 
-    found = torch.compile(run, fullgraph=True)(x, z) if compiled else run(x, z)
+    outputs = torch.compile(run, fullgraph=True)(x, z) if compiled else run(x, z)
     expected = torch.cat([oracle(static, part)(x) for part in tensors[:2]], -1)
-    assert torch.equal(found[0], expected)
-    assert torch.equal(found[1], oracle(dynamic, tensors[2])(z))
+    assert torch.equal(outputs[0], expected)
+    assert torch.equal(outputs[1], oracle(dynamic, tensors[2])(z))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)

@@ -9,16 +9,16 @@ import mergequant_vllm
 from mergequant_vllm import version
 
 
-@pytest.mark.parametrize("found", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.0", "0.33.5"])
-def test_releases_in_the_range_are_accepted(found: str) -> None:
-    assert version.unsupported_vllm(found) is None
+@pytest.mark.parametrize("release", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.0", "0.33.5"])
+def test_releases_in_the_range_are_accepted(release: str) -> None:
+    assert version.unsupported_vllm(release) is None
 
 
-@pytest.mark.parametrize("found", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "dev"])
-def test_other_releases_are_refused_by_number(found: str) -> None:
-    refusal = version.unsupported_vllm(found)
+@pytest.mark.parametrize("release", ["0.25.1", "0.34.0", "1.0.0", "0.9.2", "dev"])
+def test_other_releases_are_refused_by_number(release: str) -> None:
+    refusal = version.unsupported_vllm(release)
     assert refusal is not None
-    assert found in refusal and "0.26 to 0.33" in refusal and "install" in refusal
+    assert release in refusal and "0.26 to 0.33" in refusal and "install" in refusal
 
 
 def test_registration_warns_and_the_checkpoint_is_refused(
@@ -51,5 +51,5 @@ def test_registration_is_idempotent() -> None:
     quantization = pytest.importorskip("vllm.model_executor.layers.quantization")
     mergequant_vllm.register()
     mergequant_vllm.register()
-    found: type = quantization.get_quantization_config("mergequant")
-    assert found.__name__ == "MergeQuantConfig"
+    config_class: type = quantization.get_quantization_config("mergequant")
+    assert config_class.__name__ == "MergeQuantConfig"

@@ -61,7 +61,7 @@ def test_a_table_shows_its_own_model_unless_the_paper_has_ours() -> None:
 def test_averages_agree_with_the_printed_ones(
     table: str, model: str, method: str, average: float
 ) -> None:
-    found = paper.figures(table, model, method)
-    assert found is not None and found.average is not None
+    figures = paper.figures(table, model, method)
+    assert figures is not None and figures.average is not None
     # Printed figures may be cut to 0.01, the five accuracies and their mean.
-    assert abs(found.average - average) <= 0.02
+    assert abs(figures.average - average) <= 0.02

@@ -31,23 +31,23 @@ BASE = Options(
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     """What was to be decided; offline, nothing measures best."""
-    seen: list[Options] = []
+    decided: list[Options] = []
 
     def decide(*arguments: Any) -> Decision:
         options: Options = arguments[2]
-        seen.append(options)
+        decided.append(options)
         mode = "none" if options.rotation == "offline" else "prune"
         return Decision.model_validate(
-            {"reconstruction": mode, "alpha": float(len(seen)), "max_extra_channels": 0.25}
+            {"reconstruction": mode, "alpha": float(len(decided)), "max_extra_channels": 0.25}
         )
 
     monkeypatch.setattr(reconstruction, "resolve_reconstruction", decide)
-    return seen
+    return decided
 
 
 def shapes(model: Path, text: Path, file: Path, base: Options, *names: str) -> Shapes:
-    found = [table for name, table in tables(base, WIDTHS).items() if name in names]
-    return kept_shapes(file, model, [text], base, found, progress=False)
+    chosen = [table for name, table in tables(base, WIDTHS).items() if name in names]
+    return kept_shapes(file, model, [text], base, chosen, progress=False)
 
 
 def test_each_rotation_is_decided_once_and_kept(

@@ -40,13 +40,13 @@ TABLE = Table("table4", "Table 4: step by step", ROWS)
 
 def results(paper_model: str | None = None) -> Results:
     seconds = {"calibration": 60.0, "codes": 90.0, "quantize": 180.0, "evaluate": 1.0}
-    found = [
+    records = [
         record(FULL, {"vllm": 1.0, "transformers": 1.5}, accuracies={"piqa": 80.0, "own": 60.0}),
         record("tensor", {"transformers": 11.0}, accuracies={"piqa": 50.0, "own": 30.0}),
         record("shaped", {"vllm": 1.25}, growth=12.5, seconds=seconds),
     ]
-    records = {x.key: x for x in found}
-    return Results("tiny", paper_model, records, {"broken": "InputError: no"}, ["wiki"], "A note.")
+    by_key, failed = {x.key: x for x in records}, {"broken": "InputError: no"}
+    return Results("tiny", paper_model, by_key, failed, ["wiki"], "A note.")
 
 
 MARKDOWN = """\
@@ -93,15 +93,15 @@ def test_the_papers_times_stand_below_ours_for_its_models_only() -> None:
 
 
 def test_excess_is_against_full_precision_by_the_same_engine() -> None:
-    found = line("table4", ROWS[1], results())["texts"]["wiki"]
-    assert found["excess"] == 11.0 - 1.5
+    wiki = line("table4", ROWS[1], results())["texts"]["wiki"]
+    assert wiki["excess"] == 11.0 - 1.5
 
 
 def test_json_has_all_lines_rows_and_failures() -> None:
-    found = json.loads(json.dumps(as_json([TABLE], results())))
-    assert [x["key"] for x in found["tables"][0]["lines"]] == [row.key for row in ROWS]
-    assert found["tables"][0]["lines"][3]["failed"] == "InputError: no"
-    assert set(found["rows"]) == {FULL, "tensor", "shaped"}
+    document = json.loads(json.dumps(as_json([TABLE], results())))
+    assert [x["key"] for x in document["tables"][0]["lines"]] == [row.key for row in ROWS]
+    assert document["tables"][0]["lines"][3]["failed"] == "InputError: no"
+    assert set(document["rows"]) == {FULL, "tensor", "shaped"}
 
 
 def test_an_overflowing_loss_has_an_infinite_perplexity() -> None:

@@ -137,14 +137,14 @@ def test_what_rows_have_in_common_comes_from_the_base() -> None:
 
 def test_rows_of_a_rotation_are_reconstructed_as_was_decided() -> None:
     shape = {"reconstruction": "pad", "alpha": 1.5, "max_extra_channels": 0.25}
-    found = tables(BASE, WIDTHS, {"online": shape, "none": {"reconstruction": "none"}})
-    online, none = found["table4"].rows[4:7], found["table4"].rows[10:]
+    by_name = tables(BASE, WIDTHS, {"online": shape, "none": {"reconstruction": "none"}})
+    online, none = by_name["table4"].rows[4:7], by_name["table4"].rows[10:]
     for row in online:
         assert row.options is not None
         assert row.options.model_dump(include=set(shape)) == shape
-    assert difference(none[0], found["table4"].rows[9]) == {}  # no more than QSM
-    assert none[0].key == found["table4"].rows[9].key
-    assert found["table1"].rows[5].key == key_of(RowMaker(BASE, {}).whole_options("offline"))
+    assert difference(none[0], by_name["table4"].rows[9]) == {}  # no more than QSM
+    assert none[0].key == by_name["table4"].rows[9].key
+    assert by_name["table1"].rows[5].key == key_of(RowMaker(BASE, {}).whole_options("offline"))
 
 
 def test_without_compensation_its_line_is_left_out() -> None:

@@ -32,40 +32,42 @@ def reader(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def seen(reader: Reader, text: Path) -> Survey:
+def surveyed(reader: Reader, text: Path) -> Survey:
     return survey(reader, find("llama"), [text], OPTIONS, progress=False)
 
 
 def test_largest_values_are_those_of_the_whole_model(
-    reader: Reader, text: Path, seen: Survey
+    reader: Reader, text: Path, surveyed: Survey
 ) -> None:
     model: Any = load_model(reader.folder)
-    found: dict[str, list[Tensor]] = {"attn_in": [], "mlp_in": []}
+    largest: dict[str, list[Tensor]] = {"attn_in": [], "mlp_in": []}
 
     def keep(space: str) -> Any:
-        return lambda _, inputs: found[space].append(inputs[0].abs().amax(dim=(0, 1)))
+        return lambda _, inputs: largest[space].append(inputs[0].abs().amax(dim=(0, 1)))
 
     for block in model.model.layers:
         block.self_attn.q_proj.register_forward_pre_hook(keep("attn_in"))
         block.mlp.gate_proj.register_forward_pre_hook(keep("mlp_in"))
     with torch.no_grad():
         model(module._windows(reader, [text], OPTIONS))
-    assert set(seen.largest) == set(found)
-    for space, values in found.items():
+    assert set(surveyed.largest) == set(largest)
+    for space, values in largest.items():
         # Two float32 forwards of 2 blocks, batched otherwise.
-        torch.testing.assert_close(seen.largest[space], torch.stack(values), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            surveyed.largest[space], torch.stack(values), rtol=1e-4, atol=1e-5
+        )
 
 
-def test_columns_are_those_of_the_space_with_the_strongest_channel(seen: Survey) -> None:
-    assert (seen.space, seen.block) == ("mlp_in", 1)
-    assert int(seen.largest["mlp_in"][1].argmax()) == int(seen.before.argmax()) == HUGE
+def test_columns_are_those_of_the_space_with_the_strongest_channel(surveyed: Survey) -> None:
+    assert (surveyed.space, surveyed.block) == ("mlp_in", 1)
+    assert int(surveyed.largest["mlp_in"][1].argmax()) == int(surveyed.before.argmax()) == HUGE
 
 
-def test_reconstruction_spreads_the_largest_column_and_loses_nothing(seen: Survey) -> None:
-    assert len(seen.after) > len(seen.before) == 64
-    assert float(seen.after.max()) < 0.5 * float(seen.before.max())
+def test_reconstruction_spreads_the_largest_column_and_loses_nothing(surveyed: Survey) -> None:
+    assert len(surveyed.after) > len(surveyed.before) == 64
+    assert float(surveyed.after.max()) < 0.5 * float(surveyed.before.max())
     # Shares of a channel add up to 1, so the columns' magnitudes do, each rounded to float32.
-    before, after = (x.to(torch.float64).sum() for x in (seen.before, seen.after))
+    before, after = (x.to(torch.float64).sum() for x in (surveyed.before, surveyed.after))
     assert abs(float(after / before) - 1) <= 2.0**-23
 
 
@@ -75,7 +77,7 @@ def test_pruning_leaves_as_many_columns(reader: Reader, text: Path) -> None:
 
 
 def test_a_survey_is_kept_for_the_same_options(
-    reader: Reader, text: Path, tmp_path: Path, seen: Survey, monkeypatch: pytest.MonkeyPatch
+    reader: Reader, text: Path, tmp_path: Path, surveyed: Survey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(options: Options) -> Survey:
         file = tmp_path / "survey.safetensors"
@@ -84,7 +86,8 @@ def test_a_survey_is_kept_for_the_same_options(
     first = again(OPTIONS)
     monkeypatch.setattr(module, "survey", lambda *_: pytest.fail("it is there already"))
     kept = again(OPTIONS)
-    assert (kept.space, kept.block) == (first.space, first.block) == (seen.space, seen.block)
+    for made in (first, surveyed):
+        assert (kept.space, kept.block) == (made.space, made.block)
     assert torch.equal(kept.before, first.before) and torch.equal(kept.after, first.after)
     assert all(torch.equal(kept.largest[x], first.largest[x]) for x in first.largest)
     with pytest.raises(pytest.fail.Exception):

@@ -69,12 +69,12 @@ def test_accuracy_is_the_normalized_one_where_there_is_one(llama: Path, folder: 
     pytest.importorskip("lm_eval", reason=MISSING)
     model, tokenizer = load_model(llama), load_tokenizer(llama)
     tasks = Tasks(["mergequant_plain", "mergequant_both"], folder)
-    found = tasks.accuracies(model, tokenizer)
-    assert found == {
+    accuracies = tasks.accuracies(model, tokenizer)
+    assert accuracies == {
         "mergequant_plain": pytest.approx(choices(model, tokenizer, normalized=False)),
         "mergequant_both": pytest.approx(choices(model, tokenizer, normalized=True)),
     }
-    assert tasks.accuracies(model, tokenizer) == found
+    assert tasks.accuracies(model, tokenizer) == accuracies
 
 
 def test_an_unknown_task_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,11 @@ def statistics_of(x: torch.Tensor, spans: ChannelRange | None = None) -> Channel
 
 def test_statistics_add_up_over_batches() -> None:
     x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
-    seen, largest = statistics_of(x), x.abs().amax(0)
+    sums, largest = statistics_of(x), x.abs().amax(0)
     step = largest * float(GRID[4]) / 7
     codes = round_to_codes(x / step, 4)
-    assert torch.allclose(seen.error[4], (x - codes * step).square().sum(0).double(), rtol=1e-5)
-    assert torch.allclose(seen.energy[4], codes.square().sum(0).double())
+    assert torch.allclose(sums.error[4], (x - codes * step).square().sum(0).double(), rtol=1e-5)
+    assert torch.allclose(sums.energy[4], codes.square().sum(0).double())
 
 
 def test_a_channel_with_one_spike_is_clipped_and_a_uniform_one_is_not() -> None:

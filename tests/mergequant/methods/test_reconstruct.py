@@ -1,4 +1,4 @@
-"""Reconstruction: lossless by itself, the paper's choice of channels, and the finer rounding."""
+"""Reconstruction: lossless by itself, and the paper's choice of channels."""
 
 import math
 import statistics
@@ -15,31 +15,11 @@ from mergequant.methods.reconstruct import (
     reconstruct,
     threshold,
 )
-from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.rounding import round_to_codes
+from tests.mergequant.methods.reconstruction_cases import BITS, OFFSET_ROUNDING, draw, make, sizes
 
-BITS, LARGEST, SMALLEST = 4, 7, -8
 ROUNDING = 2.0**-53  # of float64
-OFFSET_ROUNDING = 2.0**-26  # of a float32 below 1/2
 MODES = pytest.mark.parametrize("mode", ["prune", "pad"])
-
-
-def make(size: Tensor, alpha: float, **options: object) -> Reconstruction:
-    """Reconstruct with sizes alone: steps and importance of no interest."""
-    ones = torch.ones_like(size, dtype=torch.float64)
-    return reconstruct(ones, size, ones, alpha, **{"mode": "pad", "tile": 1, **options})
-
-
-def sizes(n: int, seed: int, spread: float = 1.0) -> Tensor:
-    """Long-tailed and correlated, so that large channels stand together as in real layers."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n + 1, generator=generator, dtype=torch.float64)
-    return (spread * (noise[1:] + 0.7 * noise[:-1])).exp()
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def codes(tokens: int, n: int) -> Tensor:
@@ -86,7 +66,7 @@ def paper_dropped(outliers: set[int], importance: list[float], M: int) -> tuple[
 
 
 def test_pieces_and_dropped_channels_are_the_papers() -> None:
-    seen = set()
+    cases = set()
     for seed in range(600):
         n = [1, 2, 3, 5, 12, 40][seed % 6]
         alpha = [0.0, 0.3, 1.0, 2.0][seed // 6 % 4]
@@ -99,7 +79,7 @@ def test_pieces_and_dropped_channels_are_the_papers() -> None:
         M = sum(map(len, pieces)) - n
         assert n > M
         dropped, case = paper_dropped(outliers, importance.tolist(), M)
-        seen.add(case)
+        cases.add(case)
         made = [reconstruct(step, size, importance, alpha, mode="pad", tile=4)]
         if case == "impossible":
             with pytest.raises(ValueError, match="raise alpha, or pad"):
@@ -114,7 +94,7 @@ def test_pieces_and_dropped_channels_are_the_papers() -> None:
                 mine = (result.index == k) & (result.share > 0)
                 got = sorted((result.share[mine] * size[k]).tolist())
                 assert got == pytest.approx(sorted(pieces[k]), abs=1e-12 * float(size[k]))
-    assert seen == {"N > M", "N = M", "N < M", "impossible"}
+    assert cases == {"N > M", "N = M", "N < M", "impossible"}
 
 
 @pytest.mark.parametrize(
@@ -310,70 +290,6 @@ def test_no_room_at_all_leaves_an_identity_that_says_what_it_left_out() -> None:
     result = make(size, 0.0, tile=4, most_columns=7, staggered=True)
     assert result.is_identity
     assert (result.strong, result.copies, result.left_out) == (2, 0, 3)
-
-
-# Staggered rounding.
-
-
-def p_copies(p: int) -> Reconstruction:
-    """Channel 0 alone fires: T is 1/p of it, so it is read by p columns."""
-    return make(torch.eye(p)[0], 0.0, staggered=True)
-
-
-def staggered_value(x: Tensor, result: Reconstruction) -> Tensor:
-    """What the columns of channel 0 make of values x [t], in activation steps."""
-    assert result.offset is not None
-    mine = result.index == 0
-    rounded = round_to_codes(x[:, None] + result.offset[mine].to(torch.float64), BITS)
-    return rounded @ result.share[mine]
-
-
-@pytest.mark.parametrize("p", [2, 3, 4, 5, 8, 13])
-def test_p_copies_resolve_p_times_finer(p: int) -> None:
-    """An offset's float32 rounding moves a threshold by as much; nothing else is inexact."""
-    half = 0.5 / p
-    spacing = 2.0**-10
-    x = torch.arange(SMALLEST - 1, LARGEST + 1 + spacing, spacing, dtype=torch.float64)
-    value = staggered_value(x, p_copies(p))
-    inside = (x >= SMALLEST - half) & (x <= LARGEST + half)
-    error = (value - x).abs()[inside]
-    assert float(error.max()) <= half + OFFSET_ROUNDING + 1e-12
-    assert float(error.max()) >= half - spacing
-    beyond = value[~inside] - x[~inside].clamp(SMALLEST, LARGEST)
-    assert float(beyond.abs().max()) <= 1e-12  # the clamp of the code range, and no other
-
-
-@pytest.mark.parametrize("p", [2, 4, 8])
-def test_copies_are_one_rounding_in_finer_steps(p: int) -> None:
-    """Hermite: the mean of round(x + offset_j) is round(p x) / p. Offsets are exact here."""
-    x = 20 * torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 10
-    expected = (torch.round(p * x) / p).clamp(SMALLEST, LARGEST)
-    assert torch.equal(staggered_value(x, p_copies(p)), expected)
-
-
-def test_the_output_error_shrinks_with_the_copies_through_the_served_rounding() -> None:
-    """Exact weights: |error| <= sum_k |W_k| s_k (1/(2 p_k) + float32 rounding of x + offset)."""
-    n, weight = 64, draw(9, 64)
-    step = sizes(n, seed=3)
-    x = (2 * draw(50, n, seed=1)).clamp(-LARGEST, LARGEST).to(torch.float32)  # in steps
-    exact = (x.to(torch.float64) * step) @ weight.T
-    result = reconstruct(step, step, torch.ones(n), 0.0, mode="pad", tile=16, staggered=True)
-    index = result.index.to(torch.int32)
-    assert result.offset is not None and result.copies > 0
-    layout = CodeLayout.FLOAT32
-    served = static_codes(x, BITS, layout, index=index, offset=result.offset).to(torch.float64)
-    assert float(served.min()) >= SMALLEST and float(served.max()) <= LARGEST
-    error = (served @ fold_columns(weight, step, result).T - exact).abs()
-    pieces = torch.bincount(result.index[: n + result.copies], minlength=n)
-    addition = 2.0**-22  # half an ulp of a float32 below 8
-    bound = weight.abs() @ (step * (0.5 / pieces + OFFSET_ROUNDING + addition))
-    assert bool((error <= bound * (1 + 1e-12)).all())
-    plain = static_codes(x, BITS, layout).to(torch.float64)
-    assert float(error.mean()) < float(((plain * step) @ weight.T - exact).abs().mean())
-
-
-def test_unstaggered_copies_share_one_code() -> None:
-    assert make(sizes(64, 3), 0.0).offset is None
 
 
 # Arguments.

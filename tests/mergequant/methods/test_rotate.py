@@ -285,11 +285,11 @@ def hidden_states(reader: Reader) -> Tensor:
 def norm_outputs(reader: Reader) -> Tensor:
     """What the first block's attention reads: [tokens, n]."""
     decoder = Decoder(reader, find(reader.config["model_type"]), torch.device("cpu"))
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     with decoder.block(0) as block:
         batches = decoder.embed(WINDOWS, statistics=1, gptq=1).batches
-        block.observe("self_attn.q_proj", batches, seen.append)
-    return torch.cat(seen)
+        block.observe("self_attn.q_proj", batches, outputs.append)
+    return torch.cat(outputs)
 
 
 def spread(x: Tensor) -> float:

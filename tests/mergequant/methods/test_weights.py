@@ -187,8 +187,8 @@ def test_the_search_finds_the_best_ratio_and_is_never_worse_than_the_full_range(
     close = 1 + 2.0 ** (bits - 20)
     for row, values in enumerate(weight.tolist()):
         for group, part in enumerate(slices(40, group_size)):
-            found = float(grid.step[row, group]), int(zeros_of(grid)[row, group])
-            error = slow_error(values[part], *found, bits)
+            fit = float(grid.step[row, group]), int(zeros_of(grid)[row, group])
+            error = slow_error(values[part], *fit, bits)
             tried = [
                 slow_error(values[part], *slow_fit(values[part], form, ratio), bits)
                 for ratio in RATIOS

@@ -47,15 +47,15 @@ def test_a_rotated_models_blocks_are_the_same_model_however_often_they_are_loade
     windows = torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(0))
     reader = RotatedReader(Reader(llama), find("llama"), rotation, seed=0)
     decoder = Decoder(reader, find("llama"), torch.device("cpu"))
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     hidden = decoder.embed(windows, statistics=2, gptq=2).batches
     with decoder.block(0) as block:  # as a pilot does
-        block.observe("mlp.down_proj", hidden, seen.append)
+        block.observe("mlp.down_proj", hidden, inputs.append)
     for number in range(reader.config["num_hidden_layers"]):
         with decoder.block(number, keep=True) as block:
             if number == 0:
-                block.observe("mlp.down_proj", hidden, seen.append)
-    assert torch.equal(seen[0], seen[1])
+                block.observe("mlp.down_proj", hidden, inputs.append)
+    assert torch.equal(inputs[0], inputs[1])
     with torch.no_grad():
         ours = decoder.whole_model()(windows, use_cache=False).logits
         expected = load_model(llama)(windows, use_cache=False).logits
@@ -65,8 +65,8 @@ def test_a_rotated_models_blocks_are_the_same_model_however_often_they_are_loade
 def test_observing_stops_before_the_linear_is_computed(llama: Path) -> None:
     decoder = Decoder(Reader(llama), find("llama"), torch.device("cpu"))
     activations = decoder.embed(torch.arange(2, 22)[None], statistics=1, gptq=1)
-    seen: list[torch.Size] = []
+    shapes: list[torch.Size] = []
     with decoder.block(0) as block:
-        block.observe("mlp.down_proj", activations.batches, lambda x: seen.append(x.shape))
+        block.observe("mlp.down_proj", activations.batches, lambda x: shapes.append(x.shape))
         assert block.forward(activations.batches[0]).shape == (1, 20, 64)
-    assert seen == [torch.Size((20, 172))]
+    assert shapes == [torch.Size((20, 172))]

@@ -30,12 +30,12 @@ def test_each_weight_file_has_its_own_hash(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     files = [tmp_path / name for name in contents]
-    found = weights_sha256(files)
-    assert found == {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()}
-    assert list(found) == list(contents)
+    hashes = weights_sha256(files)
+    assert hashes == {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()}
+    assert list(hashes) == list(contents)
     files[3].write_bytes(contents[files[3].name][:-1] + b"\0")
     again = weights_sha256(files)
-    assert [name for name in found if found[name] != again[name]] == [files[3].name]
+    assert [name for name in hashes if hashes[name] != again[name]] == [files[3].name]
 
 
 def test_versions_are_of_this_release_and_of_what_was_named() -> None:

@@ -62,10 +62,10 @@ def test_a_longer_k_must_lower_the_error_by_more_than_it_costs(
     chosen: str,
 ) -> None:
     _pretend(monkeypatch, errors, columns=70)
-    found = _resolve(llama, text)
-    assert found.reconstruction == chosen
+    decision = _resolve(llama, text)
+    assert decision.reconstruction == chosen
     if chosen == "pad":
-        assert found.max_extra_channels == 80 / 64 - 1  # 70 columns in tiles of 16
+        assert decision.max_extra_channels == 80 / 64 - 1  # 70 columns in tiles of 16
 
 
 def test_padding_that_nobody_needs_is_not_paid_for(
@@ -75,10 +75,10 @@ def test_padding_that_nobody_needs_is_not_paid_for(
     assert _resolve(llama, text, reconstruction="pad").reconstruction == "none"
 
 
-def _noting(error: Callable[..., float], seen: list[float]) -> Callable[..., float]:
+def _noting(error: Callable[..., float], errors: list[float]) -> Callable[..., float]:
     def noting(*arguments: Any) -> float:
-        seen.append(error(*arguments))
-        return seen[-1]
+        errors.append(error(*arguments))
+        return errors[-1]
 
     return noting
 
@@ -87,11 +87,11 @@ def test_the_error_is_that_of_the_layers_output(llama: Path, text: Path) -> None
     """With 8-bit codes on both sides next to nothing is lost; with 3-bit weights much is."""
     lost = {}
     for bits, activations in ((8, 8), (4, 4), (3, 4)):
-        seen: list[float] = []
+        errors: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pilot, "_error", _noting(pilot._error, seen))
+            patch.setattr(pilot, "_error", _noting(pilot._error, errors))
             _resolve(llama, text, reconstruction="pad", weight_bits=bits, static_bits=activations)
-        lost[bits] = sum(seen) / len(seen)
+        lost[bits] = sum(errors) / len(errors)
     # Uniform rounding loses at least step^2 / 12 of a range of +-127 and +-7 steps.
     assert lost[8] < lost[4] / 50 and lost[4] < lost[3] / 2
 

@@ -77,13 +77,14 @@ def plain(
     tmp_path_factory: pytest.TempPathFactory, text: Path, sources: dict[str, Path]
 ) -> dict[str, float]:
     """How far 8 bits alone are away; about 0.02, from what the calibration did not see."""
-    options, found = SMALL.model_copy(update=EIGHT), {}
+    options, distances = SMALL.model_copy(update=EIGHT), {}
     for name, source in sources.items():
         output = tmp_path_factory.mktemp("plain") / name
-        found[name] = distance(quantize(source, output, [text], options, progress=False), source)
+        folder = quantize(source, output, [text], options, progress=False)
+        distances[name] = distance(folder, source)
         # 8 bits leave 0.02 of these random models: a pipeline that is wrong everywhere shows here.
-        assert found[name] < 0.03
-    return found
+        assert distances[name] < 0.03
+    return distances
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
@@ -107,7 +108,7 @@ def test_with_8_bits_it_is_still_the_same_model(
 def test_three_bits_are_further_away_than_four(
     tmp_path: Path, llama: Path, text: Path, group_size: int | None, asymmetric: bool
 ) -> None:
-    found = {}
+    distances = {}
     for bits in (3, 4, 8):
         update = {**EIGHT, "weight_bits": bits}
         update |= {"group_size": group_size, "asymmetric": asymmetric}
@@ -115,8 +116,8 @@ def test_three_bits_are_further_away_than_four(
         folder = quantize(llama, tmp_path / str(bits), [text], options, progress=False)
         weight = contract(folder).quantized["model.layers.1.mlp.up_proj"].weight
         assert (weight.bits, weight.group_size) == (bits, group_size)
-        found[bits] = distance(folder, llama)
-    assert found[8] < found[4] < found[3]
+        distances[bits] = distance(folder, llama)
+    assert distances[8] < distances[4] < distances[3]
 
 
 def test_pruned_channels_are_gathered(tmp_path: Path, llama: Path, text: Path) -> None:

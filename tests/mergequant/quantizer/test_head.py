@@ -52,15 +52,15 @@ def test_only_the_head_changes(tmp_path: Path, text: Path, tied: bool, rotation:
     plain = eight.model_copy(update={"head_bits": 16})
     folder = quantize(model, tmp_path / "eight", [text], eight, progress=False)
     other = quantize(model, tmp_path / "plain", [text], plain, progress=False)
-    found, expected = load_model(folder), load_model(other)
+    eight_bit, expected = load_model(folder), load_model(other)
     assert not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     assert "lm_head.weight" not in Reader(folder).headers
     ids = torch.arange(40)[None]
     with torch.no_grad():
         hidden = expected.model(ids).last_hidden_state
-        assert torch.equal(found.model(ids).last_hidden_state, hidden)
-        logits, exact = found(ids).logits, expected(ids).logits
-    assert torch.equal(found.lm_head(hidden), logits)
+        assert torch.equal(eight_bit.model(ids).last_hidden_state, hidden)
+        logits, exact = eight_bit(ids).logits, expected(ids).logits
+    assert torch.equal(eight_bit.lm_head(hidden), logits)
     error = (logits - exact).norm() / exact.norm()
     assert 0 < float(error) < 0.02  # of 8 bits; 4 bits would leave 0.1 and more
 

@@ -38,7 +38,7 @@ def test_overrides_reach_the_layers_that_they_name_and_no_other(llama: Path) -> 
         for name, form in block.formats.items()
     }
     named = {(1, "mlp.gate_proj"), (1, "mlp.up_proj")}
-    assert all(found == ((8, 8) if key in named else (4, 4)) for key, found in bits.items())
+    assert all(widths == ((8, 8) if key in named else (4, 4)) for key, widths in bits.items())
     (source,) = (x.input for x in made.blocks[1].readers if "mlp.up_proj" in x.weights)
     assert isinstance(source, StaticInputPlan) and (source.bits, source.weight_bits) == (8, 8)
     assert len(made.checkpoint.targets) == 3
@@ -65,7 +65,7 @@ def test_a_linear_that_is_ignored_is_in_no_plan_and_no_target(llama: Path) -> No
     assert names[0] == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert "self_attn.q_proj" in names[1] and "self_attn.o_proj" not in names[1]
     assert all(
-        block.formats.keys() == found for block, found in zip(made.blocks, names, strict=True)
+        block.formats.keys() == linears for block, linears in zip(made.blocks, names, strict=True)
     )
     kinds = [type(readers.input) for readers in made.blocks[0].readers]
     assert kinds == [StaticInputPlan, DynamicInputPlan]
@@ -171,5 +171,5 @@ def test_the_command_makes_what_its_flags_say(tmp_path: Path, llama: Path, text:
     quantized = parse(config).quantized
     assert "model.layers.0.mlp.down_proj" not in quantized
     assert quantized["model.layers.1.mlp.up_proj"].weight.bits == 8
-    seen = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
-    assert "not quantized: model.layers.0.mlp.down_proj, lm_head" in seen.output
+    inspected = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert "not quantized: model.layers.0.mlp.down_proj, lm_head" in inspected.output

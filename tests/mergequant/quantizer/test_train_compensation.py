@@ -32,9 +32,11 @@ TRAINED = SMALL.model_copy(
 )
 
 
-def _report(folder: Path) -> list[dict[str, Any]]:
+def _compensations(folder: Path) -> list[dict[str, Any]]:
+    """What the report says of each block's training."""
     lines = (folder / "quantization_report.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    report = [json.loads(line) for line in lines]
+    return [line["compensation"] for line in report if "compensation" in line]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -
 
 
 def test_held_out_loss_falls_and_other_codes_are_stored(trained: Path, checkpoint: Path) -> None:
-    found = [line["compensation"] for line in _report(trained) if "compensation" in line]
-    assert len(found) == 2
-    for block in found:
+    blocks = _compensations(trained)
+    assert len(blocks) == 2
+    for block in blocks:
         assert block["kept"] and block["loss_after"] < block["loss_before"]
         assert 1 <= block["epochs"] <= 3
     ours, plain = (
@@ -66,8 +68,7 @@ def test_training_that_helps_nothing_changes_nothing(
     output = quantize(llama, tmp_path / "out", [text], TRAINED, progress=False)
     for name, tensor in load_file(checkpoint / "model-00002-of-00003.safetensors").items():
         assert torch.equal(load_file(output / "model-00002-of-00003.safetensors")[name], tensor)
-    found = [line["compensation"] for line in _report(output) if "compensation" in line]
-    assert all(not block["kept"] for block in found)
+    assert all(not block["kept"] for block in _compensations(output))
 
 
 @pytest.mark.parametrize("rotation", ["offline", "online"])
@@ -88,9 +89,9 @@ def test_it_trains_through_rotation_reconstruction_and_groups(
         }
     )
     output = quantize(llama, tmp_path / "out", [text], options, progress=False)
-    found = [line["compensation"] for line in _report(output) if "compensation" in line]
-    assert any(block["loss_after"] < block["loss_before"] for block in found)
-    assert all(block["kept"] == (block["loss_after"] < block["loss_before"]) for block in found)
+    blocks = _compensations(output)
+    assert any(block["loss_after"] < block["loss_before"] for block in blocks)
+    assert all(block["kept"] == (block["loss_after"] < block["loss_before"]) for block in blocks)
 
 
 def test_held_out_windows_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,5 +114,5 @@ def test_one_window_cannot_be_held_out(tmp_path: Path, llama: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("The quick brown fox jumps over the lazy dog, again and again and again.")
     output = quantize(llama, tmp_path / "out", [short], TRAINED, progress=False)
-    found = [line["compensation"] for line in _report(output) if "compensation" in line]
-    assert len(found) == 2 and all(not x["kept"] and x["epochs"] == 0 for x in found)
+    blocks = _compensations(output)
+    assert len(blocks) == 2 and all(not x["kept"] and x["epochs"] == 0 for x in blocks)

@@ -85,19 +85,19 @@ def token_case(layout: CodeLayout, activation: bool) -> Case:
 
 def cases() -> dict[str, Case]:
     """What is counted, by name."""
-    found: dict[str, Case] = {"norm alone": (norm, NORM)}
+    by_name: dict[str, Case] = {"norm alone": (norm, NORM)}
     for layout in (CodeLayout.INT8, CodeLayout.NIBBLES):
         name = layout.value
-        found[f"static {name}"] = static_case(layout)
-        found[f"static {name}, K = n"] = static_case(layout, reconstructed=True)
-        found[f"static {name}, K = 4352"] = static_case(layout, 4352, reconstructed=True)
-        found[f"static {name}, K = 4300 of 4352"] = static_case(
+        by_name[f"static {name}"] = static_case(layout)
+        by_name[f"static {name}, K = n"] = static_case(layout, reconstructed=True)
+        by_name[f"static {name}, K = 4352"] = static_case(layout, 4352, reconstructed=True)
+        by_name[f"static {name}, K = 4300 of 4352"] = static_case(
             layout, 4300, 4352, reconstructed=True
         )
-        found[f"token {name} after attention"] = token_case(layout, activation=False)
-        found[f"token {name} after act-and-mul"] = token_case(layout, activation=True)
-    found["static, padded, by the reference"] = (padded_by_reference, NORM)
-    return found
+        by_name[f"token {name} after attention"] = token_case(layout, activation=False)
+        by_name[f"token {name} after act-and-mul"] = token_case(layout, activation=True)
+    by_name["static, padded, by the reference"] = (padded_by_reference, NORM)
+    return by_name
 
 
 def main() -> None:

@@ -84,6 +84,16 @@ def make_token_zero(bits: int, tokens: int, seed: int = 0) -> Tensor:
     return random_codes(bits, tokens, 1, seed=seed).to(torch.int32)
 
 
+def make_inputs(
+    spec: LinearSpec, tokens: int, seed: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes [tokens, K] by `seed`; steps and zero points of the tokens, where `spec` has them."""
+    x = random_codes(spec.activation_bits, tokens, spec.in_features, seed=seed)
+    step = make_token_step(tokens) if spec.dynamic else None
+    zero = make_token_zero(spec.activation_bits, tokens) if spec.token_zero_points else None
+    return x, step, zero
+
+
 def expected(
     made: MadeLinear,
     x: Tensor,

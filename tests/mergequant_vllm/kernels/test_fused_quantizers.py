@@ -58,9 +58,9 @@ def test_token_codes_equal_the_reference(
         if layout is CodeLayout.NIBBLES and (bits == 8 or (columns is None and channels % 2)):
             continue
         form = {"columns": columns, "zero_points": zero_points}
-        found = token_quant_fused.token_codes(x, clip, bits, layout, **form)
+        fused = token_quant_fused.token_codes(x, clip, bits, layout, **form)
         expected = token_quant.token_codes(x, clip, bits, layout, **form)
-        for mine, theirs in zip(found, expected, strict=True):
+        for mine, theirs in zip(fused, expected, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 assert mine.dtype == theirs.dtype

@@ -209,8 +209,8 @@ def test_heads_are_mixed_before_the_blocks_and_the_step() -> None:
     wanted = token_codes(
         mix_heads(x, (3, 8)), clip, 4, form.layout, hadamard=8, columns=32, zero_points=True
     )
-    for found, expected in zip(quantizer(x), wanted, strict=True):
-        assert expected is not None and torch.equal(found, expected)
+    for tensor, expected in zip(quantizer(x), wanted, strict=True):
+        assert expected is not None and torch.equal(tensor, expected)
     with pytest.raises(ValueError, match="0 heads of 8 channels"):
         TokenQuantizer(form, clip, None, heads=(0, 8))
 

@@ -92,8 +92,8 @@ def test_an_instruction_set_that_does_not_run_is_refused(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("built")
 def test_the_fastest_that_runs_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
-    found = list(native.instruction_sets())
-    if found == ["portable"]:
+    sets = list(native.instruction_sets())
+    if sets == ["portable"]:
         pytest.skip("this CPU has no instruction set of its own")
-    assert native.isa_name() == found[-1]
+    assert native.isa_name() == sets[-1]
     assert select.select_linear(make_spec(), None).name == "cpu-int4"

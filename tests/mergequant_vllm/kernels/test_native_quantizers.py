@@ -28,10 +28,10 @@ def random(*shape: int, scale: float = 5.0, seed: int = 0) -> Tensor:
 def check_tokens(x: Tensor, clip: float, bits: int, block: int | None, columns: int) -> None:
     for zero_points in (False, True):
         form = {"hadamard": block, "columns": columns, "zero_points": zero_points}
-        found = token_quant_native.token_codes(x, torch.tensor([clip]), bits, INT8, **form)
+        fast = token_quant_native.token_codes(x, torch.tensor([clip]), bits, INT8, **form)
         slow = token_quant.token_codes(x, torch.tensor([clip]), bits, INT8, **form)
-        assert (found[2] is not None) is zero_points
-        for mine, theirs in zip(found, slow, strict=True):
+        assert (fast[2] is not None) is zero_points
+        for mine, theirs in zip(fast, slow, strict=True):
             assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 

@@ -13,6 +13,7 @@ from mergequant_vllm.kernels.norm_round import reference as norm_round
 from mergequant_vllm.kernels.norm_round import triton as norm_round_triton
 from mergequant_vllm.kernels.token_quant import reference as token_quant
 from mergequant_vllm.kernels.token_quant import triton as token_quant_triton
+from tests.mergequant_vllm.kernels.graphs import GraphKeeper
 from tests.mergequant_vllm.kernels.programs import forget_programs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -378,24 +379,19 @@ def test_fake_results_are_like_real_ones(layout: CodeLayout) -> None:
 @runs
 def test_one_graph_for_all_lengths() -> None:
     """A full-graph compile sees two opaque operators, whatever the number of tokens."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
+    keeper = GraphKeeper()
 
     def quantize(x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         static = norm_round_triton.static_codes(x, 4, CodeLayout.NIBBLES)
         return static, *token_quant_triton.token_codes(x, clip, 4, CodeLayout.INT8, hadamard=2)[:2]
 
-    compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend=keep_graph)
+    compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend=keeper)
     for tokens in (2, 5, 9):
         arguments = (random(tokens, 6).to(DEVICE), torch.ones(1, device=DEVICE))
         for result, expected in zip(compiled(*arguments), quantize(*arguments), strict=True):
             assert torch.equal(result, expected)
-    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert len(graphs) == 1
-    assert [name for name in targets if name.startswith("mergequant")] == [
+    assert len(keeper.graphs) == 1
+    assert [name for name in keeper.calls() if name.startswith("mergequant")] == [
         "mergequant.static_codes_triton.default",
         "mergequant.token_codes_triton.default",
     ]

@@ -10,6 +10,7 @@ from tests.mergequant_vllm.kernels.made import make_spec
 
 Kernel = HummingInt4Linear | HummingInt8Linear
 INT4, INT8 = HummingInt4Linear(), HummingInt8Linear()
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def gpu_spec(**changes: object) -> LinearSpec:

@@ -16,10 +16,10 @@ from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_pr
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     expected,
+    make_inputs,
     make_linear,
     make_spec,
     make_token_step,
-    make_token_zero,
     random_codes,
     run,
 )
@@ -131,9 +131,7 @@ def test_segments_token_zero_points_and_offsets_equal_the_definition(
             CpuFp32Linear().prepare(made.stored, spec),
         )
         for tokens in (1, 3, 17, 65):
-            x = random_codes(activation_bits, tokens, spec.in_features, seed=tokens)
-            step = make_token_step(tokens)
-            zero = make_token_zero(activation_bits, tokens) if token_zero_points else None
+            x, step, zero = make_inputs(spec, tokens, seed=tokens)
             for bias in (False, True):
                 y = prepared(x, step, zero, bias)
                 assert torch.equal(y, slow(x.to(torch.float32), step, zero, bias))
@@ -218,7 +216,7 @@ def test_weights_stay_packed(weight_bits: int) -> None:
 def test_the_operator_is_traced_by_the_compiler() -> None:
     made = make_linear(make_spec(in_features=352, out_features=128, dynamic=True), bias=True)
     prepared = KERNEL.prepare(made.stored, made.spec)
-    x, step = random_codes(4, 6, 352), make_token_step(6)
+    x, step, _ = make_inputs(made.spec, 6)
     arguments: tuple[object, ...] = (
         x, prepared.weight, prepared.weight_step, None, None, None, step, None,
         prepared.constant_with_bias, 352, 4, 4, torch.float32,

@@ -12,14 +12,15 @@ from torch import Tensor
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
 from mergequant_vllm.kernels.linear.cutlass import CutlassLinear
 from mergequant_vllm.kernels.linear.reference import integer_products, scale_products
+from tests.mergequant_vllm.kernels.graphs import GraphKeeper
 from tests.mergequant_vllm.kernels.made import (
     GPU,
     expected,
     half_ulp,
+    make_inputs,
     make_linear,
     make_on_gpu,
     make_spec,
-    make_token_step,
     random_codes,
     run,
 )
@@ -127,7 +128,7 @@ def test_token_steps_keep_the_bound(
     """The module's bound before the cast; then each side is rounded to the output's dtype."""
     install(monkeypatch, fused=fused)
     made = make_on_gpu(129, 351, bias=bias, dtype=dtype, dynamic=True)
-    x, step = random_codes(4, tokens, 351, seed=1), make_token_step(tokens)
+    x, step, _ = make_inputs(made.spec, tokens, seed=1)
     result, want = run(KERNEL, made, x, step, bias).double(), expected(made, x, step, bias).double()
 
     sums, weight_step = integer_products(x, made.codes), made.stored.weight_step[:, 0]
@@ -177,67 +178,9 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vllm._custom_ops"], "cutlass_scaled_mm", wrapped)
     made = make_on_gpu(48, 128)
     prepared = KERNEL.prepare(made.stored, made.spec)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
+    keeper = GraphKeeper()
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keeper)
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 128)
         assert torch.equal(compiled(x, None, None, False), expected(made, x, None))
-    assert len(graphs) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"device": "cpu"}, "it runs on NVIDIA GPUs and the layer is on cpu"),
-        ({"capability": 70}, "it needs compute capability 7.5 and the GPU has 7.0"),
-        (
-            {"capability": 100},
-            "INT8 is not in vLLM's CUTLASS kernels for Blackwell (compute capability 10.0); "
-            "choose marlin-int8",
-        ),
-        (
-            {"capability": 120},
-            "INT8 is not in vLLM's CUTLASS kernels for Blackwell (compute capability 12.0); "
-            "choose marlin-int8",
-        ),
-        ({"group_size": 128}, "it takes a step per output channel, the layer has groups of 128"),
-        ({"zero_points": True}, "it takes no zero points and the layer has them"),
-        (
-            {"dtype": torch.float32},
-            "it writes bfloat16 or float16 and the model is in float32; use --dtype bfloat16",
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_refuses_what_the_kernels_cannot_hold(changes: dict[str, object], reason: str) -> None:
-    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) == reason
-
-
-@pytest.mark.parametrize("capability", [75, 80, 89, 90, None])
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_serves_all_widths(
-    bits: int, capability: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch)
-    monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", object(), raising=False)
-    changes = {"weight_bits": bits, "capability": capability}
-    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) is None
-
-
-def test_refuses_a_vllm_without_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
-    monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", object(), raising=False)
-    monkeypatch.delattr(torch.ops._C, "cutlass_scaled_mm")
-    reason = KERNEL.refusal(make_spec(**GPU))
-    assert reason == "this build of vLLM has no operation cutlass_scaled_mm; install vLLM for CUDA"
-
-
-def test_refuses_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    reason = KERNEL.refusal(make_spec(**GPU))
-    assert reason is not None and reason.startswith("vLLM cannot be imported (")
+    assert len(keeper.graphs) == 1

@@ -12,6 +12,7 @@ from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_pr
 from mergequant_vllm.kernels.linear.spec import LinearKernel, StoredLinear
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
+    make_inputs,
     make_linear,
     make_spec,
     make_token_step,
@@ -98,8 +99,7 @@ def test_every_stored_form_equals_the_definition(
         dynamic=dynamic,
     )
     made = make_linear(spec, bias=True)
-    x = random_codes(activation_bits, 3, 107, seed=9)
-    step = make_token_step(3) if dynamic else None
+    x, step, _ = make_inputs(spec, 3, seed=9)
     for bias in (False, True):
         assert torch.equal(run(kernel, made, x, step, bias), spelled_out(made, x, step, bias))
 
@@ -128,8 +128,7 @@ def test_segments_token_zero_points_and_offsets_equal_the_definition(
         token_zero_points=token_zero_points,
         dtype=torch.bfloat16,
     )
-    x, step = random_codes(activation_bits, 3, 107, seed=9), make_token_step(3)
-    zero = make_token_zero(activation_bits, 3) if token_zero_points else None
+    x, step, zero = make_inputs(spec, 3, seed=9)
     made = make_linear(spec, bias=True, offset=True)
     without_bias = make_linear(spec, offset=True)
     for linear, bias in ((made, False), (made, True), (without_bias, True)):
@@ -173,9 +172,9 @@ def test_constants_are_added_once_in_float32() -> None:
 
 
 def constant(stored: StoredLinear, add_bias: bool) -> Tensor:
-    found = stored.constant(add_bias)
-    assert found is not None
-    return found
+    total = stored.constant(add_bias)
+    assert total is not None
+    return total
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_forms_are_named_as_users_read_them() -> None:
 def test_the_epilogue_is_the_references(out_dtype: torch.dtype, dynamic: bool, bias: bool) -> None:
     spec = make_spec(in_features=127, out_features=43, dtype=out_dtype, dynamic=dynamic)
     made = make_linear(spec, bias=True)
-    x, step = random_codes(4, 7, 127, seed=3), make_token_step(7) if dynamic else None
+    x, step, _ = make_inputs(spec, 7, seed=3)
     expected = spelled_out(made, x, step, bias)
     for kernel in KERNELS:
         y = run(kernel, made, x, step, bias)

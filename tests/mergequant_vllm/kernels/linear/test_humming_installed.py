@@ -34,7 +34,7 @@ def real_library(monkeypatch: pytest.MonkeyPatch) -> Any:
 def signatures() -> dict[str, list[str]]:
     """Parameters of what is called, and fields of the schemas, of the `humming` to be imported."""
     schema = humming_library.library("schema")
-    found = {
+    arguments = {
         name: sorted(each.name for each in dataclasses.fields(getattr(schema, name)))
         for name in ("HummingWeightSchema", "HummingInputSchema")
     }
@@ -48,9 +48,10 @@ def signatures() -> dict[str, list[str]]:
         functions["meta"] = method.prepare_layer_meta
         functions["transform"] = method.transform_humming_layer
     for name, function in functions.items():
-        found[name] = parameters(function)
+        arguments[name] = parameters(function)
     return {
-        name: [each for each in names if each != "quant_method"] for name, names in found.items()
+        name: [each for each in names if each != "quant_method"]
+        for name, names in arguments.items()
     }
 
 

@@ -1,7 +1,6 @@
 """Marlin's layout, arguments and roundings against the reference, on emulated vLLM functions."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,11 +13,13 @@ from mergequant_vllm.kernels.linear import marlin
 from mergequant_vllm.kernels.linear.marlin import MarlinLinear, marlin_int8, marlin_words
 from mergequant_vllm.kernels.linear.reference import integer_products, scale_products
 from mergequant_vllm.packing import pack
+from tests.mergequant_vllm.kernels.graphs import GraphKeeper
 from tests.mergequant_vllm.kernels.linear import emulated_marlin
 from tests.mergequant_vllm.kernels.made import (
     GPU,
     expected,
     half_ulp,
+    make_inputs,
     make_linear,
     make_on_gpu,
     make_spec,
@@ -49,8 +50,7 @@ def test_sizes(
 ) -> None:
     emulated_marlin.install(monkeypatch)
     made = make_on_gpu(*size, dynamic=dynamic)
-    x = random_codes(4, tokens, size[1], seed=tokens)
-    step = make_token_step(tokens) if dynamic else None
+    x, step, _ = make_inputs(made.spec, tokens, seed=tokens)
     assert torch.equal(run(KERNEL, made, x, step), expected(made, x, step))
 
 
@@ -63,8 +63,7 @@ def test_bias_rounds_twice(
     """Exactly as documented, and as near to the reference as two roundings can be to one."""
     emulated_marlin.install(monkeypatch, version)
     made = make_on_gpu(43, 127, bias=True, dtype=dtype, dynamic=dynamic)
-    x = random_codes(4, 129, 127, seed=1)
-    step = make_token_step(129) if dynamic else None
+    x, step, _ = make_inputs(made.spec, 129, seed=1)
     assert torch.equal(run(KERNEL, made, x, step), expected(made, x, step))
 
     y, bias = run(KERNEL, made, x, step, bias=True), made.stored.bias
@@ -115,8 +114,7 @@ def test_shared_channels_keep_the_bound(
 ) -> None:
     emulated_marlin.install(monkeypatch, shares=emulated_marlin.shared)
     made = make_on_gpu(64, 2048, activation_bits=8, dynamic=dynamic, dtype=dtype)
-    x = random_codes(8, 129, 2048, seed=1)
-    step = make_token_step(129) if dynamic else None
+    x, step, _ = make_inputs(made.spec, 129, seed=1)
     magnitudes = integer_products(x.to(torch.int16).abs(), made.codes.abs()).double()
     magnitudes *= made.stored.weight_step[:, 0].double() * (1 if step is None else step.double())
     blocks = len(emulated_marlin.shared(2048))
@@ -224,63 +222,11 @@ def test_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(marlin, "ROWS_OF_ONES", 8)
     made = make_on_gpu(43, 127)
     prepared = KERNEL.prepare(made.stored, made.spec)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
+    keeper = GraphKeeper()
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keeper)
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 127)
         codes = lay_out(x, CodeLayout.INT8, prepared.columns)
         assert torch.equal(compiled(codes, None, None, False), expected(made, x, None))
-    calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert len(graphs) == 1
-    assert [str(node.target) for node in calls] == ["mergequant.marlin_int8.default"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"device": "cpu"}, "it runs on NVIDIA GPUs and the layer is on cpu"),
-        ({"capability": 75}, "it needs compute capability 8.0 and the GPU has 7.5"),
-        ({"weight_bits": 3}, "it reads 4-bit weights and the layer has 3 bits"),
-        ({"group_size": 128}, "it takes a step per output channel, the layer has groups of 128"),
-        ({"zero_points": True}, "it takes no zero points and the layer has them"),
-        (
-            {"dtype": torch.float32},
-            "it writes bfloat16 or float16 and the model is in float32; use --dtype bfloat16",
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_refuses_what_the_kernel_cannot_hold(changes: dict[str, object], reason: str) -> None:
-    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) == reason
-
-
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120, None])
-@pytest.mark.parametrize("activation_bits", [4, 8])
-def test_serves_both_widths_of_activations(
-    activation_bits: int, capability: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("marlin_gemm", "gptq_marlin_repack"):
-        monkeypatch.setattr(torch.ops._C, name, object(), raising=False)
-    changes = {"activation_bits": activation_bits, "capability": capability}
-    assert KERNEL.refusal(make_spec(**{**GPU, **changes})) is None
-
-
-def test_refuses_a_vllm_without_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("marlin_gemm", "gptq_marlin_repack"):
-        monkeypatch.setattr(torch.ops._C, name, object(), raising=False)
-        monkeypatch.delattr(torch.ops._C, name)
-    reason = KERNEL.refusal(make_spec(**GPU))
-    assert reason == (
-        "this build of vLLM has no operation gptq_marlin_repack; install vLLM for CUDA"
-    )
-
-
-def test_refuses_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    reason = KERNEL.refusal(make_spec(**GPU))
-    assert reason is not None and reason.startswith("vLLM cannot be imported (")
+    assert len(keeper.graphs) == 1
+    assert keeper.calls() == ["mergequant.marlin_int8.default"]

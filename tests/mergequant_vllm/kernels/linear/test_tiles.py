@@ -1,4 +1,4 @@
-"""The rule that picks a tile for a number of tokens and a linear."""
+"""Shapes of linears, and the rule that picks a tile for a number of tokens and a shape."""
 
 import pytest
 import torch
@@ -22,6 +22,22 @@ SHAPES = [
 ]
 SHAPES += [LinearShape(4096, 4096, bits, None, (32, 96, 3968)) for bits in (3, 4, 8)]
 CAPABILITIES = [80, 86, 90, 100, 120, None]
+
+
+def test_segments_are_runs_of_groups() -> None:
+    def shape(*segments: int) -> LinearShape:
+        return LinearShape(1, sum(segments), 4, None, segments)
+
+    assert (shape(107).group, shape(107).segment_ends()) == (256, [0])
+    assert (shape(64, 43).group, shape(64, 43).segment_ends()) == (64, [0, 1])
+    assert (shape(96, 64, 1).group, shape(96, 64, 1).segment_ends()) == (32, [-1, -1, 0, -1, 1, 2])
+    wide = shape(512, 512, 3072)
+    assert wide.group == 256 and wide.layout.bits == 4
+    assert wide.segment_ends() == [-1, 0, -1, 1, *[-1] * 11, 2]
+    # Padding is the last segment's: a tile of the layout has more groups than there are columns.
+    padded = shape(32, 1)
+    assert padded.segment_ends() == [0, *[-1] * (padded.groups - 2), 1]
+    assert LinearShape(1, 64, 4, 32).segment_ends() is None
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -49,8 +65,8 @@ def test_the_gpu_is_asked_for_its_shared_memory_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tiles, "read_capability", lambda device: asked.append(device) or 90)
     tiles._tile_on_gpu.cache_clear()
     for _ in range(2):
-        found = tile_for(SHAPE, 1, torch.device("cuda", 1))
-        assert found == default_tile(SHAPE, 1, shared_limit(90))
+        tile = tile_for(SHAPE, 1, torch.device("cuda", 1))
+        assert tile == default_tile(SHAPE, 1, shared_limit(90))
     tiles._tile_on_gpu.cache_clear()
     assert asked == [1]
 

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from mergequant_vllm.kernels.codes import CodeLayout, lay_out
 from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
-from mergequant_vllm.kernels.linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.linear.triton import operator as triton_operator
 from mergequant_vllm.kernels.linear.triton.kernel import SHIFTED, TritonLinear
 from mergequant_vllm.kernels.linear.triton.layout import choose_layout, to_kernel_layout
 from mergequant_vllm.kernels.linear.triton.operator import integer_linear_triton
 from mergequant_vllm.kernels.linear.triton.tiles import LinearShape, Tile, fit_to_layout
+from tests.mergequant_vllm.kernels.graphs import GraphKeeper
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
+    expected,
+    make_inputs,
     make_linear,
     make_spec,
     make_token_step,
@@ -80,12 +82,10 @@ def assert_equals_reference(
     bias: bool = False,
     zero: Tensor | None = None,
 ) -> Tensor:
-    result = run(made, x, token_step, bias, zero)
-    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, token_step, zero, bias)
-    assert result.dtype == made.spec.dtype
-    assert torch.equal(result, expected)
-    assert torch.equal(result.signbit(), expected.signbit())
-    return result
+    y, wanted = run(made, x, token_step, bias, zero), expected(made, x, token_step, bias, zero)
+    assert y.dtype == made.spec.dtype
+    assert torch.equal(y, wanted) and torch.equal(y.signbit(), wanted.signbit())
+    return y
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -98,8 +98,8 @@ def test_sizes(tokens: int, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None
     for n, k in SIZES[tokens % 3 :: 3]:  # each tile meets each size, with some number of tokens
         spec = make_spec(in_features=k, out_features=n, dynamic=True)
         made = make_linear(spec, bias=True, seed=tokens)
-        x = random_codes(4, tokens, k, seed=tokens)
-        assert_equals_reference(made, x, make_token_step(tokens), bias=True)
+        x, step, _ = make_inputs(spec, tokens, seed=tokens)
+        assert_equals_reference(made, x, step, bias=True)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -119,8 +119,8 @@ def test_every_stored_form(weight_bits: int, group_size: int | None, zero_points
             dynamic=dynamic,
         )
         made = make_linear(spec, bias=True)
-        x = random_codes(activation_bits, 3, 544, seed=7)
-        assert_equals_reference(made, x, make_token_step(3) if dynamic else None, bias=True)
+        x, step, _ = make_inputs(spec, 3, seed=7)
+        assert_equals_reference(made, x, step, bias=True)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -148,26 +148,9 @@ def test_segments_token_zero_points_and_offsets(
             dtype=next(dtypes),
         )
         made = make_linear(spec, bias=True, offset=True)
-        x = random_codes(activation_bits, tokens, spec.in_features, seed=tokens)
-        zero = make_token_zero(activation_bits, tokens) if token_zero_points else None
+        x, step, zero = make_inputs(spec, tokens, seed=tokens)
         for bias in (False, True):
-            assert_equals_reference(made, x, make_token_step(tokens), bias, zero)
-
-
-def test_segments_are_runs_of_groups() -> None:
-    def shape(*segments: int) -> LinearShape:
-        return LinearShape(1, sum(segments), 4, None, segments)
-
-    assert (shape(107).group, shape(107).segment_ends()) == (256, [0])
-    assert (shape(64, 43).group, shape(64, 43).segment_ends()) == (64, [0, 1])
-    assert (shape(96, 64, 1).group, shape(96, 64, 1).segment_ends()) == (32, [-1, -1, 0, -1, 1, 2])
-    wide = shape(512, 512, 3072)
-    assert wide.group == 256 and wide.layout.bits == 4
-    assert wide.segment_ends() == [-1, 0, -1, 1, *[-1] * 11, 2]
-    # Padding is the last segment's: a tile of the layout has more groups than there are columns.
-    padded = shape(32, 1)
-    assert padded.segment_ends() == [0, *[-1] * (padded.groups - 2), 1]
-    assert LinearShape(1, 64, 4, 32).segment_ends() is None
+            assert_equals_reference(made, x, step, bias, zero)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -178,9 +161,9 @@ def test_epilogue(dynamic: bool, group_size: int | None, dtype: torch.dtype) -> 
     """The output and the bias have the model's dtype; a float32 constant may meet any output."""
     spec = make_spec(in_features=172, dynamic=dynamic, group_size=group_size, dtype=dtype)
     made, wide = make_linear(spec, bias=True), make_linear(spec, bias=True, offset=True)
-    step = make_token_step(7) if dynamic else None
+    x, step, _ = make_inputs(spec, 7)
     for linear, bias in ((made, False), (made, True), (wide, True)):
-        assert_equals_reference(linear, random_codes(4, 7, 172), step, bias)
+        assert_equals_reference(linear, x, step, bias)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -234,9 +217,9 @@ def test_rows_that_are_further_apart_are_not_copied(monkeypatch: pytest.MonkeyPa
     codes = lay_out(random_codes(4, 5, 200), CodeLayout.INT8, prepared.columns).to(DEVICE)
     wide = torch.full((5, prepared.columns + 48), 99, dtype=torch.int8, device=DEVICE)
     wide[:, : prepared.columns] = codes
-    expected = prepared(codes, None, None, False)
+    wanted = prepared(codes, None, None, False)
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
-    assert torch.equal(prepared(wide[:, : prepared.columns], None, None, False), expected)
+    assert torch.equal(prepared(wide[:, : prepared.columns], None, None, False), wanted)
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -246,10 +229,8 @@ def test_leading_dimensions_and_strides() -> None:
     prepared = KERNEL.prepare(made.stored, made.spec)
     x = random_codes(4, 2, 3, 192)[..., 5:133]
     step = torch.rand(2, 3, 4)[..., :1]
-    expected = ReferenceLinear().prepare(made.stored, made.spec)(x, step, None, False)
-    assert torch.equal(
-        prepared.to(DEVICE)(x.to(DEVICE), step.to(DEVICE), None, False).cpu(), expected
-    )
+    y = prepared.to(DEVICE)(x.to(DEVICE), step.to(DEVICE), None, False)
+    assert torch.equal(y.cpu(), expected(made, x, step))
 
 
 @pytest.mark.usefixtures("kernel_runs")
@@ -265,7 +246,7 @@ def test_what_lies_beyond_the_linear_does_not_matter(bits: int, zero_points: boo
     steps = torch.full((n + 64,), torch.nan)
     steps[:n] = 0.5
     zeros = torch.randint(-4, 4, (n + 64,), dtype=torch.int8)
-    expected = x.long() @ (w.long() - (zeros[:n, None].long() if zero_points else 0)).T * 0.5
+    wanted = x.long() @ (w.long() - (zeros[:n, None].long() if zero_points else 0)).T * 0.5
     for dirty in ("codes", "weights"):
         fills = {name: random_codes(bits, n + tokens, padding) for name in ("codes", "weights")}
         fills["weights" if dirty == "codes" else "codes"].zero_()
@@ -285,7 +266,7 @@ def test_what_lies_beyond_the_linear_does_not_matter(bits: int, zero_points: boo
             None,
             torch.float32,
         )
-        assert torch.equal(y.cpu(), expected.float())
+        assert torch.equal(y.cpu(), wanted.float())
 
 
 def operator_arguments(tokens: int, group_size: int | None, full: bool) -> tuple[object, ...]:
@@ -313,22 +294,16 @@ def test_operator_is_registered_soundly(full: bool) -> None:
 @pytest.mark.usefixtures("kernel_runs")
 def test_one_graph_for_all_lengths() -> None:
     """A full-graph compile sees one opaque operator, whatever the number of tokens."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
+    keeper = GraphKeeper()
     made = make_linear(make_spec(in_features=128, out_features=7, dynamic=True), bias=True)
     prepared = KERNEL.prepare(made.stored, made.spec).to(DEVICE)
-    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keep_graph)
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=True, backend=keeper)
     for tokens in (2, 5, 65):
         x = random_codes(4, tokens, 128).to(DEVICE)
         step = make_token_step(tokens).to(DEVICE)
         assert torch.equal(compiled(x, step, None, True), prepared(x, step, None, True))
-    calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert len(graphs) == 1
-    assert [str(node.target) for node in calls] == ["mergequant.integer_linear_triton.default"]
+    assert len(keeper.graphs) == 1
+    assert keeper.calls() == ["mergequant.integer_linear_triton.default"]
 
 
 @pytest.mark.usefixtures("kernel_runs")

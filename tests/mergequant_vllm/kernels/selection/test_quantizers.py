@@ -11,6 +11,7 @@ from mergequant_vllm.kernels.hadamard.reference import rotate
 from mergequant_vllm.kernels.norm_round.reference import static_codes
 from mergequant_vllm.kernels.selection.quantizers import CodeForm, StaticQuantizer, TokenQuantizer
 from mergequant_vllm.kernels.token_quant.reference import token_codes
+from tests.mergequant_vllm.kernels.graphs import GraphKeeper
 
 INT8 = CodeLayout.INT8
 
@@ -107,18 +108,12 @@ def test_zero_points_reach_the_quantizer_and_no_compiler_looks_into_them() -> No
             continue
         quantizer = TokenQuantizer(CodeForm(4, INT8, 32, writer), clip, 8, zero_points=True)
         wanted = token_codes(x, clip, 4, INT8, hadamard=8, columns=32, zero_points=True)
-        graphs: list[torch.fx.GraphModule] = []
-
-        def keep_graph(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-            graphs.append(graph)  # noqa: B023
-            return graph
-
-        compiled = torch.compile(quantizer, fullgraph=True, backend=keep_graph)
-        for found in (quantizer(x), compiled(x)):
-            for mine, theirs in zip(found, wanted, strict=True):
+        keeper = GraphKeeper()
+        compiled = torch.compile(quantizer, fullgraph=True, backend=keeper)
+        for quantized in (quantizer(x), compiled(x)):
+            for mine, theirs in zip(quantized, wanted, strict=True):
                 assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-        calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-        assert all("mergequant" in str(n.target) or "getitem" in str(n.target) for n in calls)
+        assert all("mergequant" in name or "getitem" in name for name in keeper.calls())
 
 
 def test_rotation_comes_before_the_step() -> None:
