@@ -212,9 +212,10 @@ def _error(
     for x, codes in zip(inputs, divided, strict=True):
         exact = x @ weights.T
         output = codes @ weight.T
-        output = output if offset is None else output + offset
-        error += float((output - exact).square().sum(dtype=torch.float64))
-        energy += float(exact.square().sum(dtype=torch.float64))
+        output = output if offset is None else output.add_(offset)
+        # In place: of a batch's outputs there is little room for more than these two.
+        error += float(output.sub_(exact).square_().sum(dtype=torch.float64))
+        energy += float(exact.square_().sum(dtype=torch.float64))
     return error / energy if energy > 0 else 0.0
 
 
