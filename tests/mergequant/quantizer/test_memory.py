@@ -220,7 +220,6 @@ def test_a_run_stays_below_what_was_predicted(
         lambda: quantize(model, tmp_path / "out", [text], options, progress=False),
         tmp_path / "trace.json",
     )
-    print("RATIO", options.compensated, rotation, (predicted - LIBRARIES) / found)
     assert found < predicted - LIBRARIES
     # A bound is of use only if it is near.
     assert found > (predicted - LIBRARIES) / 1.5

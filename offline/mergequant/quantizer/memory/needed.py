@@ -4,7 +4,7 @@ What stays is counted. What a step takes for itself and gives back is a measured
 matrices that it works on. Nothing is proportional to the number of blocks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from mergequant.quantizer.train_compensation import TOKENS_A_STEP
 
 # The most that a case of `python -m benchmarks.method.memory` needed, rounded up: in float32
 # copies, of the largest matrix that a step works on, and of what the compensation trains.
-FACTOR = 16
+FACTOR = 18
 TRAINED_FACTOR = 4
 
 HIDDEN = "hidden states"
@@ -70,9 +70,10 @@ def needed_memory(
         input; half of that, and a batch; `TRAINED_FACTOR` times 4 for each element of the linears,
         of A and of B, and a batch of training.
 
-    A batch is 8 for each token and each number that the linears of one input read and write (of
-    all inputs where gradients are wanted), 4 for each group's output, and on a GPU, if queries are
-    grouped, 12 for each head and token that is attended to.
+    A batch is, for each of its tokens, 8 for each number that the linears of one input read and
+    write and 4 for each further group's output (twice that where sums need float64); in training 8
+    for those of all inputs; and on a GPU, if queries are grouped, 12 for each head and each token
+    of the window.
 
     The host has the block as stored and twice as packed, and of the largest linear 4 out K three
     times while it is packed, ten times while it is rotated; or embedding and head. Vectors are left
@@ -137,6 +138,7 @@ class Terms:
     def moments(self) -> Iterator[dict[str, int]]:
         """Work that may be the largest: parts by name."""
         yield {MATRICES: FACTOR * self.matrix()}
+        # What a pass through the block finds beside it, a Hessian that it adds to, is less.
         yield {MATRICES: FACTOR * self.matrix() // 2, BATCH: self.batch()}
         if self._trained:
             yield {TRAINING: TRAINED_FACTOR * self.trainable(), BATCH: self.training_batch()}
@@ -154,21 +156,31 @@ class Terms:
 
     def batch(self) -> int:
         """A pass through the block: what one input's linears read and write is there at once."""
-        return self._batch(TOKENS_A_BATCH, self.windows, max)
+        groups = max(x.out * (x.groups - 1) for x in self._linears)
+        # Twice: numbers, and their codes or what an activation function makes of them.
+        numbers = 2 * max(self._touched) + groups
+        tokens = self._tokens(TOKENS_A_BATCH, self.windows)
+        return tokens * (self._number * numbers + self._scores)
 
     def training_batch(self) -> int:
-        """Likewise of all inputs, which the way back needs."""
-        return self._batch(TOKENS_A_STEP, self._trained, sum)
+        """Likewise of all inputs, for the way back; weights are floating, so groups add nothing."""
+        tokens = self._tokens(TOKENS_A_STEP, self._trained)
+        return tokens * (2 * _F32 * sum(self._touched) + self._scores)
 
-    def _batch(self, at_once: int, windows: int, of: Callable[[Iterable[int]], int]) -> int:
-        tokens = min(max(1, at_once // self.length), windows) * self.length
-        touched = of(stage[0].columns + sum(x.out for x in stage) for stage in self._readers)
-        groups = max(x.out * (x.groups - 1) for x in self._linears)
-        heads = self._width["queries"] // self._width["head"]
-        # CUDA's float32 attention knows no grouped queries, and writes its scores out.
+    def _tokens(self, at_once: int, windows: int) -> int:
+        return min(max(1, at_once // self.length), windows) * self.length
+
+    @property
+    def _touched(self) -> list[int]:
+        """Numbers of a token that the linears of each input read and write."""
+        return [stage[0].columns + sum(x.out for x in stage) for stage in self._readers]
+
+    @property
+    def _scores(self) -> int:
+        """Of a token: CUDA's float32 attention knows no grouped queries, and writes them out."""
         grouped = self._width["keys"] != self._width["queries"] and self.options.device != "cpu"
-        scores = 3 * _F32 * heads * self.length if grouped else 0
-        return tokens * (self._number * (2 * touched + groups) + scores)
+        heads = self._width["queries"] // self._width["head"]
+        return 3 * _F32 * heads * self.length if grouped else 0
 
     def stored(self) -> int:
         """Beside the device: token ids, the block as read, and packed before and after training."""
