@@ -44,6 +44,7 @@ logger = logging.getLogger("mergequant")
 
 # Tried beside the paper's: to prune much hurts, and padding is paid for by the tile.
 _ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.0,)}
+_TOKENS_AT_ONCE = 512
 _BLOCKS = 4  # at most so many are tried, evenly spaced
 
 
@@ -209,13 +210,19 @@ def _error(
     weight = _rounded(source.folded_weight(wide), divided, weight_plan(options, form))
     offset = source.output_offset(wide)
     error = energy = 0.0
-    for x, codes in zip(inputs, divided, strict=True):
+    for x, codes in zip(_in_parts(inputs), _in_parts(divided), strict=True):
         exact = x @ weights.T
         output = codes @ weight.T
         output = output if offset is None else output + offset
         error += float((output - exact).square().sum(dtype=torch.float64))
         energy += float(exact.square().sum(dtype=torch.float64))
     return error / energy if energy > 0 else 0.0
+
+
+def _in_parts(inputs: list[Tensor]) -> Iterator[Tensor]:
+    """Fewer tokens at once: the outputs of a whole batch would be the largest thing in memory."""
+    for x in inputs:
+        yield from torch.split(x, _TOKENS_AT_ONCE)
 
 
 def _rounded(weight: Tensor, inputs: list[Tensor], plan: WeightPlan) -> Tensor:

@@ -1,7 +1,6 @@
 """The formula of needed memory: its terms by hand, what it depends on, and a run that stays below.
 
-The lengths of tensors that the formula counts are those of the method, so the hand-computed terms
-are written out with the shapes of one small Llama.
+The hand-computed terms are written out with the shapes of one small Llama.
 """
 
 import json
@@ -17,12 +16,23 @@ from mergequant import Options, quantize
 from mergequant.errors import InputError
 from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.quantizer.memory.available import free_host_bytes, refuse_if_short
-from mergequant.quantizer.memory.needed import BLOCK, HIDDEN, MemoryNeed, needed_memory
+from mergequant.quantizer.memory.needed import (
+    BATCH,
+    BLOCK,
+    FACTOR,
+    HIDDEN,
+    INPUTS,
+    LIBRARIES,
+    MATRICES,
+    TRAINED_FACTOR,
+    TRAINING,
+    MemoryNeed,
+    needed_memory,
+)
 from tests.conftest import SMALL, WHOLE
 from tests.tiny import make_model
 
 GIB = 2**30
-LIBRARIES = 16 * 2**20
 CONFIG: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 64,
@@ -32,6 +42,7 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "dtype": "bfloat16",
 }
+ELEMENTS = 4 * 64 * 64 + 3 * 64 * 192  # q, k, v, o; gate, up, down
 LLAMA = find("llama")
 ON_CPU = SMALL.model_copy(update={"device": "cpu"})
 
@@ -44,58 +55,76 @@ def need(
 
 def test_terms_of_a_small_block_by_hand() -> None:
     found = need()
-    # 4 x 64 x 64 (q, k, v, o) and 3 x 64 x 192 (gate, up, down) elements; the fullest moment is the
-    # inverse of down's Hessian, when the other six linears are quantized: float32 and int8 codes.
+    read = 2 * ELEMENTS  # bfloat16
+    packed = 2 * ELEMENTS // 2
+    ids = 8 * 8 * 16
+    packing = 3 * 4 * 64 * 192
     assert found.parts == {
         HIDDEN: 8 * 16 * 64 * 4,
-        BLOCK: 5 * (4 * 64 * 64 + 2 * 64 * 192) + 4 * 64 * 192,
-        # and what down reads of the four windows for statistics
-        "a Hessian's inverse": 51 * 192 * 192 + 4 * 4 * 16 * 192,
-        # As stored, 2 bytes an element; packed twice, 4 bits; packing one; 8 bytes a token's id.
-        "host: a block's tensors": 2 * 53248 + 53248 + 11 * 64 * 192 + 8 * 8 * 16,
+        BLOCK: 5 * ELEMENTS,
+        INPUTS: 4 * 4 * 16 * 192,  # of down, four windows
+        MATRICES: FACTOR * 4 * 192 * 192,
+        "host: a block's tensors": read + packed + ids + packing,
         "host: libraries": LIBRARIES,
     }
-    assert found.device == 32768 + 204800 + 49152 + 1929216
-    assert found.host == 106496 + 53248 + 135168 + 1024 + LIBRARIES
-    assert found.together == found.device + found.host
+    assert found.together == found.device + found.host - packing
+
+
+def test_a_batch_of_short_windows_by_hand() -> None:
+    found = need(windows=512)  # 256 of them are 4096 tokens
+    assert found.parts[MATRICES] == FACTOR * 4 * 192 * 192 // 2
+    assert found.parts[BATCH] == 8 * 4096 * (64 + 2 * 192)  # gate and up
+    groups = need(ON_CPU.model_copy(update={"group_size": 32}), windows=512)
+    assert groups.parts[BATCH] - found.parts[BATCH] == 4 * 4096 * 64 * 5  # down's other five
+
+
+def test_an_input_that_is_kept_twice_by_hand() -> None:
+    online = need(ON_CPU.model_copy(update={"rotation": "online"}))
+    assert online.parts[INPUTS] == 2 * 4 * 4 * 16 * 192
+    pilot = ON_CPU.model_copy(update={"reconstruction": "pad", "max_extra_channels": 0.25})
+    assert need(pilot, intermediate_size=128).parts[INPUTS] == 2 * 4 * 4 * 16 * 80
+
+
+def test_sums_that_float32_cannot_hold_by_hand() -> None:
+    update = {"weight_bits": 8, "dynamic_bits": 8}
+    eight = ON_CPU.model_copy(update=update)
+    assert need(eight, intermediate_size=1024).parts[BLOCK] == 5 * (4 * 64 * 64 + 3 * 64 * 1024)
+    assert need(eight, intermediate_size=1088).parts[BLOCK] == 9 * (4 * 64 * 64 + 3 * 64 * 1088)
+    one = {"overrides": {"re:.*down_proj": update}}
+    assert need(ON_CPU.model_copy(update=one), intermediate_size=1088).parts == (
+        need(eight, intermediate_size=1088).parts
+    )
 
 
 def test_compensation_adds_two_streams_and_what_it_keeps_of_each_linear() -> None:
     options = ON_CPU.model_copy(update={"compensation_rank": 4, "compensation_samples": 8})
     found = need(options)
     assert found.parts[HIDDEN] == 3 * 8 * 16 * 64 * 4
-    assert found.parts[BLOCK] == 10 * (4 * 64 * 64 + 2 * 64 * 192) + 4 * 64 * 192
+    assert found.parts[BLOCK] == 10 * ELEMENTS
     two = need(options.model_copy(update={"compensation_samples": 2}))
     assert two.parts[HIDDEN] == (8 + 2 * 2) * 16 * 64 * 4
 
 
 def test_training_a_wide_batch_by_hand() -> None:
-    options = ON_CPU.model_copy(
-        update={"compensation_rank": 4, "compensation_samples": 512, "weights": "rtn"}
-    )
+    options = ON_CPU.model_copy(update={"compensation_rank": 4, "compensation_samples": 512})
     found = need(options, windows=512)  # 128 windows are a step of 2048 tokens
-    elements = 53248
-    assert found.parts[BLOCK] == 6 * elements
-    saved = 3 * 64 + 4 * 64 + 2 * 64 + 7 * 192 + 4 * 64
     factors = 4 * (4 * (64 + 64) + 3 * (64 + 192))
-    work = 8 * elements + 12 * 64 * 192 + 32 * factors + 4 * 2048 * saved
-    assert found.parts["compensation"] == work
+    assert found.parts[TRAINING] == TRAINED_FACTOR * 4 * (ELEMENTS + factors)
+    touched = (64 + 3 * 64) + (64 + 64) + (64 + 2 * 192) + (192 + 64)
+    assert found.parts[BATCH] == 8 * 2048 * touched
 
 
 @pytest.mark.parametrize(
-    ("rotation", "head_bits", "bytes_an_element"),
+    ("rotation", "bytes_an_element"),
     [
-        ("none", 16, 6),  # read, its absolute values and two masks
-        ("none", 8, 6),  # the embedding, the head as stored, packed in parts and whole
-        ("offline", 16, 8),  # the embedding, the head as stored, rotated in parts and whole
-        ("offline", 8, 12),  # likewise, in float32
+        ("none", 6),  # embedding and head, and a mask or codes of each
+        ("offline", 12),  # and both in float32
     ],
 )
-def test_a_wide_vocabulary_by_hand(rotation: str, head_bits: int, bytes_an_element: int) -> None:
-    fields = {**ON_CPU.model_dump(), "rotation": rotation, "head_bits": head_bits}
-    found = need(Options(**fields), vocab_size=2**20)
-    part = 4 * 8 * 8192 * 64 if (rotation, head_bits) != ("none", 16) else 0
-    assert found.parts["host: embedding and head"] == bytes_an_element * 2**20 * 64 + part
+def test_a_wide_vocabulary_by_hand(rotation: str, bytes_an_element: int) -> None:
+    found = need(ON_CPU.model_copy(update={"rotation": rotation}), vocab_size=2**20)
+    rows = 4 * 8 * 8192 * 64
+    assert found.parts["host: embedding and head"] == bytes_an_element * 2**20 * 64 + rows
 
 
 def test_parts_add_up() -> None:
@@ -142,6 +171,9 @@ def test_a_larger_model_never_needs_less(smaller: dict[str, Any], larger: dict[s
         {"reconstruction": "pad", "max_extra_channels": 0.5},
         {"group_size": 32},
         {"group_size": 32, "asymmetric": True},
+        {"rotation": "online"},
+        {"weight_bits": 8, "static_bits": 8},
+        {"statistics_samples": 8},
     ],
 )
 def test_a_longer_method_never_needs_less(more: dict[str, Any]) -> None:
@@ -159,7 +191,7 @@ def test_attention_scores_are_counted_for_grouped_queries_on_a_gpu_alone() -> No
         need(ON_CPU.model_copy(update={"device": x}), windows=4, length=4096, **many)
         for x in ("cuda", "cpu")
     )
-    scores = 10 * 4 * 4096 * 4096  # of a batch, which is one window
+    scores = 12 * 4 * 4096 * 4096  # of a batch, which is one window
     assert cpu.device < scores < gpu.device
     plain = {**many, "num_key_value_heads": 4}
     assert need(windows=4, length=4096, **plain).device < scores
@@ -174,11 +206,14 @@ def bytes_of_tensors(run: Callable[[], object], trace: Path) -> int:
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
+@pytest.mark.parametrize("rotation", ["none", "online"])
 @pytest.mark.parametrize("options", [SMALL, WHOLE])
-def test_a_run_stays_below_what_was_predicted(tmp_path: Path, text: Path, options: Options) -> None:
+def test_a_run_stays_below_what_was_predicted(
+    tmp_path: Path, text: Path, options: Options, rotation: str
+) -> None:
     model = make_model(tmp_path / "model", hidden=128, heads=4, kv_heads=2, intermediate=384)
     few = {"device": "cpu", "clip_points": 3, "weight_search": "minmax"}
-    options = options.model_copy(update=few)
+    options = options.model_copy(update={**few, "rotation": rotation})
     config = json.loads((model / "config.json").read_text())
     predicted = needed_memory(LLAMA, config, options, 8, options.sequence_length).together
     found = bytes_of_tensors(
@@ -191,14 +226,17 @@ def test_a_run_stays_below_what_was_predicted(tmp_path: Path, text: Path, option
 
 
 def test_a_need_that_nothing_can_hold_is_refused_with_a_remedy() -> None:
-    parts = {HIDDEN: 2**59, BLOCK: 5, "codes": 6, "host: libraries": 7}
+    parts = {HIDDEN: 2**59, BLOCK: 5, INPUTS: 6, "host: libraries": 7}
     huge = MemoryNeed(device=2**59 + 11, host=7, together=2**59 + 18, parts=parts)
     with pytest.raises(InputError) as refusal:
         refuse_if_short(huge, torch.device("cpu"))
     said = str(refusal.value)
     assert "536870912.0 GiB of memory, most of it" in said and "for hidden states" in said
     assert "lower --gptq-samples and --compensation-samples, or --sequence-length" in said
-    wide = MemoryNeed(2**59, 7, 2**59, {HIDDEN: 5, BLOCK: 2**59, "host: libraries": 7})
+    many = MemoryNeed(2**59, 7, 2**59, {HIDDEN: 5, BLOCK: 5, INPUTS: 2**59, "host: libraries": 7})
+    with pytest.raises(InputError, match="lower --statistics-samples or --sequence-length"):
+        refuse_if_short(many, torch.device("cpu"))
+    wide = MemoryNeed(2**59, 7, 2**59, {HIDDEN: 5, BLOCK: 2**59, INPUTS: 5, "host: libraries": 7})
     with pytest.raises(InputError, match="too wide for it"):
         refuse_if_short(wide, torch.device("cpu"))
     refuse_if_short(need(), torch.device("cpu"))
@@ -213,7 +251,7 @@ def test_a_gpu_is_asked_for_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> N
         return 3 * GIB, 4 * GIB
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", told)
-    parts = {HIDDEN: GIB, BLOCK: GIB, "the pilot": 3 * GIB, "host: libraries": 7}
+    parts = {HIDDEN: GIB, BLOCK: GIB, INPUTS: 3 * GIB, "host: libraries": 7}
     with pytest.raises(InputError, match=r"5\.0 GiB of memory of cuda:1.* 3\.0 GiB are free"):
         refuse_if_short(MemoryNeed(5 * GIB, 7, 5 * GIB + 7, parts), device)
     refuse_if_short(MemoryNeed(3 * GIB, 7, 2**60, parts), device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mergequant.errors import InputError
-from mergequant.quantizer.memory.needed import HIDDEN, MemoryNeed
+from mergequant.quantizer.memory.needed import HIDDEN, INPUTS, MemoryNeed
 
 
 def refuse_if_short(need: MemoryNeed, device: torch.device) -> None:
@@ -29,9 +29,9 @@ def _refuse(need: MemoryNeed, wanted: int, free: int | None, where: str) -> None
     if free is None or wanted <= free:
         return
     term, size = max(need.parts.items(), key=lambda part: part[1])
-    if wanted - need.parts[HIDDEN] > free:  # not even one window would do
+    if wanted - need.parts[HIDDEN] - need.parts[INPUTS] > free:  # not even one window would do
         remedy = "the model is too wide for it, take a machine with more"
-    elif "the pilot" in need.parts:
+    elif term == INPUTS:
         remedy = "lower --statistics-samples or --sequence-length"
     else:
         remedy = "lower --gptq-samples and --compensation-samples, or --sequence-length"
