@@ -27,6 +27,7 @@ HELP = {
     "staggered": "Copies round at different offsets.",
     "max_extra_channels": "Growth of K allowed to pad, as a fraction.",
     "weights": "gptq or rtn (round to nearest).",
+    "input_correction": "Weights are fitted to their rounded input before GPTQ.",
     "weight_bits": "3, 4 or 8.",
     "group_size": "Channels that share a weight step.",
     "segments": "Weight steps along K of norm-fed linears, whose columns are sorted.",

@@ -24,6 +24,7 @@ OVERRIDABLE: Final = frozenset(
         "dynamic_bits",
         "dynamic_zero_points",
         "group_size",
+        "input_correction",
         "max_extra_channels",
         "reconstruction",
         "segments",
@@ -68,6 +69,8 @@ class Options(BaseModel):
         staggered: copies of a channel round at different offsets, so that their sum resolves finer.
         max_extra_channels: bound on the growth of K under `pad`, as a fraction of the channels.
         weights: how codes are chosen: `gptq` (paper 5) or `rtn`, round to nearest.
+        input_correction: with `gptq`, a weight is first fitted to give from its rounded input what
+            it gave from the exact one, as far as tokens that were held out agree.
         weight_bits: width of a weight code.
         group_size: input channels that share a weight step; None: one step per output channel.
         segments: weight steps along K of the norm-fed linears: their columns are sorted by size
@@ -116,6 +119,7 @@ class Options(BaseModel):
     staggered: bool = True
     max_extra_channels: float = Field(default=0.125, gt=0)
     weights: Literal["gptq", "rtn"] = "gptq"
+    input_correction: bool = True
     weight_bits: Literal[3, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
     segments: int | None = Field(default=None, ge=2)

@@ -96,6 +96,10 @@ class TensorInput:
         """x [..., K] rounded to multiples of the step."""
         return round_to_codes(self.rotation(x) / self.step, self.bits) * self.step
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """x [..., K] rotated."""
+        return self.rotation(x)
+
     def relaxed(self, x: Tensor) -> Tensor:
         """x [..., K] clamped to what its codes reach."""
         return self.rotation(x).clamp(

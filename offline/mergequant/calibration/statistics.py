@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_HELD_OUT = 8  # one token in so many
+
 
 class ChannelMagnitudes:
     """How large each channel gets: its lowest and highest value, its largest magnitude, energy."""
@@ -43,22 +45,63 @@ class ChannelMagnitudes:
         return _added(self._energy)
 
 
-class Hessian:
-    """H = 2/t X^T X (GPTQ): [n, n], float64 sums of float32 products of a batch."""
+class Moments:
+    """Second moments of what products read, over tokens: sums of float32 products of a batch.
+
+    Attributes:
+        tokens: how many were added.
+    """
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._tokens = 0
+        self.tokens = 0
+        self._products: Tensor | None = None
+        self._lost: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Count tokens [t, n]."""
-        product = (x.T @ x).to(torch.float64)
-        self._sum = product if self._sum is None else self._sum.add_(product)
-        self._tokens += x.shape[0]
+    def add(self, codes: Tensor, exact: Tensor | None = None) -> None:
+        """Count tokens.
 
-    def get(self) -> Tensor:
-        """float64 [n, n]."""
-        return _added(self._sum) * (2.0 / self._tokens)
+        Args:
+            codes: [t, K], what the products read, C.
+            exact: [t, K], the same before it was rounded, U; None: `lost` is not asked for.
+        """
+        self._products = _sum(self._products, codes.T @ codes)
+        if exact is not None:
+            self._lost = _sum(self._lost, (exact - codes).T @ codes)
+        self.tokens += codes.shape[0]
+
+    @property
+    def products(self) -> Tensor:
+        """C^T C: float64 [K, K]; at least one batch must have been added."""
+        return _added(self._products)
+
+    @property
+    def lost(self) -> Tensor:
+        """D = (U - C)^T C: float64 [K, K]; `exact` must have been given."""
+        return _added(self._lost)
+
+    def hessian(self) -> Tensor:
+        """H = 2/t C^T C (GPTQ): float64 [K, K]."""
+        return self.products * (2.0 / self.tokens)
+
+
+class SplitMoments:
+    """Moments of the tokens that are fitted to, and of those held out: an eighth of each batch."""
+
+    def __init__(self) -> None:
+        self.fitted = Moments()
+        self.held_out = Moments()
+
+    def add(self, codes: Tensor, exact: Tensor | None = None) -> None:
+        """Count tokens, see `Moments.add`; the last of the batch are held out."""
+        left = len(codes) - len(codes) // _HELD_OUT
+        self.fitted.add(codes[:left], None if exact is None else exact[:left])
+        if left < len(codes):
+            self.held_out.add(codes[left:], None if exact is None else exact[left:])
+
+
+def _sum(total: Tensor | None, product: Tensor) -> Tensor:
+    product = product.to(torch.float64)
+    return product if total is None else total.add_(product)
 
 
 def _added(value: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from mergequant.calibration.statistics import Hessian
+from mergequant.calibration.statistics import Moments
 from mergequant.errors import InputError
 from mergequant.methods.gptq import (
     NotPositiveDefiniteError,
@@ -228,11 +228,11 @@ def _in_parts(inputs: list[Tensor]) -> Iterator[Tensor]:
 def _rounded(weight: Tensor, inputs: list[Tensor], plan: WeightPlan) -> Tensor:
     """A folded weight [out, K] as GPTQ would round it: float32."""
     grid = weight_grid(weight, plan.form, plan.search)
-    hessian = Hessian()
+    moments = Moments()
     for x in inputs:
-        hessian.add(x)
+        moments.add(x)
     try:
-        inverse = invert_hessian(hessian.get(), plan.damping)
+        inverse = invert_hessian(moments.hessian(), plan.damping)
         codes = gptq(weight, grid, inverse, plan.gptq_block)
     except NotPositiveDefiniteError:
         codes = round_to_nearest(weight, grid)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergequant.calibration.statistics import Hessian
+from mergequant.calibration.statistics import SplitMoments
 from mergequant.errors import InputError
 from mergequant.layers.in_block import replace_by_served, replace_by_simulated
 from mergequant.layers.simulated_linear import FixedWeight
+from mergequant.methods.correct import InputMoments, choose_ridge, corrected_weight
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -54,16 +55,26 @@ def quantize_linears(
     )
     calibration = time.monotonic() - began
     began = time.monotonic()
-    hessian = _hessian(block, names[0], source, inputs, activations.batches[: activations.gptq])
+    moments = _moments(block, plan, source, inputs, activations.batches[: activations.gptq])
     if len(names) == 1 and not trained:
         known[names[0]] = inputs[: len(activations.batches)]
     del inputs
+    weights = _weights(block, plan, source, moments)
+    hessian = moments.fitted.hessian()
+    del moments
     inverse = _inverse(plan.weights[names[0]], hessian, block.name_of(names[0]))
     for number, (name, weight_plan) in enumerate(plan.weights.items()):
         line = ReportLine(block.name_of(name), plan.input.kind, dict(source.report))
         if number == 0:
             line.seconds["calibration"] = calibration
-        result = _quantize_linear(block, name, source, hessian, inverse, weight_plan, line, trained)
+        offset = source.output_offset(block.weight(name))
+        weight = weights.pop(name)
+        if weight_plan is None:
+            result = LinearResult(name, line, source, weight.float(), offset, None)
+        else:
+            _refuse_unstorable(weight, weight_plan.form.bits, line.linear)
+            rounding = _round(weight, hessian, inverse, weight_plan, line, trained)
+            result = LinearResult(name, line, source, None, offset, rounding)
         if result.rounding is None or not source.is_served:
             _replace_by_simulated(block, result)
         else:
@@ -73,27 +84,49 @@ def quantize_linears(
         yield result
 
 
-def _hessian(
+def _moments(
     block: Block,
-    first: str,
+    plan: ReadersPlan,
     source: CalibratedInput,
     inputs: Sequence[Tensor],
     batches: Sequence[Tensor],
-) -> Tensor:
-    """Hessian of what the linears' products really read: float64 [K, K].
+) -> SplitMoments:
+    """Moments of what the linears' products really read.
 
     Args:
         inputs: what the linears read of the first batches, where that is known already.
         batches: hidden states.
     """
-    hessian = Hessian()
+    first = next(iter(plan.weights))
+    moments = SplitMoments()
+
+    def add(x: Tensor) -> None:
+        moments.add(source.dequantized(x), source.unrounded(x) if plan.corrected else None)
+
     known = inputs[: len(batches)]
     for x in known:
-        hessian.add(source.dequantized(x))
-    block.observe(first, batches[len(known) :], lambda x: hessian.add(source.dequantized(x)))
-    matrix = hessian.get()
-    refuse_infinite(matrix.diagonal(), f"The input of {block.name_of(first)}")
-    return matrix
+        add(x)
+    block.observe(first, batches[len(known) :], add)
+    refuse_infinite(moments.fitted.products.diagonal(), f"The input of {block.name_of(first)}")
+    return moments
+
+
+def _weights(
+    block: Block, plan: ReadersPlan, source: CalibratedInput, moments: SplitMoments
+) -> dict[str, Tensor]:
+    """What is to be rounded of each linear: float64 [out, K], corrected where that is planned."""
+    folded = {
+        name: source.folded_weight(block.weight(name).to(torch.float64)) for name in plan.weights
+    }
+    if not plan.corrected or moments.held_out.tokens == 0:
+        return folded
+    fitted, held_out = (
+        InputMoments(x.products, x.lost) for x in (moments.fitted, moments.held_out)
+    )
+    ridge = choose_ridge(torch.cat(list(folded.values())), fitted, held_out)
+    if ridge is None:
+        return folded
+    return {name: corrected_weight(weight, fitted, ridge) for name, weight in folded.items()}
 
 
 def _inverse(plan: WeightPlan | None, hessian: Tensor, name: str) -> InverseHessian | None:
@@ -106,23 +139,15 @@ def _inverse(plan: WeightPlan | None, hessian: Tensor, name: str) -> InverseHess
         return None
 
 
-def _quantize_linear(
-    block: Block,
-    name: str,
-    source: CalibratedInput,
+def _round(
+    weight: Tensor,
     hessian: Tensor,
     inverse: InverseHessian | None,
-    plan: WeightPlan | None,
+    plan: WeightPlan,
     line: ReportLine,
     trained: bool,
-) -> LinearResult:
-    """Codes of one linear."""
-    original = block.weight(name)
-    weight = source.folded_weight(original.to(torch.float64))
-    offset = source.output_offset(original)
-    if plan is None:
-        return LinearResult(name, line, source, weight.float(), offset, None)
-    _refuse_unstorable(weight, plan.form.bits, block.name_of(name))
+) -> Rounding:
+    """Codes of one linear's weight [out, K]; notes their losses in `line`."""
     grid = weight_grid(weight, plan.form, plan.search)
     energy = output_energy(weight, hessian)
     working = weight
@@ -133,10 +158,9 @@ def _quantize_linear(
         codes = round_to_nearest(working, grid)
         line.loss_gptq = line.loss = output_loss(weight, codes, grid, hessian, energy)
         line.damping = inverse.damping
-    rounding = Rounding(grid, codes)
-    if trained:
-        rounding = Rounding(grid, codes, working.float(), trainable_elements(weight, grid))
-    return LinearResult(name, line, source, None, offset, rounding)
+    if not trained:
+        return Rounding(grid, codes)
+    return Rounding(grid, codes, working.float(), trainable_elements(weight, grid))
 
 
 def _refuse_unstorable(weight: Tensor, bits: int, linear: str) -> None:

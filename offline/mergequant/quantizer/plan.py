@@ -23,6 +23,7 @@ class WeightPlan:
         rounding: `gptq` (paper 5), or `rtn`, round to nearest.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         gptq_block: columns that GPTQ updates at once.
+        corrected: for what rounding the input takes away, see `methods.correct`.
     """
 
     form: WeightForm
@@ -30,6 +31,7 @@ class WeightPlan:
     rounding: Literal["gptq", "rtn"]
     damping: float
     gptq_block: int
+    corrected: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class ReadersPlan:
 
     input: InputPlan
     weights: Mapping[str, WeightPlan | None]
+
+    @property
+    def corrected(self) -> bool:
+        """Whether all of the weights are."""
+        return all(x is not None and x.corrected for x in self.weights.values())
 
 
 @dataclass(frozen=True)

@@ -132,4 +132,11 @@ def _weight_plan(
 
 def weight_plan(own: Options, form: WeightForm) -> WeightPlan:
     """How a weight that is stored as `form` becomes codes."""
-    return WeightPlan(form, own.weight_search, own.weights, own.damping, own.gptq_block)
+    return WeightPlan(
+        form,
+        own.weight_search,
+        own.weights,
+        own.damping,
+        own.gptq_block,
+        own.input_correction and own.weights == "gptq",
+    )

@@ -81,6 +81,10 @@ class DynamicInput:
         )
         return (codes if zero is None else codes - zero) * step
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """x [..., K] rotated: float32 [..., K]."""
+        return self.rotation(x)
+
     def relaxed(self, x: Tensor) -> Tensor:
         """x [..., K] rotated and clamped to what its codes reach: float32 [..., K]."""
         z = self.rotation(x)

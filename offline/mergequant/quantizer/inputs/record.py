@@ -42,6 +42,9 @@ class CalibratedInput(Protocol):
     def dequantized(self, x: Tensor) -> Tensor:
         """Input [..., n] of a linear to what its integer product stands for: [..., K]."""
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same without its rounding, and not clamped: what the codes are to stand for."""
+
     def relaxed(self, x: Tensor) -> Tensor:
         """The same without its rounding: clamped, differentiable."""
 

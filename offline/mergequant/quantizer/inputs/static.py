@@ -31,6 +31,7 @@ from mergequant.methods.reconstruct import (
     reconstruct,
     sort_columns,
 )
+from mergequant.methods.trim import ChannelHistogram, trim_ends
 from mergequant.model.architecture import Norm
 from mergequant.model.decoder import Block
 from mergequant.quantizer.inputs.record import (
@@ -147,7 +148,11 @@ def calibrate_channels(
         magnitudes.add(x)
     refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
     if plan.zero_points:
-        spans = ChannelRange.between(magnitudes.lowest, magnitudes.highest, plan.bits)
+        low, high = magnitudes.lowest, magnitudes.highest
+        if plan.clip is not None:
+            histogram = ChannelHistogram.of(inputs, low, high, plan.bits)
+            low, high = trim_ends(histogram, plan.clip.grid(), plan.bits)
+        spans = ChannelRange.between(low.to(torch.float32), high.to(torch.float32), plan.bits)
     else:
         spans = ChannelRange.symmetric(magnitudes.largest, plan.bits)
     clip = _channel_clips(plan, inputs, weights, spans)
@@ -209,6 +214,12 @@ class StaticInput:
             x, self.bits, CodeLayout.FLOAT32, index=self._index, offset=self.offset
         )
         return self._without_padding(codes)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """Codes of x [..., n] before they are rounded and clamped: float32 [..., K]."""
+        columns = x if self._index is None else x.index_select(-1, self._index)
+        columns = columns if self.offset is None else columns + self.offset
+        return self._without_padding(columns)
 
     def relaxed(self, x: Tensor) -> Tensor:
         """Codes of x [..., n] before they are rounded, clamped: float32 [..., K]."""

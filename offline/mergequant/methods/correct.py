@@ -1,0 +1,82 @@
+"""Correction of a weight for what rounding its input takes away (GPTAQ, Li et al., 2025; Qronos).
+
+The server multiplies rounded inputs C where the model has inputs U. GPTQ takes W for the best
+weight of C; the best one is
+
+    V = argmin ||U W^T - C V^T||^2 + d ||V - W||^2 = W + W D (H + d I)^-1,
+    H = C^T C, D = (U - C)^T C.
+
+Rounding adds noise of the same size in every direction, also where the input has next to none: V
+multiplies less by those. It is a regression, and with few tokens it fits their noise: tokens that
+were held out choose d, or that W stays.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RIDGES = (0.003, 0.03, 0.3)
+
+
+class InputMoments(NamedTuple):
+    """H and D of the definition, [K, K], up to a factor that both have."""
+
+    hessian: Tensor
+    lost: Tensor
+
+    def to(self, dtype: torch.dtype) -> "InputMoments":
+        """Both in `dtype`."""
+        return InputMoments(self.hessian.to(dtype), self.lost.to(dtype))
+
+
+def corrected_weight(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor:
+    """V of the definition, with d = `ridge` times the mean diagonal of H.
+
+    Args:
+        weight: [out, K], W as the codes of its input expect it.
+
+    Returns:
+        [out, K], in its dtype; W itself where H + d I has no Cholesky factor.
+    """
+    damped = moments.hessian.to(weight, copy=True)
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) != 0:
+        return weight
+    wanted = weight @ moments.lost.to(weight)
+    return weight + torch.cholesky_solve(wanted.T, lower).T
+
+
+def output_error(weight: Tensor, original: Tensor, moments: InputMoments) -> float:
+    """||U W^T - C V^T||^2 of a V and the W `original`, less what does not depend on V.
+
+    That is tr(V H V^T) - 2 tr(W (H + D) V^T), since U^T C = H + D.
+    """
+    hessian, lost = moments.hessian.to(weight), moments.lost.to(weight)
+    error = (weight - 2 * original) @ hessian - 2 * original @ lost
+    return float((error * weight).sum(dtype=torch.float64))
+
+
+def choose_ridge(
+    weight: Tensor,
+    fitted: InputMoments,
+    held_out: InputMoments,
+    ridges: Sequence[float] = RIDGES,
+) -> float | None:
+    """The ridge of least error on tokens held out; None: W serves them best.
+
+    Args:
+        weight: [out, K], the readers of the input stacked.
+        fitted: of the tokens that V is fitted to.
+        held_out: of the others.
+    """
+    single = weight.to(torch.float32)
+    fitted, held_out = fitted.to(torch.float32), held_out.to(torch.float32)
+    best, least = None, output_error(single, single, held_out)
+    for ridge in ridges:
+        error = output_error(corrected_weight(single, fitted, ridge), single, held_out)
+        if error < least:
+            best, least = ridge, error
+    return best
