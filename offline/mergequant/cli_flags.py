@@ -14,7 +14,7 @@ from mergequant.options import Options
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
     "activation_step": "channel, or a baseline: tensor, smooth.",
-    "rotation": "none, offline or online.",
+    "rotation": "none, offline, online, or auto: what measures best.",
     "hadamard_block": "Largest block of the online rotation.",
     "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",
     "static_bits": "Bits of norm-fed activations: 4 or 8.",

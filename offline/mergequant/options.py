@@ -49,7 +49,8 @@ class Options(BaseModel):
             `tensor`; one for the tensor after its channels were evened out as SmoothQuant does,
             `smooth`. The last two are the static baselines of the paper's tables.
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
-            weights (R1, R2); `online`: also down's input, by the server (R4).
+            weights (R1, R2); `online`: also down's input, by the server (R4); `auto`: `online` or
+            `none`, what measures best, see `choose_rotation`.
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
         mix_heads: with rotation `online`, o's input is mixed across so many heads, by the server;
             0: not at all. It divides the number of heads, and a tensor-parallel rank holds whole
@@ -106,12 +107,12 @@ class Options(BaseModel):
 
     activations: Literal["static", "dynamic"] = "static"
     activation_step: Literal["channel", "tensor", "smooth"] = "channel"
-    rotation: Literal["none", "offline", "online"] = "none"
+    rotation: Literal["none", "offline", "online", "auto"] = "auto"
     hadamard_block: int = Field(default=128, ge=2)
     mix_heads: int = Field(default=0, ge=0)
     static_bits: Literal[4, 8] = 4
     dynamic_bits: Literal[4, 8] = 4
-    static_zero_points: bool = False
+    static_zero_points: bool = True
     dynamic_zero_points: bool = False
     reconstruction: Literal["none", "prune", "pad", "auto"] = "auto"
     alpha: Annotated[float, Field(ge=0)] | Literal["architecture", "auto"] = "auto"
@@ -150,7 +151,7 @@ class Options(BaseModel):
         if self.activation_step != "channel" and not plain:
             raise ValueError(
                 f"activation_step {self.activation_step!r} has no channels to clip, reconstruct or "
-                "sort: give --clipping none --reconstruction none"
+                "sort: give --clipping none --reconstruction none --no-static-zero-points"
             )
         return self
 
@@ -162,7 +163,7 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _heads_are_mixed_online(self) -> Self:
-        if self.mix_heads and self.rotation != "online":
+        if self.mix_heads and self.rotation not in ("online", "auto"):
             raise ValueError("mix_heads is done by the server: give --rotation online")
         return self
 
@@ -189,6 +190,12 @@ class Options(BaseModel):
     def ignores(self, name: str) -> bool:
         """Whether the linear of this full name stays in 16 bits."""
         return any(matches(pattern, name) for pattern in self.ignore)
+
+    @property
+    def decided_rotation(self) -> Literal["none", "offline", "online"]:
+        """`rotation` of options in which it is decided."""
+        assert self.rotation != "auto"
+        return self.rotation
 
     @property
     def compensated(self) -> bool:

@@ -33,6 +33,7 @@ _QSM: Mapping[str, Any] = {
     "group_size": None,
     "segments": None,
     "asymmetric": False,
+    "input_correction": False,
     "static_zero_points": False,
     "dynamic_zero_points": False,
     "mix_heads": 0,

@@ -191,28 +191,33 @@ def online_rotations(
     return {x.name: of_space[x.reads] for x in architecture.linears if x.reads in of_space}
 
 
-def _space_rotations(
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    seed: int,
-) -> dict[str, Orthogonal]:
-    """The rotation of each space that has one, but for what the server does."""
+def refuse_rotation(architecture: Architecture, config: Mapping[str, Any]) -> None:
+    """Raise InputError where nothing rotates through the architecture."""
     residual = architecture.embedding.writes
-    norms = (*architecture.norms, architecture.final_norm)
-    for norm in norms:
+    for norm in (*architecture.norms, architecture.final_norm):
         if norm.reads != residual or norm.writes == residual:
             raise InputError(
                 f"Norm {norm.name!r} of architecture {architecture.model_type!r} does not stand "
                 "between the residual and its readers, so nothing rotates through it: choose "
                 "rotation 'none'."
             )
+    for space in (residual, VALUE, MIX):
+        _width(architecture, config, space)
+
+
+def _space_rotations(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Orthogonal]:
+    """The rotation of each space that has one, but for what the server does."""
+    refuse_rotation(architecture, config)
+    residual = architecture.embedding.writes
+    norms = (*architecture.norms, architecture.final_norm)
     head = orthogonal(widths(config)["head"], seed + 1)
     stream = orthogonal(_width(architecture, config, residual), seed)
     rotations = {residual: stream, **{norm.writes: stream for norm in norms}}
-    for space in (VALUE, MIX):
-        _width(architecture, config, space)
-        rotations[space] = head
-    return rotations
+    return {**rotations, VALUE: head, MIX: head}
 
 
 def _of_each_block(

@@ -8,12 +8,10 @@ error times K / n: a candidate that makes K grow by 12.5% must lower the error b
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mergequant.calibration.statistics import Moments
@@ -29,6 +27,7 @@ from mergequant.model.architecture import Norm, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
 from mergequant.options import Options
 from mergequant.quantizer.columns import columns_plan, padded_columns, tile_of
+from mergequant.quantizer.decision import Decision
 from mergequant.quantizer.forms import static_form
 from mergequant.quantizer.inputs.record import stacked_weights
 from mergequant.quantizer.inputs.static import (
@@ -46,49 +45,6 @@ logger = logging.getLogger("mergequant")
 _ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.0,)}
 _TOKENS_AT_ONCE = 512
 _BLOCKS = 4  # at most so many are tried, evenly spaced
-
-
-class Decision(BaseModel):
-    """What the options left to be measured: fields of `Options`, decided."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    reconstruction: Literal["none", "prune", "pad"]
-    alpha: float = Field(ge=0)
-    max_extra_channels: float = Field(gt=0)
-
-    def applied_to(self, options: Options) -> Options:
-        """`options` with nothing left to be measured."""
-        return options.model_copy(update=self.model_dump())
-
-    @classmethod
-    def read(cls, kept: Mapping[str, Any]) -> "Decision | None":
-        """What a run that was interrupted has kept; None: nothing.
-
-        Raises:
-            InputError: it is none.
-        """
-        if not kept:
-            return None
-        try:
-            return cls.model_validate(dict(kept))
-        except ValidationError as error:
-            raise InputError(
-                f"The unfinished run's decision.json is damaged ({error.errors()[0]['msg']}): "
-                "remove the output folder's .partial and begin again."
-            ) from error
-
-    @classmethod
-    def largest(cls, options: Options, config: Mapping[str, Any]) -> Options:
-        """`options` with the largest of what a pilot may decide."""
-        channels = widths(config)["hidden"]
-        mode = options.reconstruction
-        if mode == "auto":
-            mode = "pad" if padded_columns(options, channels) > channels else "prune"
-        alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(config)
-        return cls(
-            reconstruction=mode, alpha=alpha, max_extra_channels=options.max_extra_channels
-        ).applied_to(options)
 
 
 @dataclass
@@ -118,10 +74,14 @@ def resolve_reconstruction(
 
     Args:
         windows: token ids int64 [samples, length]; the first `statistics_samples` are used.
+        options: with the rotation decided.
     """
     if options.reconstruction == "none" or options.activations == "dynamic":
         return Decision(
-            reconstruction="none", alpha=0.0, max_extra_channels=options.max_extra_channels
+            rotation=options.decided_rotation,
+            reconstruction="none",
+            alpha=0.0,
+            max_extra_channels=options.max_extra_channels,
         )
     candidates = list(_candidates(decoder, options))
     channels = widths(dict(decoder.reader.config))["hidden"]
@@ -249,7 +209,12 @@ def _decided(candidate: Candidate, channels: int) -> Decision:
         else:
             growth = _tiled(candidate.columns, channels) / channels - 1
     assert mode != "auto" and not isinstance(options.alpha, str)
-    return Decision(reconstruction=mode, alpha=options.alpha, max_extra_channels=growth)
+    return Decision(
+        rotation=options.decided_rotation,
+        reconstruction=mode,
+        alpha=options.alpha,
+        max_extra_channels=growth,
+    )
 
 
 def _tiled(columns: int, channels: int) -> int:

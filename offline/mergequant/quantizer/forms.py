@@ -111,7 +111,9 @@ def rotation_of(
     architecture: Architecture, config: Mapping[str, Any], own: Options, readers: Readers
 ) -> OnlineRotation:
     """What the server does to the input of `readers` before it quantizes it."""
-    online = online_rotations(architecture, config, own.rotation, own.hadamard_block, own.mix_heads)
+    online = online_rotations(
+        architecture, config, own.decided_rotation, own.hadamard_block, own.mix_heads
+    )
     return online.get(readers.linears[0].name, OnlineRotation())
 
 

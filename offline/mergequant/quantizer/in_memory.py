@@ -10,10 +10,10 @@ from mergequant.calibration.text import sha256_of
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
-from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
+from mergequant.quantizer.decide import decide
 from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.plan import Plan
-from mergequant.quantizer.prepare import calibration_of, find_device, open_model
+from mergequant.quantizer.prepare import calibration_of, find_device, open_folder, open_model
 from mergequant.quantizer.resolve import make_plan
 from mergequant.quantizer.walk import walk_blocks
 
@@ -37,12 +37,15 @@ def quantize_in_memory(
     Raises:
         InputError: the input is at fault.
     """
-    reader, architecture, _ = open_model(model, options)
+    folder, _ = open_folder(model)
+    folder.check_finite()
+    windows = calibration_of(folder, calibration, options)
+    device = find_device(options.device)
+    decided = decide(model, windows, options, device, progress).applied_to(options)
+    reader, architecture, _ = open_model(model, decided)
     reader.check_finite()
-    windows = calibration_of(reader, calibration, options)
-    decoder = Decoder(reader, architecture, find_device(options.device))
-    decision = resolve_reconstruction(decoder, windows, options, progress)
-    plan = make_plan(architecture, reader.config, decision.applied_to(options), sha256_of(windows))
+    decoder = Decoder(reader, architecture, device)
+    plan = make_plan(architecture, reader.config, decided, sha256_of(windows))
     plan = change(plan)
     report = []
     for _, results in walk_blocks(decoder, plan, windows, keep=True, progress=progress):

@@ -30,11 +30,12 @@ def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Archit
     head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
     if head_quantized and reader.config.get("tie_word_embeddings", False):
         reader = UntiedReader(reader, architecture)
-    if options.rotation != "none":
+    rotation = options.decided_rotation
+    if rotation != "none":
         reader = RotatedReader(
             reader,
             architecture,
-            options.rotation,
+            rotation,
             options.seed,
             most=options.hadamard_block,
             heads=options.mix_heads,

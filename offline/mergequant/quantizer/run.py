@@ -14,12 +14,13 @@ from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.fingerprint import fingerprint
 from mergequant.output.writer import Writer
-from mergequant.quantizer.choose_reconstruction import Decision, resolve_reconstruction
+from mergequant.quantizer.decide import decide
+from mergequant.quantizer.decision import Decision
 from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.memory.available import refuse_if_short
 from mergequant.quantizer.memory.needed import needed_memory
 from mergequant.quantizer.plan import Plan
-from mergequant.quantizer.prepare import calibration_of, find_device, open_model
+from mergequant.quantizer.prepare import calibration_of, find_device, open_folder, open_model
 from mergequant.quantizer.resolve import make_plan
 from mergequant.quantizer.result import LinearResult
 from mergequant.quantizer.walk import walk_blocks
@@ -55,23 +56,26 @@ def quantize(
         InputError: the input is at fault. `output` is left as it was.
     """
     options = options or Options()
-    reader, architecture, files = open_model(model, options)
-    blocks = int(reader.config["num_hidden_layers"])
+    folder, architecture = open_folder(model)
+    blocks = int(folder.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer:
-        windows = calibration_of(reader, calibration, options)
+        windows = calibration_of(folder, calibration, options)
         text = sha256_of(windows)
         device = find_device(options.device)
         here = options.model_copy(update={"device": device.type})
         # A plan for the largest that a pilot may choose: what it refuses is refused now.
-        make_plan(architecture, reader.config, Decision.largest(here, reader.config), text)
-        refuse_if_short(needed_memory(architecture, reader.config, here, *windows.shape), device)
-        writer.begin(fingerprint(reader.config, files, options, text))
+        largest = Decision.largest(here, architecture, folder.config)
+        reader, _, files = open_model(model, largest)
+        make_plan(architecture, reader.config, largest, text)
+        refuse_if_short(needed_memory(architecture, reader.config, largest, *windows.shape), device)
+        writer.begin(fingerprint(folder.config, files, options, text))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
-        decoder = Decoder(reader, architecture, device)
-        decision = Decision.read(writer.decision()) or resolve_reconstruction(
-            decoder, windows, options, progress
+        decision = Decision.read(writer.decision()) or decide(
+            model, windows, options, device, progress
         )
+        reader, _, _ = open_model(model, decision.applied_to(options))
+        decoder = Decoder(reader, architecture, device)
         plan = make_plan(architecture, reader.config, decision.applied_to(options), text)
         writer.remember(decision.model_dump(mode="json"))
         _quantize_blocks(decoder, windows, plan, writer, progress)

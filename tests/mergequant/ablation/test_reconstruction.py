@@ -38,7 +38,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
         decided.append(options)
         mode = "none" if options.rotation == "offline" else "prune"
         return Decision.model_validate(
-            {"reconstruction": mode, "alpha": float(len(decided)), "max_extra_channels": 0.25}
+            {
+                "rotation": options.rotation,
+                "reconstruction": mode,
+                "alpha": float(len(decided)),
+                "max_extra_channels": 0.25,
+            }
         )
 
     monkeypatch.setattr(reconstruction, "resolve_reconstruction", decide)

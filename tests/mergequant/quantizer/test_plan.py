@@ -134,7 +134,7 @@ def test_it_is_refused_before_a_weight_is_read(tmp_path: Path, llama: Path, text
         ({"overrides": {"re:.*": {"rotation": "online"}}}, "'rotation' cannot differ"),
         ({"overrides": {"re:.*": {"weight_bits": 5}}}, r"for 're:.*', weight_bits"),
         ({"segments": 2, "group_size": 32}, "groups or segments, not both"),
-        ({"mix_heads": 2}, "mix_heads is done by the server"),
+        ({"mix_heads": 2, "rotation": "none"}, "mix_heads is done by the server"),
         ({"ignore": ("",)}, "a pattern is a module's name"),
     ],
 )

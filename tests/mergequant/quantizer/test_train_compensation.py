@@ -27,7 +27,7 @@ TRAINED = SMALL.model_copy(
     update={
         "compensation_rank": 8,
         "compensation_epochs": 3,
-        "compensation_samples": 24,
+        "compensation_samples": 48,
     }
 )
 

@@ -1,0 +1,86 @@
+"""What a pilot decides of what the options leave to be measured."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergequant.errors import InputError
+from mergequant.model.architecture import Architecture, paper_alpha, widths
+from mergequant.model.rotated_reader import online_rotations, refuse_rotation
+from mergequant.options import Options
+from mergequant.quantizer.columns import padded_columns
+
+Rotation = Literal["none", "offline", "online"]
+
+
+class Decision(BaseModel):
+    """What the options left to be measured: fields of `Options`, decided."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotation: Rotation
+    reconstruction: Literal["none", "prune", "pad"]
+    alpha: float = Field(ge=0)
+    max_extra_channels: float = Field(gt=0)
+
+    def applied_to(self, options: Options) -> Options:
+        """`options` with nothing left to be measured."""
+        return options.model_copy(update=self.model_dump())
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> "Decision | None":
+        """What a run that was interrupted has kept; None: nothing.
+
+        Raises:
+            InputError: it is none.
+        """
+        if not kept:
+            return None
+        try:
+            return cls.model_validate(dict(kept))
+        except ValidationError as error:
+            raise InputError(
+                f"The unfinished run's decision.json is damaged ({error.errors()[0]['msg']}): "
+                "remove the output folder's .partial and begin again."
+            ) from error
+
+    @classmethod
+    def largest(
+        cls, options: Options, architecture: Architecture, config: Mapping[str, Any]
+    ) -> Options:
+        """`options` with the largest of what a pilot may decide."""
+        channels = widths(config)["hidden"]
+        mode = options.reconstruction
+        if mode == "auto":
+            mode = "pad" if padded_columns(options, channels) > channels else "prune"
+        alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(config)
+        return cls(
+            rotation=possible_rotations(architecture, config, options)[0],
+            reconstruction=mode,
+            alpha=alpha,
+            max_extra_channels=options.max_extra_channels,
+        ).applied_to(options)
+
+
+def possible_rotations(
+    architecture: Architecture, config: Mapping[str, Any], options: Options
+) -> tuple[Rotation, ...]:
+    """What `rotation` allows, the furthest first; of `auto`, what the architecture does.
+
+    Raises:
+        InputError: what is asked for is not possible.
+    """
+    if options.rotation != "auto":
+        return (options.rotation,)
+    try:
+        refuse_rotation(architecture, config)
+    except InputError:
+        return ("none",)
+    try:
+        online_rotations(architecture, config, "online", options.hadamard_block, options.mix_heads)
+    except InputError:
+        if options.mix_heads:
+            raise
+        return ("offline", "none")
+    return ("online", "none")
