@@ -25,6 +25,7 @@ from tests.outliers import with_outliers
 SEPARATOR = "<|endoftext|>"
 RTN = Options(
     activations="dynamic",
+    rotation="none",
     weights="rtn",
     clipping="none",
     weight_search="minmax",

@@ -29,8 +29,12 @@ WITHOUT_COMPENSATION: tuple[Mapping[str, Any], ...] = (
     {"reconstruction": "none"},
     {"split_by": "step"},
     {"staggered": False},
+    {"rotation": "none"},
     {"rotation": "offline"},
     {"rotation": "online"},
+    {"static_zero_points": False},
+    {"dynamic_zero_points": True},
+    {"input_correction": False},
     {"head_bits": 8},
 )
 WITH_COMPENSATION: tuple[Mapping[str, Any], ...] = (
@@ -39,8 +43,8 @@ WITH_COMPENSATION: tuple[Mapping[str, Any], ...] = (
     {"compensation_epochs": 4},
     {"weight_search": "minmax"},
     {"reconstruction": "none"},
-    {"rotation": "offline"},
-    {"rotation": "online"},
+    {"rotation": "none"},
+    {"input_correction": False},
 )
 
 

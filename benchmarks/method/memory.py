@@ -45,6 +45,7 @@ from tests.tiny import make_model, write_text
 MIB, GIB = 2**20, 2**30
 COMMAND = "python -m benchmarks.method.memory"
 FAST: dict[str, Any] = {
+    "rotation": "none",
     "statistics_samples": 4,
     "gptq_samples": 8,
     "sequence_length": 128,

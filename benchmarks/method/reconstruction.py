@@ -16,7 +16,14 @@ from benchmarks.common.record import RESULTS, environment, save
 from benchmarks.method.yardstick import Yardstick
 from mergequant import Options
 
-PLAIN = Options(reconstruction="none", compensation_rank=0, weight_search="minmax")
+PLAIN = Options(
+    rotation="none",
+    static_zero_points=False,
+    input_correction=False,
+    reconstruction="none",
+    compensation_rank=0,
+    weight_search="minmax",
+)
 ALPHAS = {"prune": (5.0, 3.0, 2.0, 1.0), "pad": (5.0, 2.0, 1.0, 0.5, 0.0)}
 
 

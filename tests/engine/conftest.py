@@ -21,8 +21,9 @@ from mergequant.evaluate.reference_forward import load_model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTROL_RUNS = 5
 WINDOW = 240
-# The defaults, on less text and with a decided reconstruction: K grows, copies have offsets.
+# The defaults, on less text and with what is measured decided: K grows, copies have offsets.
 WHOLE = Options(
+    rotation="none",
     reconstruction="pad",
     alpha=0.0,
     statistics_samples=8,

@@ -25,6 +25,7 @@ OPTIONS = Options(
     rotation="online",
     mix_heads=3,
     hadamard_block=32,
+    static_zero_points=False,
     ignore=("model.layers.1.self_attn.o_proj",),
     overrides={
         r"re:model\.layers\.[01]\.mlp\.down_proj": {"weight_bits": 8, "dynamic_bits": 8},

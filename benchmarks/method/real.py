@@ -1,0 +1,209 @@
+"""What quantizing costs a pretrained model, served by vLLM: the yardstick of the defaults.
+
+    python -m benchmarks.method.real MODEL --calibration FILE [FILE ...] --text FILE [FILE ...]
+        [--rows ROW [ROW ...]] [--work FOLDER]
+
+Each row is quantized and served in a process of its own, and its loss is taken on the first windows
+of each text. Rows of `benchmarks/results/real-MODEL.json` that the same command measured are not
+run again, and `quantize` continues where it was stopped, so that an interrupted run goes on. All
+that the rows do not name is the default; "plain" is `--fast --reconstruction none`.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.record import RESULTS, environment, save
+
+FULL = "full precision"
+FAST: Mapping[str, Any] = {"compensation_rank": 0}
+PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
+EIGHT: Mapping[str, Any] = {"static_bits": 8, "dynamic_bits": 8}
+# What each row changes of the defaults; those of `PLAIN` tell the steps apart.
+ROWS: dict[str, Mapping[str, Any] | None] = {
+    FULL: None,
+    "W4A4 --fast": FAST,
+    "W4A4": {},
+    "W4A8 --fast": {**FAST, **EIGHT},
+    "W8A8 --fast": {**FAST, **EIGHT, "weight_bits": 8},
+    "W4A4 plain": PLAIN,
+    "W4A4 plain --rotation none": {**PLAIN, "rotation": "none"},
+    "W4A4 plain --no-static-zero-points": {**PLAIN, "static_zero_points": False},
+    "W4A4 plain --no-input-correction": {**PLAIN, "input_correction": False},
+    "W4A4 plain --dynamic-zero-points": {**PLAIN, "dynamic_zero_points": True},
+    "W4A4 plain --mix-heads 9": {**PLAIN, "mix_heads": 9},
+    "W4A4 plain --group-size 64": {**PLAIN, "group_size": 64},
+    "W4A4 plain --rotation none --segments 4": {**PLAIN, "rotation": "none", "segments": 4},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model.
+
+    Attributes:
+        name: key of `ROWS`.
+        loss: nats a token, by text.
+        seconds: to quantize.
+        peak_gib: the most memory of the process that quantized, GiB.
+        bytes: of the checkpoint's tensors.
+        rotation: what was chosen.
+    """
+
+    name: str
+    loss: dict[str, float]
+    seconds: float = 0.0
+    peak_gib: float = 0.0
+    bytes: int = 0
+    rotation: str = ""
+    excess: dict[str, float] = field(default_factory=dict)
+
+
+def quantize_row(model: Path, folder: Path, changes: str, calibration: list[Path]) -> None:
+    """Quantize in this process; prints seconds and peak memory as JSON."""
+    from mergequant import Options, quantize
+
+    began = time.monotonic()
+    quantize(model, folder, calibration, Options.model_validate_json(changes), progress=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": time.monotonic() - began, "peak_gib": peak}))
+
+
+def serve_row(folder: Path, texts: list[Path], length: int, windows: int) -> None:
+    """Serve in this process and print the loss on each text as JSON."""
+    from mergequant.calibration.text import load_tokenizer
+    from mergequant.evaluate.perplexity import prompt_logprobs, text_windows, vllm_engine
+
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": length + 1}
+    tokenizer = load_tokenizer(folder)
+    with vllm_engine(folder, tensor_parallel_size=1, **arguments) as llm:
+        losses = {
+            text.stem: -float(
+                prompt_logprobs(llm, text_windows(text, tokenizer, length, windows)).mean()
+            )
+            for text in texts
+        }
+    print(json.dumps(losses))
+
+
+def child(*arguments: object) -> dict[str, Any]:
+    """What this file prints last as JSON when it is called with `arguments`."""
+    command = [sys.executable, "-m", "benchmarks.method.real", *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
+    """Quantize and serve one row; the checkpoint is removed afterwards."""
+    changes, folder = ROWS[name], model
+    made: dict[str, Any] = {}
+    if changes is not None:
+        folder = given.work / name.replace(" ", "_")
+        options = {
+            "statistics_samples": given.statistics,
+            "gptq_samples": given.samples,
+            "compensation_samples": given.samples,
+            "sequence_length": given.sequence,
+            **changes,
+        }
+        texts = [str(file) for file in given.calibration]
+        made = child("--child", "quantize", model, folder, json.dumps(options), *texts)
+    limits = (given.length, given.windows)
+    loss = child("--child", "serve", folder, *limits, *given.text)
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if folder != model:
+        shutil.rmtree(folder)
+    rotation = config.get("provenance", {}).get("options", {}).get("rotation", "")
+    return Row(name, loss, bytes=size, rotation=rotation, **made)
+
+
+def known(file: Path, command: str) -> list[Row]:
+    """The rows that an earlier run of the same command finished."""
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text())
+    return [Row(**row) for row in record["rows"]] if record["command"] == command else []
+
+
+def with_excess(rows: list[Row]) -> list[Row]:
+    """The rows in the order of `ROWS`, with their loss above full precision."""
+    full = next(row.loss for row in rows if row.name == FULL)
+    ordered = sorted(rows, key=lambda row: list(ROWS).index(row.name))
+    return [
+        Row(**{**asdict(row), "excess": {text: row.loss[text] - full[text] for text in full}})
+        for row in ordered
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Table in Markdown."""
+    texts = list(rows[0].loss)
+    head = " | ".join(f"{text}: excess" for text in texts)
+    lines = [f"| | {head} | rotation | seconds | peak, GiB | MB |"]
+    lines.append("|---" * 1 + "|---:" * len(texts) + "|---|---:|---:|---:|")
+    for row in rows:
+        losses = " | ".join(f"{row.excess[text]:+.4f}" for text in texts)
+        lines.append(
+            f"| {row.name} | {losses} | {row.rotation} | {row.seconds:.0f} | "
+            f"{row.peak_gib:.1f} | {row.bytes / 1e6:.0f} |"
+        )
+    full = ", ".join(f"{text} {loss:.4f}" for text, loss in rows[0].loss.items())
+    return "\n".join([*lines, "", f"Loss in full precision, nats a token: {full}."])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What quantizing costs a pretrained model.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--work", type=Path, default=Path("real-work"), help="for checkpoints")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in an evaluated window")
+    parser.add_argument("--windows", type=int, default=16, help="windows evaluated of each text")
+    parser.add_argument("--statistics", type=int, default=32, help="windows for steps")
+    parser.add_argument("--samples", type=int, default=64, help="windows for GPTQ and training")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens in such a window")
+    return parser.parse_args()
+
+
+def main() -> None:
+    if sys.argv[1:3] == ["--child", "quantize"]:
+        model, folder, changes, *texts = sys.argv[3:]
+        quantize_row(Path(model), Path(folder), changes, [Path(text) for text in texts])
+        return
+    if sys.argv[1:3] == ["--child", "serve"]:
+        folder, length, windows, *texts = sys.argv[3:]
+        serve_row(Path(folder), [Path(text) for text in texts], int(length), int(windows))
+        return
+    given = arguments()
+    model = given.model.resolve()
+    calibration, texts = (
+        " ".join(file.name for file in files) for files in (given.calibration, given.text)
+    )
+    command = (
+        f"python -m benchmarks.method.real {model.name} --calibration {calibration} --text {texts} "
+        f"--length {given.length} --windows {given.windows} --statistics {given.statistics} "
+        f"--samples {given.samples} --sequence {given.sequence}"
+    )
+    name = f"real-{model.name}"
+    rows = known(RESULTS / f"{name}.json", command)
+    for wanted in dict.fromkeys([FULL, *given.rows]):
+        if wanted in {row.name for row in rows}:
+            continue
+        rows = with_excess([*rows, measure(wanted, given, model)])
+        save(name, command, [asdict(row) for row in rows], table(rows), environment())
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
