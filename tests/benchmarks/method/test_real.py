@@ -1,0 +1,48 @@
+"""The yardstick of a pretrained model: rows are kept, in order, and compared with the first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.method import real
+from benchmarks.method.real import FULL, ROWS, Row, known, with_excess
+from mergequant import Options
+from mergequant.evaluate.checkpoint_contents import inspect_checkpoint
+from tests.tiny import make_model
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != FULL])
+def test_each_row_is_options_that_quantize_takes(name: str) -> None:
+    changes = ROWS[name]
+    assert changes is not None
+    Options.model_validate(changes)
+
+
+def test_rows_of_the_same_command_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "real.json"
+    assert known(file, "command") == []
+    rows = [Row(FULL, {"text": 1.0})]
+    file.write_text(json.dumps({"command": "command", "rows": [vars(row) for row in rows]}))
+    assert known(file, "command") == rows and known(file, "another") == []
+
+
+def test_rows_stand_in_their_order_with_their_loss_above_full_precision() -> None:
+    rows = with_excess([Row("W4A4", {"text": 1.5}), Row(FULL, {"text": 1.0})])
+    assert [row.name for row in rows] == [FULL, "W4A4"]
+    assert [row.excess["text"] for row in rows] == [0.0, 0.5]
+    assert "| W4A4 | +0.5000 |" in real.table(rows)
+
+
+def test_a_row_is_quantized_in_the_way_that_the_child_is_told(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    few = {"statistics_samples": 4, "gptq_samples": 8, "sequence_length": 64}
+    changes = {**few, "compensation_rank": 0, "reconstruction": "none", "weight_bits": 8}
+    real.quantize_row(model, tmp_path / "out", json.dumps(changes), [text])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["seconds"] > 0 and told["peak_gib"] > 0
+    assert inspect_checkpoint(tmp_path / "out")
+    options = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert options["provenance"]["options"]["rotation"] in ("online", "none")
