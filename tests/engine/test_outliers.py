@@ -12,6 +12,7 @@ SAMPLES = {
     "statistics_samples": 16,
     "gptq_samples": 32,
     "sequence_length": 240,
+    "rotation": "none",  # it would spread the outliers
     "reconstruction": "none",
     "compensation_rank": 0,
 }

@@ -123,10 +123,14 @@ def _weights(
     fitted, held_out = (
         InputMoments(x.products, x.lost) for x in (moments.fitted, moments.held_out)
     )
-    ridge = choose_ridge(torch.cat(list(folded.values())), fitted, held_out)
+    stacked = torch.cat([weight.to(torch.float32) for weight in folded.values()])
+    ridge = choose_ridge(stacked, fitted, held_out)
+    del stacked
     if ridge is None:
         return folded
-    return {name: corrected_weight(weight, fitted, ridge) for name, weight in folded.items()}
+    for name, weight in folded.items():
+        folded[name] = corrected_weight(weight, fitted, ridge)
+    return folded
 
 
 def _inverse(plan: WeightPlan | None, hessian: Tensor, name: str) -> InverseHessian | None:
