@@ -48,11 +48,15 @@ class ChannelMagnitudes:
 class Moments:
     """Second moments of what products read, over tokens: sums of float32 products of a batch.
 
+    Args:
+        dtype: of the sums.
+
     Attributes:
         tokens: how many were added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self._dtype = dtype
         self.tokens = 0
         self._products: Tensor | None = None
         self._lost: Tensor | None = None
@@ -64,24 +68,28 @@ class Moments:
             codes: [t, K], what the products read, C.
             exact: [t, K], the same before it was rounded, U; None: `lost` is not asked for.
         """
-        self._products = _sum(self._products, codes.T @ codes)
+        self._products = self._sum(self._products, codes.T @ codes)
         if exact is not None:
-            self._lost = _sum(self._lost, (exact - codes).T @ codes)
+            self._lost = self._sum(self._lost, (exact - codes).T @ codes)
         self.tokens += codes.shape[0]
 
     @property
     def products(self) -> Tensor:
-        """C^T C: float64 [K, K]; at least one batch must have been added."""
+        """C^T C: [K, K]; at least one batch must have been added."""
         return _added(self._products)
 
     @property
     def lost(self) -> Tensor:
-        """D = (U - C)^T C: float64 [K, K]; `exact` must have been given."""
+        """D = (U - C)^T C: [K, K]; `exact` must have been given."""
         return _added(self._lost)
 
     def hessian(self) -> Tensor:
-        """H = 2/t C^T C (GPTQ): float64 [K, K]."""
+        """H = 2/t C^T C (GPTQ): [K, K]."""
         return self.products * (2.0 / self.tokens)
+
+    def _sum(self, total: Tensor | None, product: Tensor) -> Tensor:
+        product = product.to(self._dtype)
+        return product if total is None else total.add_(product)
 
 
 class SplitMoments:
@@ -89,7 +97,7 @@ class SplitMoments:
 
     def __init__(self) -> None:
         self.fitted = Moments()
-        self.held_out = Moments()
+        self.held_out = Moments(torch.float32)  # they only choose: half the memory
 
     def add(self, codes: Tensor, exact: Tensor | None = None) -> None:
         """Count tokens, see `Moments.add`; the last of the batch are held out."""
@@ -97,11 +105,6 @@ class SplitMoments:
         self.fitted.add(codes[:left], None if exact is None else exact[:left])
         if left < len(codes):
             self.held_out.add(codes[left:], None if exact is None else exact[left:])
-
-
-def _sum(total: Tensor | None, product: Tensor) -> Tensor:
-    product = product.to(torch.float64)
-    return product if total is None else total.add_(product)
 
 
 def _added(value: Tensor | None) -> Tensor:
