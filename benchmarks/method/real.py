@@ -116,13 +116,20 @@ def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
             **changes,
         }
         texts = [str(file) for file in given.calibration]
-        made = child("--child", "quantize", model, folder, json.dumps(options), *texts)
+        note = folder.with_name(f"{folder.name}.json")  # a run that ended while it served goes on
+        if not note.exists():
+            made = child("--child", "quantize", model, folder, json.dumps(options), *texts)
+            note.write_text(json.dumps({"options": options, **made}))
+        made = json.loads(note.read_text())
+        if made.pop("options") != options:
+            raise SystemExit(f"{folder} was made with other options: remove it and {note}.")
     limits = (given.length, given.windows)
     loss = child("--child", "serve", folder, *limits, *given.text)
     config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if folder != model:
         shutil.rmtree(folder)
+        folder.with_name(f"{folder.name}.json").unlink()
     rotation = config.get("provenance", {}).get("options", {}).get("rotation", "")
     return Row(name, loss, bytes=size, rotation=rotation, **made)
 
