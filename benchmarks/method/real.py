@@ -161,11 +161,16 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         losses = " | ".join(f"{row.excess[text]:+.4f}" for text in texts)
         lines.append(
-            f"| {row.name} | {losses} | {row.rotation} | {row.seconds:.0f} | "
-            f"{row.peak_gib:.1f} | {row.bytes / 1e6:.0f} |"
+            f"| {row.name} | {losses} | {row.rotation or '-'} | {_or_dash(row.seconds, 0)} | "
+            f"{_or_dash(row.peak_gib, 1)} | {row.bytes / 1e6:.0f} |"
         )
     full = ", ".join(f"{text} {loss:.4f}" for text, loss in rows[0].loss.items())
     return "\n".join([*lines, "", f"Loss in full precision, nats a token: {full}."])
+
+
+def _or_dash(value: float, digits: int) -> str:
+    """Write a number, or a dash for one that was not measured."""
+    return f"{value:.{digits}f}" if value else "-"
 
 
 def arguments() -> argparse.Namespace:
