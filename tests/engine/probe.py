@@ -54,12 +54,17 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def integer_sums(product: Any, codes: Tensor) -> Tensor:
-    """The prepared linear's own sums: its product with steps of 1, which float32 holds exactly."""
+    """The prepared linear's own sums: its product with steps of 1 and no constant, in float32."""
     plain = copy.copy(product)
     if isinstance(product, PackedLinear):
         plain._form = (*product._form[:-1], torch.float32)
     else:
         plain.spec = dataclasses.replace(product.spec, dtype=torch.float32)
-    plain._buffers = {**product._buffers, "weight_step": torch.ones_like(product.weight_step)}
+    plain._buffers = {
+        **product._buffers,
+        "weight_step": torch.ones_like(product.weight_step),
+        "constant_with_bias": None,
+        "constant_without_bias": None,
+    }
     y: Tensor = plain(codes, None, None, False)
     return y

@@ -107,6 +107,8 @@ def _check_linear(reader: Reader, name: str, tensors: dict[str, Any]) -> None:
     assert torch.equal(tensors["sums"].to(torch.int64), sums), name
     weight_step = torch.cat([reader.read(f"{part}.weight_scale") for part in parts])[:, 0].float()
     y = sums.float() * (1.0 if tensors["step"] is None else tensors["step"]) * weight_step
+    if tensors["step"] is None:
+        y = y + torch.cat([reader.read(f"{part}.output_offset") for part in parts])
     assert torch.equal(tensors["y"], y), name
 
 
