@@ -14,17 +14,13 @@ from pydantic import (
 
 from mergequant_vllm.format.targets import check_pattern, matches
 
-# Fields that may differ from linear to linear.
-OVERRIDABLE: Final = frozenset(
+Rotation = Literal["none", "offline", "online"]  # decided
+
+# Fields that may differ from linear to linear: what has no meaning but for static activations, for
+# those per token, and the others.
+STATIC_ONLY: Final = frozenset(
     {
-        "activations",
         "alpha",
-        "asymmetric",
-        "clipping",
-        "dynamic_bits",
-        "dynamic_zero_points",
-        "group_size",
-        "input_correction",
         "max_extra_channels",
         "reconstruction",
         "segments",
@@ -32,6 +28,18 @@ OVERRIDABLE: Final = frozenset(
         "staggered",
         "static_bits",
         "static_zero_points",
+    }
+)
+DYNAMIC_ONLY: Final = frozenset({"dynamic_bits", "dynamic_zero_points"})
+OVERRIDABLE: Final = (
+    STATIC_ONLY
+    | DYNAMIC_ONLY
+    | {
+        "activations",
+        "asymmetric",
+        "clipping",
+        "group_size",
+        "input_correction",
         "weight_bits",
         "weight_search",
         "weights",
@@ -192,7 +200,7 @@ class Options(BaseModel):
         return any(matches(pattern, name) for pattern in self.ignore)
 
     @property
-    def decided_rotation(self) -> Literal["none", "offline", "online"]:
+    def decided_rotation(self) -> Rotation:
         """`rotation` of options in which it is decided."""
         assert self.rotation != "auto"
         return self.rotation

@@ -102,7 +102,7 @@ class TensorInput:
 
     def relaxed(self, x: Tensor) -> Tensor:
         """x [..., K] clamped to what its codes reach."""
-        return self.rotation(x).clamp(
+        return self.unrounded(x).clamp(
             smallest_code(self.bits) * self.step, largest_code(self.bits) * self.step
         )
 

@@ -22,11 +22,13 @@ class ChannelHistogram:
         counts: float32 [n, B].
         lowest: float64 [n], lower border of the first bin.
         width: float64 [n], of a bin; 0 where a channel has one value.
+        centers: float64 [n, B], of the bins; kept, since each pair of ends is measured on them.
     """
 
     counts: Tensor
     lowest: Tensor
     width: Tensor
+    centers: Tensor
 
     @classmethod
     def of(
@@ -50,13 +52,9 @@ class ChannelHistogram:
         for x in inputs:
             bin_of = ((x - lowest.to(x.dtype)) * scale).to(torch.int64).clamp_(0, bins - 1)
             counts += torch.bincount((bin_of + first).flatten(), minlength=len(counts))
-        return cls(counts.reshape(channels, bins).to(torch.float32), lowest, width)
-
-    @property
-    def centers(self) -> Tensor:
-        """float64 [n, B]."""
-        numbers = torch.arange(self.counts.shape[1], device=self.counts.device) + 0.5
-        return self.lowest[:, None] + self.width[:, None] * numbers
+        numbers = torch.arange(bins, device=lowest.device) + 0.5
+        centers = lowest[:, None] + width[:, None] * numbers
+        return cls(counts.reshape(channels, bins).to(torch.float32), lowest, width, centers)
 
     @property
     def median(self) -> Tensor:

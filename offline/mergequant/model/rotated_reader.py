@@ -8,7 +8,7 @@ space that it reads. Linears that are not quantized are the server's own, which 
 their weights have R2, but neither R4 nor the mixing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,18 +87,17 @@ class RotatedReader(ModelReader):
         self._source = reader
         self._dtype = dtype
         self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
-        online = dict(
-            _of_each_block(
-                architecture,
-                reader.config,
-                online_rotations(architecture, reader.config, rotation, most, heads),
-                unquantized,
-            )
-        )
+        within = online_rotations(architecture, reader.config, rotation, most, heads)
+        online = dict(_of_each_block(architecture, reader.config, within, unquantized))
         config = {**reader.config, "tie_word_embeddings": False}
         super().__init__(reader.folder, config, reader.headers, online)
         rotations = _space_rotations(architecture, reader.config, seed)
-        self._turns = dict(_turns(architecture, reader.config, rotations, online))
+        shared = {
+            x.name: _shared_with_the_server(within[x.name], rotations.get(x.reads))
+            for x in architecture.linears
+            if x.name in within
+        }
+        self._turns = dict(_turns(architecture, reader.config, rotations, shared, online.keys()))
         for name, turn in self._turns.items():
             source = reader.headers.get(turn.source)  # what is missing is for `validate` to name
             if source is not None and turn.constant is None:
@@ -234,16 +233,12 @@ def _of_each_block(
                 yield f"{prefix}{name}", rotation
 
 
-def _what_a_reader_absorbs(
-    online: OnlineRotation | None, offline: Orthogonal | None
-) -> Orthogonal | None:
-    """The rotation of a linear's input, in the weights before it (`offline`) and by the server."""
-    if online is None:
-        return offline
-    if online.heads is not None:
-        assert offline is not None  # R2
-        return across_heads(offline, online.heads[0])
-    return None if online.hadamard is None else hadamard(online.hadamard)
+def _shared_with_the_server(online: OnlineRotation, offline: Orthogonal | None) -> Orthogonal:
+    """The rotation of an input, by the weights before it (`offline`) and then by the server."""
+    if online.hadamard is not None:
+        return hadamard(online.hadamard)
+    assert online.heads is not None and offline is not None  # R2
+    return across_heads(offline, online.heads[0])
 
 
 def _width(architecture: Architecture, config: Mapping[str, Any], space: str) -> int:
@@ -260,9 +255,16 @@ def _turns(
     architecture: Architecture,
     config: Mapping[str, Any],
     rotations: Mapping[str, Orthogonal],
-    online: Mapping[str, OnlineRotation],
+    shared: Mapping[str, Orthogonal],
+    online: Collection[str],
 ) -> Iterator[tuple[str, _Turn]]:
-    """Every tensor that a rotation changes, by full name; biases even if the model has none."""
+    """Every tensor that a rotation changes, by full name; biases even if the model has none.
+
+    Args:
+        rotations: by space, of what the weights do alone.
+        shared: by linear's name within the block, of inputs that the server rotates too.
+        online: full names of the linears whose inputs it does rotate.
+    """
     embedding = f"{architecture.embedding.name}.weight"
     head = f"{architecture.head.name}.weight"
     yield from _norm_turns("", (architecture.final_norm,))
@@ -276,10 +278,9 @@ def _turns(
         prefix = f"{architecture.block.format(block=number)}."
         yield from _norm_turns(prefix, architecture.norms)
         for linear in architecture.linears:
-            writes = rotations.get(linear.writes)
-            reads = _what_a_reader_absorbs(
-                online.get(f"{prefix}{linear.name}"), rotations.get(linear.reads)
-            )
+            writes, reads = rotations.get(linear.writes), rotations.get(linear.reads)
+            if f"{prefix}{linear.name}" in online:
+                reads = shared[linear.name]
             gain = _gain(prefix, norms[linear.reads]) if linear.reads in norms else None
             weight, bias = (f"{prefix}{linear.name}.{part}" for part in ("weight", "bias"))
             if not (writes is None and reads is None):

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from mergequant.model.architecture import Architecture
 from mergequant.model.decoder import Activations, Block, Decoder
-from mergequant.options import Options
+from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
-from mergequant.quantizer.decision import Rotation, possible_rotations
+from mergequant.quantizer.decision import possible_rotations
 from mergequant.quantizer.plan import BlockPlan
 from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan

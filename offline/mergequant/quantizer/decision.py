@@ -8,10 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture, paper_alpha, widths
 from mergequant.model.rotated_reader import online_rotations, refuse_rotation
-from mergequant.options import Options
+from mergequant.options import Options, Rotation
 from mergequant.quantizer.columns import padded_columns
-
-Rotation = Literal["none", "offline", "online"]
 
 
 class Decision(BaseModel):

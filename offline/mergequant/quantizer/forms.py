@@ -7,25 +7,10 @@ from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.architecture import Architecture, Readers, linear_shape, outer_tensors
 from mergequant.model.rotated_reader import online_rotations
-from mergequant.options import Options
+from mergequant.options import DYNAMIC_ONLY, STATIC_ONLY, Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
 from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm, matches
-
-# What an override says of one kind of activations, and has no meaning for the other.
-_DYNAMIC_ONLY = frozenset({"dynamic_bits", "dynamic_zero_points"})
-_STATIC_ONLY = frozenset(
-    {
-        "alpha",
-        "max_extra_channels",
-        "reconstruction",
-        "segments",
-        "split_by",
-        "staggered",
-        "static_bits",
-        "static_zero_points",
-    }
-)
 
 
 def linear_forms(
@@ -162,9 +147,9 @@ def _refuse_idle_field(
     pattern: str, field: str, value: object, inputs: Sequence[StaticInput | DynamicInput]
 ) -> None:
     """Raise InputError where an override's field means nothing to any linear that it matches."""
-    if field in _STATIC_ONLY or (field, value) == ("activations", "static"):
+    if field in STATIC_ONLY or (field, value) == ("activations", "static"):
         kind, meant = "static", any(isinstance(x, StaticInput) for x in inputs)
-    elif field in _DYNAMIC_ONLY:
+    elif field in DYNAMIC_ONLY:
         kind, meant = "per-token", any(isinstance(x, DynamicInput) for x in inputs)
     else:
         return

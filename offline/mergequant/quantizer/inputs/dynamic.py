@@ -87,7 +87,7 @@ class DynamicInput:
 
     def relaxed(self, x: Tensor) -> Tensor:
         """x [..., K] rotated and clamped to what its codes reach: float32 [..., K]."""
-        z = self.rotation(x)
+        z = self.unrounded(x)
         exact = z.detach()
         if self.zero_points:
             low = exact.amin(dim=-1, keepdim=True).clamp(max=0.0)

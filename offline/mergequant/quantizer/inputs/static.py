@@ -223,11 +223,7 @@ class StaticInput:
 
     def relaxed(self, x: Tensor) -> Tensor:
         """Codes of x [..., n] before they are rounded, clamped: float32 [..., K]."""
-        columns = x if self._index is None else x.index_select(-1, self._index)
-        columns = columns if self.offset is None else columns + self.offset
-        return self._without_padding(
-            columns.clamp(smallest_code(self.bits), largest_code(self.bits))
-        )
+        return self.unrounded(x).clamp(smallest_code(self.bits), largest_code(self.bits))
 
     def folded_weight(self, weight: Tensor) -> Tensor:
         """W times the steps, columns reconstructed: [out, n] to [out, K]."""
