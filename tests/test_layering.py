@@ -17,6 +17,9 @@ SHARED = ("format", "format.targets", "packing", "rounding", "kernels.codes")
 SHARED += ("kernels.linear.constant", "kernels.linear.reference", "kernels.linear.spans")
 SHARED += ("kernels.norm_round.reference", "kernels.token_quant.reference")
 SHARED += ("kernels.hadamard.reference",)
+# What calibration multiplies by, where it runs: exact, and several times faster.
+SHARED += ("kernels.hadamard.cpu", "kernels.linear.cpu.int4", "kernels.linear.spec")
+SHARED += ("kernels.norm_round.cpu", "kernels.token_quant.cpu")
 # `mergequant doctor` prints it.
 SHARED += ("doctor",)
 # Modules that may import vLLM as they are imported.

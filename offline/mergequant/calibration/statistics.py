@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 _HELD_OUT = 8  # one token in so many
+# A product with its own transpose is made in so many strips, none narrower than this.
+_PARTS, _LEAST_COLUMNS = 6, 128
 
 
 class ChannelMagnitudes:
@@ -45,6 +47,18 @@ class ChannelMagnitudes:
         return _added(self._energy)
 
 
+def symmetric_product(x: Tensor) -> Tensor:
+    """C^T C of C [t, K]: [K, K]. What lies below the diagonal is copied, not computed."""
+    columns = x.shape[1]
+    size = max(_LEAST_COLUMNS, -(-columns // _PARTS))
+    product = x.new_empty(columns, columns)
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        product[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
+
+
 class Moments:
     """Second moments of what products read, over tokens: sums of float32 products of a batch.
 
@@ -68,7 +82,7 @@ class Moments:
             codes: [t, K], what the products read, C.
             exact: [t, K], the same before it was rounded, U; None: `lost` is not asked for.
         """
-        self._products = self._sum(self._products, codes.T @ codes)
+        self._products = self._sum(self._products, symmetric_product(codes))
         if exact is not None:
             self._lost = self._sum(self._lost, (exact - codes).T @ codes)
         self.tokens += codes.shape[0]

@@ -6,11 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergequant.layers.served_linear import from_stored, served_linear
+from mergequant.layers.native_linear import native_linear
+from mergequant.layers.served_linear import served_linear
 from mergequant.layers.simulated_linear import SimulatedLinear
 from mergequant.model.decoder import Block
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.linear.constant import constant_of
+from mergequant_vllm.packing import unpack
 
 
 def load_stored(
@@ -26,7 +28,9 @@ def load_stored(
         linears: how each quantized linear is stored, by name within the block.
     """
     for name, form in linears.items():
-        block.replace(name, from_stored(form, partial(_read, block, name, tensors), torch.float32))
+        read = partial(_read, block, name, tensors)
+        codes = unpack(read("weight_packed"), form.weight.bits, form.in_features)
+        block.replace(name, _as_served(form, codes, read))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in linears:
@@ -45,7 +49,13 @@ def replace_by_served(
     """
     whole = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
     read = partial(_read, block, name, whole)
-    block.replace(name, served_linear(form, codes, read, torch.float32))
+    block.replace(name, _as_served(form, codes, read))
+
+
+def _as_served(form: LinearFormat, codes: Tensor, read: Callable[[str], Tensor]) -> nn.Module:
+    """The fastest module that computes what the definition says, bit for bit."""
+    native = native_linear(form, codes, read)
+    return served_linear(form, codes, read, torch.float32) if native is None else native
 
 
 def replace_by_simulated(

@@ -15,8 +15,9 @@ from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.token_quant.reference import token_codes
 from mergequant_vllm.rounding import largest_code, round_to_codes, round_to_codes_
 
-# One token in so many screens the ratios of a per-token step, and so many are tried on all.
-_SCREENING, _SCREENED = 8, 3
+# A per-token step has one ratio for the whole linear, which so many tokens settle; one in
+# `_SCREENING` of them screens the ratios, and `_SCREENED` are tried on all of them.
+_TOKENS, _SCREENING, _SCREENED = 4096, 8, 3
 _ROUNDS = 2  # weight steps and clip ratios depend on each other; a third round changes nothing
 
 
@@ -138,15 +139,15 @@ def choose_token_clip(
 ) -> float:
     """The ratio of per-token steps that leaves the least error at the linears' output.
 
-    All ratios are tried on one token in eight; the best three of them then on every token.
-
     Args:
-        inputs: [t, n] each, the linears' input, in batches.
+        inputs: [t, n] each, the linears' input, in batches; tokens at even distances are looked at.
         weights: [out, n], the space's readers stacked.
         grid: [G], ratios tried.
         bits: width of an activation code.
         zero_points: a token has a zero point too.
     """
+
+    apart = max(1, sum(len(x) for x in inputs) // _TOKENS)
 
     def losses(stride: int, ratios: Tensor) -> Tensor:
         parts = (
@@ -155,9 +156,9 @@ def choose_token_clip(
         )
         return torch.stack(list(parts)).sum(dim=0).cpu()
 
-    best = losses(_SCREENING, grid).topk(min(_SCREENED, len(grid)), largest=False).indices
+    best = losses(apart * _SCREENING, grid).topk(min(_SCREENED, len(grid)), largest=False).indices
     left = grid[best.sort().values]
-    return float(left[losses(1, left).argmin()])
+    return float(left[losses(apart, left).argmin()])
 
 
 def token_clip_losses(

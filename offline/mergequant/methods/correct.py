@@ -12,6 +12,7 @@ were held out choose d, or that W stays.
 """
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -31,22 +32,23 @@ class InputMoments(NamedTuple):
         return InputMoments(self.hessian.to(dtype), self.lost.to(dtype))
 
 
-def corrected_weight(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor:
-    """V of the definition, with d = `ridge` times the mean diagonal of H.
+def correction(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor | None:
+    """V - W of the definition, with d = `ridge` times the mean diagonal of H.
 
     Args:
         weight: [out, K], W as the codes of its input expect it.
 
     Returns:
-        [out, K], in its dtype; W itself where H + d I has no Cholesky factor.
+        [out, K], in its dtype; None where H + d I has no Cholesky factor.
     """
-    damped = moments.hessian.to(weight, copy=True)
+    return _solve(weight @ moments.lost.to(weight), moments.hessian, ridge)
+
+
+def _solve(wanted: Tensor, hessian: Tensor, ridge: float) -> Tensor | None:
+    damped = hessian.to(wanted, copy=True)
     damped.diagonal().add_(ridge * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) != 0:
-        return weight
-    wanted = weight @ moments.lost.to(weight)
-    return weight + torch.cholesky_solve(wanted.T, lower).T
+    return torch.cholesky_solve(wanted.T, lower).T if int(failed) == 0 else None
 
 
 def output_error(weight: Tensor, original: Tensor, moments: InputMoments) -> float:
@@ -54,29 +56,37 @@ def output_error(weight: Tensor, original: Tensor, moments: InputMoments) -> flo
 
     That is tr(V H V^T) - 2 tr(W (H + D) V^T), since U^T C = H + D.
     """
-    hessian, lost = moments.hessian.to(weight), moments.lost.to(weight)
-    error = (weight - 2 * original) @ hessian - 2 * original @ lost
-    return float((error * weight).sum(dtype=torch.float64))
+    return _error(weight, original @ (moments.hessian + moments.lost), moments.hessian)
 
 
-def choose_ridge(
+def _error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian - 2 * target) * weight).sum(dtype=torch.float64))
+
+
+def best_correction(
     weight: Tensor,
     fitted: InputMoments,
     held_out: InputMoments,
     ridges: Sequence[float] = RIDGES,
-) -> float | None:
-    """The ridge of least error on tokens held out; None: W serves them best.
+) -> Tensor | None:
+    """V - W with the ridge of least error on tokens held out; None: W serves them best.
 
     Args:
         weight: [out, K], the readers of the input stacked.
         fitted: of the tokens that V is fitted to.
         held_out: of the others.
+
+    Returns:
+        float32 [out, K].
     """
     single = weight.to(torch.float32)
     fitted, held_out = fitted.to(torch.float32), held_out.to(torch.float32)
-    best, least = None, output_error(single, single, held_out)
+    wanted = single @ fitted.lost
+    target = single @ (held_out.hessian + held_out.lost)
+    best, least = None, _error(single, target, held_out.hessian)
     for ridge in ridges:
-        error = output_error(corrected_weight(single, fitted, ridge), single, held_out)
+        added = _solve(wanted, fitted.hessian, ridge)
+        error = inf if added is None else _error(single + added, target, held_out.hessian)
         if error < least:
-            best, least = ridge, error
+            best, least = added, error
     return best

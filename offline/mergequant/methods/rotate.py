@@ -15,7 +15,7 @@ from mergequant_vllm.kernels.hadamard.reference import (
     hadamard_matrix,
     hartley_matrix,
     mix_heads,
-    rotate,
+    rotate_by_matrix,
 )
 
 LARGEST_BLOCK = 128  # divides every Llama's intermediate size
@@ -63,7 +63,11 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class OnlineRotation:
-    """What the server does to an input before it quantizes it.
+    """What the server does to an input before it quantizes it, but for the order of its sums.
+
+    A product with a small matrix is several times faster on a CPU than the server's butterflies in
+    PyTorch. They round differently: of what is near to halfway between two codes, some goes to the
+    other one.
 
     Attributes:
         hadamard: block of the Hadamard rotation; None: none.
@@ -77,7 +81,7 @@ class OnlineRotation:
         """float32 [..., K] to the same."""
         if self.heads is not None:
             x = mix_heads(x, self.heads)
-        return x if self.hadamard is None else rotate(x, self.hadamard)
+        return x if self.hadamard is None else rotate_by_matrix(x, self.hadamard)
 
 
 def orthogonal(size: int, seed: int) -> Orthogonal:

@@ -29,7 +29,6 @@ from mergequant_vllm.rounding import (
 
 _SMALLEST_STEP = 2.0**-24  # smallest positive float16
 _LOWEST_RATIO, _RATIOS = 0.2, 81  # a ratio each hundredth
-_EXPONENT = 2.4  # of GPTQ's authors' search: above 2, so that large weights are clipped less
 _LOOKED_AT = 8  # ratios between two looks at which rows have seen their best
 _SURELY = 1.05  # steps are rounded: a range that shrinks by a hundredth may grow by 2^-8 of itself
 _ELEMENTS_AT_ONCE = 2**18  # of the weight, in a search: its temporaries stay within a cache
@@ -84,7 +83,7 @@ def weight_grid(weight: Tensor, form: WeightForm, search: Search = "minmax") -> 
         weight: float32 or float64 [out, K], migrated. Columns of zeros (padding) change nothing.
         form: how the weight is stored.
         search: `minmax`: the codes span a group's weights (the paper's choice, appendix B); `mse`:
-            the range is shrunk by the ratio that leaves the least sum of |error|^2.4.
+            the range is shrunk by the ratio that leaves the least squared error.
 
     Returns:
         WeightGrid. Symmetric: step = max|W| / (2^(b-1) - 1). Asymmetric: the range of the weights
@@ -186,14 +185,14 @@ def _cut_off(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Te
     top = (largest_code(form.bits) - offset) * step
     bottom = (smallest_code(form.bits) - offset) * step
     beyond = grouped - grouped.clamp(bottom[:, :, None], top[:, :, None])
-    return beyond.abs_().pow_(_EXPONENT).sum(dim=2)
+    return beyond.square_().sum(dim=2)
 
 
 def _error(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
-    """Sum of |error|^2.4 over each group: [out, groups, size] and [out, groups] to the latter."""
+    """Squared error summed over each group: [out, groups, size] to [out, groups]."""
     step, zero = _fit(low, high, form)
     scaled = grouped / step[:, :, None]
     if zero is not None:
         scaled.add_(zero[:, :, None])
     error = round_to_codes(scaled, form.bits).sub_(scaled).mul_(step[:, :, None])
-    return error.abs_().pow_(_EXPONENT).sum(dim=2)
+    return error.square_().sum(dim=2)

@@ -83,6 +83,10 @@ class ModelReader(ABC):
         """Read one tensor; a view that computes it rounds it to the dtype of the source."""
         return self.read(name)
 
+    def residual(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., n] of the stored model as the model seen here has them."""
+        return hidden
+
     def read_block(self, prefix: str) -> dict[str, Tensor]:
         """All tensors below module `prefix`, by their name within it."""
         start = f"{prefix}."

@@ -92,6 +92,7 @@ class RotatedReader(ModelReader):
         config = {**reader.config, "tie_word_embeddings": False}
         super().__init__(reader.folder, config, reader.headers, online)
         rotations = _space_rotations(architecture, reader.config, seed)
+        self._stream = rotations[architecture.embedding.writes]
         shared = {
             x.name: _shared_with_the_server(within[x.name], rotations.get(x.reads))
             for x in architecture.linears
@@ -108,6 +109,10 @@ class RotatedReader(ModelReader):
     def read(self, name: str) -> Tensor:
         """One tensor: rotated in float64 and given as float32; or as stored where nothing turns."""
         return self._read(name, self._dtype)
+
+    def residual(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., n] times R1, in their dtype."""
+        return self._stream.rotate(hidden).to(hidden.dtype)
 
     def read_in_source_dtype(self, name: str) -> Tensor:
         """Read one tensor, rounded to the dtype of the source: what a 16-bit checkpoint holds."""

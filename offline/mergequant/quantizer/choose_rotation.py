@@ -5,7 +5,8 @@ them, and what is compared is the error of a block's output, relative to what th
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mergequant.model.decoder import Activations, Block, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.decision import possible_rotations
-from mergequant.quantizer.plan import BlockPlan
+from mergequant.quantizer.plan import BlockPlan, Plan
 from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan
 
@@ -41,10 +42,10 @@ def resolve_rotation(
     if len(candidates) == 1:
         return candidates[0]
     used = windows[: max(1, _TOKENS // windows.shape[1])]
-    errors = {}
-    for rotation in candidates:
-        errors[rotation] = _error(model, used, _plain(options, rotation), device, progress)
-        logger.info("Rotation %s: error %.4g", rotation, errors[rotation])
+    candidates_options = {rotation: _plain(options, rotation) for rotation in candidates}
+    errors = _errors(model, used, candidates_options, device, progress)
+    for rotation, error in errors.items():
+        logger.info("Rotation %s: error %.4g", rotation, error)
     return min(errors, key=errors.__getitem__)
 
 
@@ -54,28 +55,62 @@ def _plain(options: Options, rotation: Rotation) -> Options:
     return options.model_copy(update={**plain, "rotation": rotation})
 
 
-def _error(
-    model: str | Path, windows: Tensor, options: Options, device: torch.device, progress: bool
-) -> float:
-    """Mean relative squared error of the outputs of the blocks that are tried."""
-    reader, architecture, _ = open_model(model, options)
-    decoder = Decoder(reader, architecture, device)
-    plan = make_plan(architecture, reader.config, options, "")
-    count = len(plan.blocks)
-    tried = sorted({count * (2 * number + 1) // (2 * _BLOCKS) for number in range(_BLOCKS)})
+@dataclass(frozen=True)
+class _Candidate:
+    """A rotation that is tried: the model as it would be quantized, and the plan of that."""
+
+    decoder: Decoder
+    plan: Plan
+
+    @classmethod
+    def of(cls, model: str | Path, options: Options, device: torch.device) -> "_Candidate":
+        reader, architecture, _ = open_model(model, options)
+        plan = make_plan(architecture, reader.config, options, "")
+        return cls(Decoder(reader, architecture, device), plan)
+
+    def error(self, number: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+        """Relative squared error of the output of block `number`, see `_block_error`.
+
+        Args:
+            inputs: what the stored model's block reads, [windows, length, n] each.
+            outputs: what it emits.
+        """
+        turned = [[self.decoder.reader.residual(x) for x in batch] for batch in (inputs, outputs)]
+        with self.decoder.block(number) as block:
+            architecture = self.decoder.architecture
+            return _block_error(block, architecture, self.plan.blocks[number], *turned)
+
+
+def _errors(
+    model: str | Path,
+    windows: Tensor,
+    options: Mapping[Rotation, Options],
+    device: torch.device,
+    progress: bool,
+) -> dict[Rotation, float]:
+    """Mean error of the blocks that are tried, for each rotation."""
+    candidates = {key: _Candidate.of(model, of, device) for key, of in options.items()}
+    plain = open_model(model, next(iter(options.values())).model_copy(update={"rotation": "none"}))
+    decoder = Decoder(plain[0], plain[1], device)
+    blocks = next(iter(candidates.values())).plan.blocks
+    tried = [number for number in _spread(len(blocks)) if blocks[number].readers]
     batches = decoder.embed(windows, len(windows), len(windows)).batches
-    errors = []
-    walk = tqdm(range(tried[-1] + 1), desc=f"Pilot, rotation {options.rotation}", unit="block")
+    sums = dict.fromkeys(candidates, 0.0)
+    walk = tqdm(range(max(tried, default=-1) + 1), desc="Pilot, rotation", unit="block")
     walk.disable = not progress
     for number in walk:
         with decoder.block(number) as block:
             outputs = [block.forward(hidden) for hidden in batches]
-            if number in tried and plan.blocks[number].readers:
-                errors.append(
-                    _block_error(block, architecture, plan.blocks[number], batches, outputs)
-                )
+        if number in tried:
+            for rotation, candidate in candidates.items():
+                sums[rotation] += candidate.error(number, batches, outputs)
         batches = outputs
-    return sum(errors) / len(errors) if errors else 0.0
+    return {rotation: total / max(len(tried), 1) for rotation, total in sums.items()}
+
+
+def _spread(count: int) -> list[int]:
+    """At most `_BLOCKS` numbers below `count`, evenly spaced."""
+    return sorted({count * (2 * number + 1) // (2 * _BLOCKS) for number in range(_BLOCKS)})
 
 
 def _block_error(

@@ -11,7 +11,7 @@ from mergequant.calibration.statistics import SplitMoments
 from mergequant.errors import InputError
 from mergequant.layers.in_block import replace_by_served, replace_by_simulated
 from mergequant.layers.simulated_linear import FixedWeight
-from mergequant.methods.correct import InputMoments, choose_ridge, corrected_weight
+from mergequant.methods.correct import InputMoments, best_correction
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -61,6 +61,7 @@ def quantize_linears(
     del inputs
     weights = _weights(block, plan, source, moments)
     hessian = moments.fitted.hessian()
+    held_out = moments.held_out.hessian() if moments.held_out.tokens else None
     del moments
     inverse = _inverse(plan.weights[names[0]], hessian, block.name_of(names[0]))
     for number, (name, weight_plan) in enumerate(plan.weights.items()):
@@ -74,6 +75,8 @@ def quantize_linears(
         else:
             _refuse_unstorable(weight, weight_plan.form.bits, line.linear)
             rounding = _round(weight, hessian, inverse, weight_plan, line, trained)
+            if held_out is not None:
+                line.loss_held_out = output_loss(weight, rounding.codes, rounding.grid, held_out)
             result = LinearResult(name, line, source, None, offset, rounding)
         if result.rounding is None or not source.is_served:
             _replace_by_simulated(block, result)
@@ -124,12 +127,12 @@ def _weights(
         InputMoments(x.products, x.lost) for x in (moments.fitted, moments.held_out)
     )
     stacked = torch.cat([weight.to(torch.float32) for weight in folded.values()])
-    ridge = choose_ridge(stacked, fitted, held_out)
+    added = best_correction(stacked, fitted, held_out)
     del stacked
-    if ridge is None:
-        return folded
-    for name, weight in folded.items():
-        folded[name] = corrected_weight(weight, fitted, ridge)
+    if added is not None:
+        rows = [len(weight) for weight in folded.values()]
+        for name, part in zip(list(folded), torch.split(added, rows), strict=True):
+            folded[name] = folded[name] + part
     return folded
 
 

@@ -40,6 +40,8 @@ class ReportLine:
         loss: relative squared error at the linear's output, of the codes that it began with.
         loss_rtn: the same of codes rounded to nearest; None: the weight is not rounded.
         loss_gptq: the same of GPTQ's codes; None: there are none.
+        loss_held_out: `loss` on tokens of the calibration text that no weight was fitted to; None:
+            there are none. Much more than `loss`: too little text for so many channels.
         damping: of the Hessian, as a fraction of its mean diagonal; None: none was inverted.
         seconds: by step.
         compensation: of the block, in the line of its first linear; None: nothing was trained.
@@ -51,6 +53,7 @@ class ReportLine:
     loss: float = 0.0
     loss_rtn: float | None = None
     loss_gptq: float | None = None
+    loss_held_out: float | None = None
     damping: float | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: {"calibration": 0.0, "codes": 0.0, "compensation": 0.0}
@@ -65,6 +68,7 @@ class ReportLine:
             **self.input,
             "loss_rtn": self.loss_rtn,
             "loss_gptq": self.loss_gptq,
+            "loss_held_out": self.loss_held_out,
             "damping": self.damping,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from mergequant.methods.correct import (
     InputMoments,
-    choose_ridge,
-    corrected_weight,
+    best_correction,
+    correction,
     output_error,
 )
 
@@ -33,6 +33,12 @@ def weight(out: int = 5, channels: int = 12) -> Tensor:
     return torch.randn(out, channels, generator=generator, dtype=torch.float64)
 
 
+def corrected(w: Tensor, of: InputMoments, ridge: float) -> Tensor:
+    added = correction(w, of, ridge)
+    assert added is not None
+    return w + added
+
+
 def test_it_is_the_least_squares_solution_of_the_definition() -> None:
     exact, rounded = tokens(200)
     w, of = weight(), moments(exact, rounded)
@@ -44,12 +50,12 @@ def test_it_is_the_least_squares_solution_of_the_definition() -> None:
     solved = torch.linalg.lstsq(rows, right).solution.T
     # The normal equations square the condition of `rows`.
     bound = 12 * EPS * float(torch.linalg.cond(rows)) ** 2 * float(solved.norm())
-    assert float((corrected_weight(w, of, ridge) - solved).norm()) < bound
+    assert float((corrected(w, of, ridge) - solved).norm()) < bound
 
 
 def test_an_input_that_loses_nothing_corrects_nothing() -> None:
     exact, _ = tokens(200)
-    assert torch.equal(corrected_weight(weight(), moments(exact, exact), 0.01), weight())
+    assert torch.equal(corrected(weight(), moments(exact, exact), 0.01), weight())
 
 
 def test_the_error_is_that_of_the_outputs() -> None:
@@ -68,10 +74,20 @@ def test_the_error_is_that_of_the_outputs() -> None:
 def test_tokens_held_out_ask_for_it_where_there_are_enough_to_fit() -> None:
     w = weight()
     fitted, held_out = moments(*tokens(2000)), moments(*tokens(500, seed=1))
-    ridge = choose_ridge(w, fitted, held_out)
-    assert ridge is not None
-    before = output_error(w, w, held_out)
-    assert output_error(corrected_weight(w, fitted, ridge), w, held_out) < before
+    added = best_correction(w, fitted, held_out, (0.003, 0.03))
+    assert added is not None
+    errors = {
+        ridge: output_error(corrected(w, fitted, ridge), w, held_out) for ridge in (0.003, 0.03)
+    }
+    best = min(errors, key=errors.__getitem__)
+    assert errors[best] < output_error(w, w, held_out)
+    # Made in float32: the solution's error grows with the condition of what is solved.
+    single = torch.finfo(torch.float32).eps
+    exact = correction(w, fitted, best)
+    assert exact is not None
+    damped = fitted.hessian + best * fitted.hessian.diagonal().mean() * torch.eye(12)
+    bound = 12 * single * float(torch.linalg.cond(damped)) * float(exact.norm())
+    assert float((added - exact).norm()) < bound
 
 
 def test_tokens_held_out_refuse_what_fits_noise() -> None:
@@ -80,9 +96,10 @@ def test_tokens_held_out_refuse_what_fits_noise() -> None:
     # Errors that have nothing to do with the input, of which there are as many as channels.
     rounded = exact + 0.05 * torch.randn(600, 12, generator=generator, dtype=torch.float64)
     few, many = moments(exact[:13], rounded[:13]), moments(exact[13:], rounded[13:])
-    assert choose_ridge(weight(), few, many, ridges=(1e-6,)) is None
+    assert best_correction(weight(), few, many, ridges=(1e-6,)) is None
 
 
 def test_a_singular_input_leaves_the_weight() -> None:
     nothing = InputMoments(torch.zeros(12, 12), torch.zeros(12, 12))
-    assert torch.equal(corrected_weight(weight(), nothing, 0.01), weight())
+    assert correction(weight(), nothing, 0.01) is None
+    assert best_correction(weight(), nothing, nothing) is None

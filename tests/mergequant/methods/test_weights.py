@@ -47,7 +47,7 @@ def slow_error(values: list[float], step: float, zero: int, bits: int) -> float:
     codes = [
         min(max(round(v / step + zero), smallest_code(bits)), largest_code(bits)) for v in values
     ]
-    return math.fsum(abs((q - zero) * step - v) ** 2.4 for q, v in zip(codes, values, strict=True))
+    return math.fsum(((q - zero) * step - v) ** 2 for q, v in zip(codes, values, strict=True))
 
 
 def zeros_of(grid: WeightGrid) -> Tensor:

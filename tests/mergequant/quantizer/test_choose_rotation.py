@@ -33,9 +33,7 @@ def test_the_rotation_of_least_error_is_chosen(
     llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = {"online": 0.5, "none": 0.4}
-    monkeypatch.setattr(
-        choose_rotation, "_error", lambda _, __, options, *___: errors[options.rotation]
-    )
+    monkeypatch.setattr(choose_rotation, "_errors", lambda *_: errors)
     windows = calibration_of(Reader(llama), [text], AUTO)
     assert resolve_rotation(llama, windows, AUTO, CPU, False) == "none"
     errors["none"] = 0.6
@@ -47,7 +45,9 @@ def test_the_error_is_that_of_the_quantized_blocks(llama: Path, text: Path) -> N
 
     def error(**changes: object) -> float:
         options = SMALL.model_copy(update={"alpha": 0.0, **changes})
-        return choose_rotation._error(llama, windows, options, CPU, False)
+        return choose_rotation._errors(
+            llama, windows, {options.decided_rotation: options}, CPU, False
+        )[options.decided_rotation]
 
     eight = error(weight_bits=8, static_bits=8, dynamic_bits=8)
     # 16 times finer steps leave 256 times less, if nothing else is lost.
@@ -59,9 +59,7 @@ def test_the_error_is_that_of_the_quantized_blocks(llama: Path, text: Path) -> N
 def test_what_was_chosen_is_what_the_checkpoint_says(
     tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        choose_rotation, "_error", lambda _, __, options, *___: float(options.rotation == "none")
-    )
+    monkeypatch.setattr(choose_rotation, "_errors", lambda *_: {"online": 0.0, "none": 1.0})
     folder = quantize(llama, tmp_path / "out", [text], AUTO, progress=False)
     chosen = parse(json.loads((folder / "config.json").read_text())["quantization_config"])
     assert chosen.provenance.options["rotation"] == "online"

@@ -124,7 +124,7 @@ class ChannelCalibration:
         folded: the norm with 1/s in its multiplier.
         shift: float64 [n], z, what the code 0 stands for; None where codes are symmetric.
         energy: float64 [n], sum of X^2 over the tokens.
-        clip: float64 [n], ratios c.
+        clip: float64 [n], ratios c; with zero points, how much of what was seen the codes span.
     """
 
     folded: FoldedNorm
@@ -147,38 +147,52 @@ def calibrate_channels(
     for x in inputs:
         magnitudes.add(x)
     refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
-    if plan.zero_points:
-        low, high = magnitudes.lowest, magnitudes.highest
-        if plan.clip is not None:
-            histogram = ChannelHistogram.of(inputs, low, high, plan.bits)
-            low, high = trim_ends(histogram, plan.clip.grid(), plan.bits)
-        spans = ChannelRange.between(low.to(torch.float32), high.to(torch.float32), plan.bits)
+    seen = _span(plan, magnitudes.lowest, magnitudes.highest)
+    spans, clip = seen, torch.ones_like(seen.extent, dtype=torch.float64)
+    if plan.clip is not None and plan.zero_points:
+        # Ends that were searched need no ratio beside them: searched as well, it stays 1.
+        histogram = ChannelHistogram.of(inputs, magnitudes.lowest, magnitudes.highest, plan.bits)
+        spans = _span(plan, *trim_ends(histogram, plan.clip.grid(), plan.bits))
+        step = activation_steps(spans.extent, clip, spans.levels)
+        clip = torch.where(seen.extent > 0, spans.extent / seen.extent, clip)
+    elif plan.clip is not None:
+        clip = _channel_clips(plan, plan.clip, inputs, weights, spans)
+        step = activation_steps(spans.extent, clip, spans.levels)
     else:
-        spans = ChannelRange.symmetric(magnitudes.largest, plan.bits)
-    clip = _channel_clips(plan, inputs, weights, spans)
+        step = _unclipped_steps(plan, weights, spans)
     folded = fold_norm(
         block.source_tensors[f"{plan.norm.name}.weight"].to(clip.device),
         None,
-        _steps(plan, weights, spans, clip),
+        step,
         one_plus=plan.norm.multiplier == "one_plus",
     )
     return ChannelCalibration(folded, spans.shift(folded.step), magnitudes.energy, clip)
 
 
-def _steps(plan: StaticInputPlan, weights: Tensor, spans: ChannelRange, clip: Tensor) -> Tensor:
-    if plan.step == "channel":
-        return activation_steps(spans.extent, clip, spans.levels)
+def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRange:
+    """What codes are to reach from `lowest` to `highest`: [n] each."""
+    low, high = lowest.to(torch.float32), highest.to(torch.float32)
+    if plan.zero_points:
+        return ChannelRange.between(low, high, plan.bits)
+    return ChannelRange.symmetric(torch.maximum(high, -low), plan.bits)
+
+
+def _unclipped_steps(plan: StaticInputPlan, weights: Tensor, spans: ChannelRange) -> Tensor:
     if plan.step == "tensor":
         return tensor_steps(spans.extent, plan.bits)
-    return smooth_steps(spans.extent, weights.abs().amax(dim=0), plan.bits)
+    if plan.step == "smooth":
+        return smooth_steps(spans.extent, weights.abs().amax(dim=0), plan.bits)
+    return activation_steps(spans.extent, torch.ones_like(spans.extent), spans.levels)
 
 
 def _channel_clips(
-    plan: StaticInputPlan, inputs: Sequence[Tensor], weights: Tensor, spans: ChannelRange
+    plan: StaticInputPlan,
+    search: ClipSearch,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    spans: ChannelRange,
 ) -> Tensor:
-    if plan.clip is None:
-        return torch.ones_like(spans.extent, dtype=torch.float64)
-    grid = plan.clip.grid()
+    grid = search.grid()
     sums = ChannelClipStatistics.empty(len(grid), len(spans.extent), spans.extent.device)
     for x in inputs:
         sums.add(x, spans, grid, plan.bits)
