@@ -137,7 +137,7 @@ class Options(BaseModel):
     head_bits: Literal[8, 16] = 16
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
     compensation_rank: int = Field(default=64, ge=0)
-    compensation_epochs: int = Field(default=8, ge=1)
+    compensation_epochs: int = Field(default=4, ge=1)
     compensation_samples: int = Field(default=256, ge=2)
     compensation_learning_rate: float = Field(default=0.01, gt=0)
     statistics_samples: int = Field(default=32, ge=1)
