@@ -34,6 +34,7 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W4A4": {},
     "W4A8 --fast": {**FAST, **EIGHT},
     "W8A8 --fast": {**FAST, **EIGHT, "weight_bits": 8},
+    "W4A4 --fast --average-bits 5": {**FAST, "average_bits": 5.0},
     "W4A4 plain": PLAIN,
     "W4A4 plain --rotation none": {**PLAIN, "rotation": "none"},
     "W4A4 plain --no-static-zero-points": {**PLAIN, "static_zero_points": False},

@@ -46,6 +46,8 @@ HELP = {
     "gptq_block": "Columns that GPTQ updates at once.",
     "lowest_clip": "Smallest clip ratio tried.",
     "clip_points": "Clip ratios tried.",
+    "average_bits": "Spend up to so many bits on average: 8 where that saves most (4 to 8).",
+    "within": "Spend bits until the loss added is estimated to be this, in nats a token.",
     "ignore": "Linears that stay in 16 bits: a name, or re:PATTERN. Repeatable.",
     "overrides": "What differs for some: weight_bits=8,static_bits=8@re:PATTERN. Repeatable.",
     "seed": "Picks the calibration windows.",
@@ -157,7 +159,7 @@ def _type(name: str) -> Any:
     if name in ("ignore", "overrides"):
         return list[str]
     annotation = Options.model_fields[name].annotation
-    if annotation in (bool, int, float, int | None):
+    if annotation in (bool, int, float, int | None, float | None):
         return annotation
     choice_of_numbers = isinstance(Options.model_fields[name].default, int)  # such as 4 or 8
     return int if choice_of_numbers else str

@@ -102,6 +102,11 @@ class Options(BaseModel):
         gptq_block: columns that GPTQ updates at once.
         lowest_clip: smallest clip ratio tried.
         clip_points: clip ratios tried, evenly spaced from `lowest_clip` to 1.
+        average_bits: mean width of weights and inputs over all multiplications that may be spent:
+            the most sensitive linears get 8-bit inputs, then 8-bit weights, see `choose_bits`;
+            None: no linear is given more than it is by the other options.
+        within: the same until the loss that rounding is estimated to add, in nats a token, is not
+            more than this.
         ignore: patterns on full module names: linears that stay in 16 bits.
         overrides: by pattern, the fields that differ for the linears whose full names it matches;
             of several that match, the later one counts. A pattern is a module's name, or `re:` and
@@ -147,6 +152,8 @@ class Options(BaseModel):
     gptq_block: int = Field(default=128, ge=1)
     lowest_clip: float = Field(default=0.4, gt=0, le=1)
     clip_points: int = Field(default=13, ge=2)
+    average_bits: float | None = Field(default=None, ge=3, le=8)
+    within: float | None = Field(default=None, gt=0)
     ignore: tuple[str, ...] = ()
     overrides: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     seed: int = 0

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
@@ -120,6 +121,33 @@ class Decoder:
         self._model.tie_weights()
         return self._model.requires_grad_(False)
 
+    def loss_gradient(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Gradient of the next tokens' summed loss with respect to the last block's output.
+
+        Args:
+            hidden: that output, [windows, length, n].
+            ids: the windows' tokens, int64 [windows, length].
+
+        Returns:
+            like `hidden`.
+        """
+        reader, architecture = self.reader, self.architecture
+        norm = self._model.get_submodule(architecture.final_norm.name)
+        weight = reader.read(f"{architecture.final_norm.name}.weight")
+        norm.load_state_dict({"weight": weight.to(self.device, torch.float32)}, assign=True)
+        tied = self.reader.config.get("tie_word_embeddings", False)
+        owner = architecture.embedding if tied else architecture.head
+        table = reader.read(f"{owner.name}.weight").to(self.device, torch.float32)
+        gradients = []
+        for window, tokens in zip(hidden, ids.to(self.device), strict=True):
+            x = window.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = F.linear(norm(x)[:-1], table)
+                loss = F.cross_entropy(logits, tokens[1:], reduction="sum")
+            gradients += torch.autograd.grad(loss, x)
+        norm.to("meta")
+        return torch.stack(gradients)
+
     def walk(
         self, batches: list[Tensor], blocks: int, title: str, shown: bool
     ) -> Iterator["Block"]:
@@ -198,6 +226,28 @@ class Decoder:
         return "sliding_attention" if sliding else "full_attention"
 
 
+@dataclass(frozen=True)
+class LinearGradient:
+    """What a linear read, and the loss's gradients there.
+
+    Attributes:
+        x: [tokens, n], its input, as the server rotates it.
+        by_input: [tokens, n], with respect to the input, through all linears that share it.
+        by_output: [tokens, out], with respect to the output.
+    """
+
+    x: Tensor
+    by_input: Tensor
+    by_output: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "LinearGradient":
+        """Of an input and an output whose gradients were kept."""
+        assert x.grad is not None and y.grad is not None
+        parts = (x.detach(), x.grad, y.grad)
+        return cls(*(part.reshape(-1, part.shape[-1]) for part in parts))
+
+
 class Block:
     """One loaded block.
 
@@ -249,6 +299,41 @@ class Block:
         with torch.set_grad_enabled(gradient):
             output: Tensor = self.module(hidden, **arguments)
         return output
+
+    def backward(
+        self, hidden: Tensor, gradient: Tensor, linears: Sequence[str]
+    ) -> tuple[Tensor, dict[str, "LinearGradient"]]:
+        """Carry a gradient from the block's output to its input.
+
+        Args:
+            hidden: the block's input, [windows, length, n].
+            gradient: of the loss with respect to the output, likewise.
+            linears: names within the block, not yet quantized.
+
+        Returns:
+            the gradient with respect to `hidden`, and what each of `linears` saw.
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            for tensor in (inputs[0], output):
+                tensor.retain_grad()
+            seen[name] = inputs[0], output
+
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, name=name: keep(name, inputs, output)
+            )
+            for name in linears
+        ]
+        leaf = hidden.detach().requires_grad_()
+        try:
+            torch.autograd.backward(self.forward(leaf, gradient=True), gradient)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert leaf.grad is not None
+        return leaf.grad, {name: LinearGradient.of(*pair) for name, pair in seen.items()}
 
     def leave_behind(
         self, linears: Sequence[str], norm: str, batches: list[Tensor], known: Sequence[Tensor]

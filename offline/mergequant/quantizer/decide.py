@@ -1,4 +1,4 @@
-"""The pilots, one after the other: rotation first, then reconstruction of what is rotated."""
+"""The pilots, one after the other: rotation, bits of what is rotated, then reconstruction."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
+from mergequant.quantizer.choose_bits import resolve_bits
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
 from mergequant.quantizer.choose_rotation import resolve_rotation
-from mergequant.quantizer.decision import Decision
+from mergequant.quantizer.decision import Decision, with_bits
 from mergequant.quantizer.prepare import open_model
 
 
@@ -26,4 +27,7 @@ def decide(
     rotated = options.model_copy(update={"rotation": rotation})
     reader, architecture, _ = open_model(model, rotated)
     decoder = Decoder(reader, architecture, device)
-    return resolve_reconstruction(decoder, windows, rotated, progress)
+    bits = resolve_bits(decoder, windows, rotated, progress)
+    widened = rotated.model_copy(update={"overrides": with_bits(rotated.overrides, bits)})
+    decision = resolve_reconstruction(decoder, windows, widened, progress)
+    return decision.model_copy(update={"bits": bits})

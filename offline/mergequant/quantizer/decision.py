@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture, paper_alpha, widths
@@ -13,7 +13,11 @@ from mergequant.quantizer.columns import padded_columns
 
 
 class Decision(BaseModel):
-    """What the options left to be measured: fields of `Options`, decided."""
+    """What the options left to be measured: fields of `Options`, decided.
+
+    Attributes:
+        bits: by full name of a linear, the widths that `average_bits` or `within` gave it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,10 +25,14 @@ class Decision(BaseModel):
     reconstruction: Literal["none", "prune", "pad"]
     alpha: float = Field(ge=0)
     max_extra_channels: float = Field(gt=0)
+    bits: dict[str, dict[str, int]] = Field(default_factory=dict)
 
     def applied_to(self, options: Options) -> Options:
         """`options` with nothing left to be measured."""
-        return options.model_copy(update=self.model_dump())
+        overrides = with_bits(options.overrides, self.bits)
+        return options.model_copy(
+            update={**self.model_dump(exclude={"bits"}), "overrides": overrides}
+        )
 
     @classmethod
     def read(cls, kept: Mapping[str, Any]) -> "Decision | None":
@@ -59,6 +67,14 @@ class Decision(BaseModel):
             alpha=alpha,
             max_extra_channels=options.max_extra_channels,
         ).applied_to(options)
+
+
+def with_bits(
+    overrides: Mapping[str, Mapping[str, JsonValue]], bits: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, JsonValue]]:
+    """Overrides of the user with the widths that were chosen, which count over them."""
+    merged = {name: {**overrides.get(name, {}), **fields} for name, fields in bits.items()}
+    return {**{key: dict(value) for key, value in overrides.items() if key not in bits}, **merged}
 
 
 def possible_rotations(

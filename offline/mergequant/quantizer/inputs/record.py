@@ -65,6 +65,10 @@ class InputPlan(Protocol):
     def kind(self) -> str:
         """`static` or `dynamic`, for the report."""
 
+    @property
+    def bits(self) -> int:
+        """Width of an activation code."""
+
     def calibrate(
         self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
     ) -> tuple[CalibratedInput, list[Tensor]]:
