@@ -13,7 +13,6 @@ from mergequant.options import Options
 
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
-    "activation_step": "channel, or a baseline: tensor, smooth.",
     "rotation": "none, offline, online, or auto: what measures best.",
     "hadamard_block": "Largest block of the online rotation.",
     "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",
@@ -40,7 +39,7 @@ HELP = {
     "compensation_samples": "Windows to train on.",
     "compensation_learning_rate": "Of AdamW, in weight steps.",
     "statistics_samples": "Windows for steps and clips.",
-    "gptq_samples": "Windows for GPTQ.",
+    "gptq_samples": "Windows for GPTQ; by default by the model's width.",
     "sequence_length": "Tokens in a window.",
     "damping": "Fraction of the Hessian's diagonal.",
     "gptq_block": "Columns that GPTQ updates at once.",

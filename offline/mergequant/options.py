@@ -53,9 +53,6 @@ class Options(BaseModel):
     Attributes:
         activations: `static`: per-channel steps migrated into the norms, o and down per token (the
             paper's scheme); `dynamic`: a step per token for every linear (the baseline).
-        activation_step: of the norm-fed linears: one a `channel` (the paper); one for the whole
-            `tensor`; one for the tensor after its channels were evened out as SmoothQuant does,
-            `smooth`. The last two are the static baselines of the paper's tables.
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
             weights (R1, R2); `online`: also down's input, by the server (R4); `auto`: `online` or
             `none`, what measures best, see `choose_rotation`.
@@ -96,7 +93,9 @@ class Options(BaseModel):
         compensation_samples: windows of text to train on, some of them held out (paper B: 256).
         compensation_learning_rate: of AdamW, in weight steps; decays linearly to 0.
         statistics_samples: windows of text for steps and clip ratios (paper B: 32).
-        gptq_samples: windows of text for Hessians (paper B: 256).
+        gptq_samples: windows of text for Hessians (paper B: 256); None: as many as make 21 tokens
+            for each channel of the widest input, with which the error on other text is a tenth
+            above that on this one, see `Samples`.
         sequence_length: tokens in a window (paper B: 2048).
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         gptq_block: columns that GPTQ updates at once.
@@ -119,7 +118,6 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     activations: Literal["static", "dynamic"] = "static"
-    activation_step: Literal["channel", "tensor", "smooth"] = "channel"
     rotation: Literal["none", "offline", "online", "auto"] = "auto"
     hadamard_block: int = Field(default=128, ge=2)
     mix_heads: int = Field(default=0, ge=0)
@@ -143,11 +141,11 @@ class Options(BaseModel):
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
     compensation_rank: int = Field(default=64, ge=0)
     compensation_epochs: int = Field(default=4, ge=1)
-    compensation_samples: int = Field(default=256, ge=2)
+    compensation_samples: int = Field(default=64, ge=2)
     compensation_learning_rate: float = Field(default=0.01, gt=0)
     statistics_samples: int = Field(default=32, ge=1)
-    gptq_samples: int = Field(default=256, ge=1)
-    sequence_length: int = Field(default=2048, ge=16)
+    gptq_samples: int | None = Field(default=None, ge=1)
+    sequence_length: int = Field(default=512, ge=16)
     damping: float = Field(default=0.01, gt=0)
     gptq_block: int = Field(default=128, ge=1)
     lowest_clip: float = Field(default=0.4, gt=0, le=1)
@@ -158,17 +156,6 @@ class Options(BaseModel):
     overrides: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
-
-    @model_validator(mode="after")
-    def _baselines_are_plain(self) -> Self:
-        plain = self.clipping == "none" and self.reconstruction == "none" and self.segments is None
-        plain = plain and not self.static_zero_points
-        if self.activation_step != "channel" and not plain:
-            raise ValueError(
-                f"activation_step {self.activation_step!r} has no channels to clip, reconstruct or "
-                "sort: give --clipping none --reconstruction none --no-static-zero-points"
-            )
-        return self
 
     @model_validator(mode="after")
     def _steps_along_k_are_of_one_kind(self) -> Self:

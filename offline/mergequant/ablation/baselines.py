@@ -1,17 +1,21 @@
 """Baselines of the paper's tables that no checkpoint can hold: plans with parts replaced."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from mergequant.calibration.statistics import ChannelMagnitudes
+from mergequant.methods.clip import ChannelRange
+from mergequant.methods.migrate import smooth_steps, tensor_steps
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.decoder import Block
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.record import CalibratedInput
+from mergequant.quantizer.inputs.static import StaticInputPlan
 from mergequant.quantizer.plan import BlockPlan, Plan, ReadersPlan
 from mergequant_vllm.rounding import SMALLEST_STEP, largest_code, round_to_codes, smallest_code
 
@@ -21,17 +25,21 @@ class Baseline:
     """What of the method a row goes without.
 
     Attributes:
+        norm_step: of the norm-fed linears: one a `channel` (the paper); one for the whole `tensor`;
+            one for the tensor after its channels were evened out as SmoothQuant does, `smooth`
+            (Tables 1 and 4).
         tensor_mix: o and down have one static step for the tensor (Tables 1 and 4).
         kept_weights: weights stay in floating point (Table 7).
     """
 
+    norm_step: Literal["channel", "tensor", "smooth"] = "channel"
     tensor_mix: bool = False
     kept_weights: bool = False
 
     @property
     def exported(self) -> bool:
         """Whether a checkpoint can hold the row; else it runs in the reference engine alone."""
-        return not (self.tensor_mix or self.kept_weights)
+        return self.norm_step == "channel" and not (self.tensor_mix or self.kept_weights)
 
     def change(self, plan: Plan) -> Plan:
         """The plan of this baseline, made of the whole method's."""
@@ -47,12 +55,32 @@ class Baseline:
         source, weights = readers.input, readers.weights
         if self.tensor_mix and isinstance(source, DynamicInputPlan):
             source = TensorInputPlan(source.bits, source.rotation)
+        if self.norm_step != "channel" and isinstance(source, StaticInputPlan):
+            fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
+            source = OneStepPlan(**fields, smooth=self.norm_step == "smooth")
         if self.kept_weights:
             weights = dict.fromkeys(weights)
         return replace(readers, input=source, weights=weights)
 
 
 PLAIN: Final = Baseline()
+
+
+@dataclass(frozen=True)
+class OneStepPlan(StaticInputPlan):
+    """One static step for all channels behind a norm; nothing is clipped.
+
+    Attributes:
+        smooth: the channels are evened out first, as SmoothQuant does.
+    """
+
+    smooth: bool = False
+
+    def unclipped_steps(self, spans: ChannelRange, weights: Tensor) -> Tensor:
+        """Equal steps, or those that even the channels out and then are equal: float64 [n]."""
+        if self.smooth:
+            return smooth_steps(spans.extent, weights.abs().amax(dim=0), self.bits)
+        return tensor_steps(spans.extent, self.bits)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _decide(
     decided = resolve_reconstruction(decoder, windows, options, progress)
     if decided.reconstruction == "none":  # the rows are then equal to those without
         return {"reconstruction": "none"}
-    return decided.model_dump(exclude={"rotation"})  # the rows name it
+    return decided.model_dump(exclude={"rotation", "bits"})  # the rows name them
 
 
 def describe(shapes: Shapes) -> str:

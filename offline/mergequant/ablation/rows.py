@@ -21,7 +21,6 @@ Shapes = Mapping[str, Mapping[str, Any]]
 # Nothing of the method but per-channel steps (QSM), o and down per token, and GPTQ.
 _QSM: Mapping[str, Any] = {
     "activations": "static",
-    "activation_step": "channel",
     "rotation": "none",
     "static_bits": 4,
     "dynamic_bits": 4,
@@ -39,6 +38,8 @@ _QSM: Mapping[str, Any] = {
     "mix_heads": 0,
     "clipping": "none",
     "compensation_rank": 0,
+    "average_bits": None,
+    "within": None,
 }
 
 
@@ -65,7 +66,8 @@ class Row:
         """Options as the row's record has them."""
         if self.options is None:
             return None
-        given = {name: True for name, value in asdict(self.baseline).items() if value}
+        plain = asdict(PLAIN)
+        given = {x: value for x, value in asdict(self.baseline).items() if value != plain[x]}
         return {**self.options.model_dump(mode="json"), **given}
 
 
@@ -119,7 +121,7 @@ def key_of(options: Options, baseline: Baseline = PLAIN) -> str:
     """A file's name that says every field in which rows differ; equal for equal rows."""
     parts: list[str] = [options.activations]
     if options.activations == "static":
-        parts = [f"static-{options.activation_step}"]
+        parts = [f"static-{baseline.norm_step}"]
         parts += ["mix-tensor"] * (baseline.tensor_mix)
     parts += [f"rotation-{options.rotation}"] * (options.rotation != "none")
     parts += ["none" if baseline.kept_weights else options.weights]

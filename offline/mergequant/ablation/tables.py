@@ -13,9 +13,8 @@ from mergequant.quantizer.columns import reconstructed_columns
 NAMES = ("table1", "table4", "table5", "table7")  # what `--paper` takes
 FIGURE1 = "figure1"
 
-_TENSOR_MIX = Baseline(tensor_mix=True)
-_TENSOR: Mapping[str, Any] = {"activation_step": "tensor", "baseline": _TENSOR_MIX}
-_SMOOTH: Mapping[str, Any] = {"activation_step": "smooth", "baseline": _TENSOR_MIX}
+_TENSOR: Mapping[str, Any] = {"baseline": Baseline(norm_step="tensor", tensor_mix=True)}
+_SMOOTH: Mapping[str, Any] = {"baseline": Baseline(norm_step="smooth", tensor_mix=True)}
 _DYNAMIC: Mapping[str, Any] = {"activations": "dynamic"}
 _FULL = Row(FULL, "full precision", None, "FP16")
 
@@ -119,7 +118,7 @@ def _steps(make: RowMaker, rotation: str, start: str) -> list[Row]:
     clipped = {**shaped, "clipping": "adaptive"}
     rows = [
         step("static per tensor", "QuaRot & Static", **_TENSOR),
-        step("+ o and down per token", activation_step="tensor"),
+        step("+ o and down per token", baseline=Baseline(norm_step="tensor")),
         step("+ QSM: steps per channel"),
         step("+ reconstruction", "+ QSM", **shaped),
         step("+ clipping", "+ Clipping", **clipped),

@@ -63,12 +63,14 @@ def calibration_of(
     """
     sources = calibration_sources(calibration)
     context = reader.config.get("max_position_embeddings")
-    samples = samples_of(options)
+    length = window_length(options.sequence_length, context)
+    architecture = find(reader.config.get("model_type"))
+    samples = samples_of(options, architecture, reader.config, length)
     return calibration_windows(
         sources,
         load_tokenizer(reader.folder),
         samples=max(samples.statistics, samples.hessians, samples.training),
-        length=window_length(options.sequence_length, context),
+        length=length,
         seed=options.seed,
     )
 

@@ -6,7 +6,7 @@ Nothing below this file looks at `Options`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergequant.model.architecture import Architecture, Norm, Readers
+from mergequant.model.architecture import Architecture, Norm, Readers, linear_shape
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.quantizer.columns import columns_plan
@@ -30,15 +30,23 @@ from mergequant.quantizer.plan import (
 )
 from mergequant_vllm.format import LinearForm, WeightForm
 
+# SmolLM2-135M: with 21 tokens a channel the error of the widest linears on held-out text is 1.29
+# times that on the text that GPTQ saw, of all others 1.1 times; with 3 tokens it is 2.7 times.
+_TOKENS_A_CHANNEL = 21
 
-def samples_of(options: Options) -> Samples:
-    """Windows for statistics, Hessians and training."""
+
+def samples_of(
+    options: Options, architecture: Architecture, config: Mapping[str, Any], length: int
+) -> Samples:
+    """Windows of `length` tokens for statistics, Hessians and training."""
     training = options.compensation_samples if options.compensated else 0
-    return Samples(
-        options.statistics_samples,
-        options.gptq_samples if options.weights == "gptq" else options.statistics_samples,
-        training,
-    )
+    hessians = options.gptq_samples
+    if options.weights == "rtn":
+        hessians = options.statistics_samples
+    elif hessians is None:
+        widest = max(linear_shape(architecture, x, config)[1] for x in architecture.linears)
+        hessians = max(options.statistics_samples, -(-_TOKENS_A_CHANNEL * widest // length))
+    return Samples(options.statistics_samples, hessians, training)
 
 
 def make_plan(
@@ -70,7 +78,9 @@ def make_plan(
         prefix = f"{architecture.block.format(block=number)}."
         readers = tuple(_readers_plans(architecture, config, options, prefix, forms))
         blocks.append(BlockPlan(readers, checkpoint.block_linears(number), training))
-    return Plan(tuple(blocks), samples_of(options), checkpoint)
+    context = config.get("max_position_embeddings") or options.sequence_length
+    length = min(options.sequence_length, context)
+    return Plan(tuple(blocks), samples_of(options, architecture, config, length), checkpoint)
 
 
 def _readers_plans(
@@ -111,7 +121,6 @@ def static_input_plan(own: Options, norm: Norm, columns: ColumnsPlan | None) -> 
         norm=norm,
         bits=own.static_bits,
         zero_points=own.static_zero_points,
-        step=own.activation_step,
         clip=None if own.clipping == "none" else _clip_search(own),
         columns=columns,
         weight_bits=own.weight_bits,

@@ -47,7 +47,7 @@ def test_full_precision_runs_first_and_each_row_once() -> None:
     assert len(rows) == len({row.key for row in rows}) == 27
 
 
-TENSOR = {"activation_step": ("tensor", "channel")}
+TENSOR = {"norm_step": ("tensor", "channel")}
 STEPS: list[dict[str, tuple[Any, Any]]] = [
     {"tensor_mix": (True, False)},
     TENSOR,

@@ -21,8 +21,6 @@ from mergequant.methods.migrate import (
     activation_steps,
     fold_norm,
     migrate_weight,
-    smooth_steps,
-    tensor_steps,
 )
 from mergequant.methods.reconstruct import (
     Reconstruction,
@@ -74,8 +72,6 @@ class StaticInputPlan:
         norm: whose multiplier will carry 1/s.
         bits: width of an activation code.
         zero_points: channels have zero points.
-        step: one a `channel` (the paper), one for the whole `tensor`, or that after SmoothQuant
-            (`smooth`): the static baselines of the paper's tables.
         clip: None: nothing is clipped.
         columns: None: the channels as they are, and nothing is gathered.
         weight_bits: width of the readers' weight codes, for the clip search.
@@ -84,7 +80,6 @@ class StaticInputPlan:
     norm: Norm
     bits: int
     zero_points: bool
-    step: Literal["channel", "tensor", "smooth"]
     clip: ClipSearch | None
     columns: ColumnsPlan | None
     weight_bits: int
@@ -114,6 +109,15 @@ class StaticInputPlan:
         tensors = {name: folded.to(block.source_tensors[name].dtype)}
         # What was observed is not yet divided by the steps, which no division can make up for.
         return static_input(calibration, columns, self.bits, report, tensors), []
+
+    def unclipped_steps(self, spans: ChannelRange, weights: Tensor) -> Tensor:
+        """Steps with which nothing is clipped: float64 [n].
+
+        Args:
+            spans: what the channels span.
+            weights: [out, n], of all readers, for plans whose steps depend on them.
+        """
+        return activation_steps(spans.extent, torch.ones_like(spans.extent), spans.levels)
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def calibrate_channels(
         clip = _channel_clips(plan, plan.clip, inputs, weights, spans)
         step = activation_steps(spans.extent, clip, spans.levels)
     else:
-        step = _unclipped_steps(plan, weights, spans)
+        step = plan.unclipped_steps(spans, weights)
     folded = fold_norm(
         block.source_tensors[f"{plan.norm.name}.weight"].to(clip.device),
         None,
@@ -175,14 +179,6 @@ def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRang
     if plan.zero_points:
         return ChannelRange.between(low, high, plan.bits)
     return ChannelRange.symmetric(torch.maximum(high, -low), plan.bits)
-
-
-def _unclipped_steps(plan: StaticInputPlan, weights: Tensor, spans: ChannelRange) -> Tensor:
-    if plan.step == "tensor":
-        return tensor_steps(spans.extent, plan.bits)
-    if plan.step == "smooth":
-        return smooth_steps(spans.extent, weights.abs().amax(dim=0), plan.bits)
-    return activation_steps(spans.extent, torch.ones_like(spans.extent), spans.levels)
 
 
 def _channel_clips(
