@@ -96,6 +96,7 @@ RESOLVES_OPTIONS |= {
     f"quantizer/{name}.py"
     for name in (
         "choose_reconstruction",
+        "choose_bits",
         "choose_rotation",
         "columns",
         "decide",

@@ -69,13 +69,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         run(llama, tmp_path / "out", text, "table4")
     finished, asked = rows(tmp_path / "out"), len(quantizer.exported)
-    assert len(finished) == 8 and asked == 6  # the rotated half, one in memory, full precision
+    assert len(finished) == 9 and asked == 5  # the rotated half, two in memory, full precision
     assert "not run" in (tmp_path / "out" / "ablation.md").read_text()
-    half = tmp_path / "out" / "checkpoints" / "static-tensor.gptq" / "half"
+    half = tmp_path / "out" / "checkpoints" / "static-channel.gptq" / "half"
     assert half.exists()  # the quantizer's own finished blocks would be here
     quantizer.fails = {}
     run(llama, tmp_path / "out", text, "table4")
-    assert len(quantizer.exported) == asked + 5
+    assert len(quantizer.exported) == asked + 4
     assert len(rows(tmp_path / "out")) == 13
 
 
