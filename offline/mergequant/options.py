@@ -87,8 +87,10 @@ class Options(BaseModel):
             16: the head stays as it is. A head tied to the embedding becomes a tensor of its own.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
+        compensation: what is trained: `elementwise`, every weight by itself; `low_rank`, matrices
+            that are merged (paper 4.3).
         compensation_rank: r of the low-rank matrices that are trained and merged (paper 4.3); 0:
-            none.
+            nothing is trained, whatever `compensation` says.
         compensation_epochs: most passes over the compensation's windows (paper B: 15).
         compensation_samples: windows of text to train on, some of them held out (paper B: 256).
         compensation_learning_rate: of AdamW, in weight steps; decays linearly to 0.
@@ -139,6 +141,7 @@ class Options(BaseModel):
     weight_search: Literal["minmax", "mse"] = "mse"
     head_bits: Literal[8, 16] = 16
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
+    compensation: Literal["low_rank", "elementwise"] = "elementwise"
     compensation_rank: int = Field(default=64, ge=0)
     compensation_epochs: int = Field(default=4, ge=1)
     compensation_samples: int = Field(default=64, ge=2)

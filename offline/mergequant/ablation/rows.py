@@ -37,6 +37,7 @@ _QSM: Mapping[str, Any] = {
     "dynamic_zero_points": False,
     "mix_heads": 0,
     "clipping": "none",
+    "compensation": "low_rank",
     "compensation_rank": 0,
     "average_bits": None,
     "within": None,

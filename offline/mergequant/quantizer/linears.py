@@ -21,7 +21,7 @@ from mergequant.methods.gptq import (
     output_loss,
     round_to_nearest,
 )
-from mergequant.methods.low_rank import trainable_elements
+from mergequant.methods.trained_weight import trainable_elements
 from mergequant.methods.weights import largest_weight, weight_grid
 from mergequant.model.decoder import Activations, Block
 from mergequant.quantizer.inputs.record import CalibratedInput, refuse_infinite

@@ -58,14 +58,14 @@ class TrainingPlan:
     """The compensation (paper 4.3).
 
     Attributes:
-        rank: r of the low-rank matrices.
+        rank: of the low-rank matrices; None: each element is trained by itself.
         epochs: most passes over the windows.
         samples: windows of text to train on, some of them held out.
         learning_rate: of AdamW, in weight steps; decays linearly to 0.
         seed: draws the matrices and the order of the windows.
     """
 
-    rank: int
+    rank: int | None
     epochs: int
     samples: int
     learning_rate: float

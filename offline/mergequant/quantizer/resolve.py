@@ -67,7 +67,7 @@ def make_plan(
     training = None
     if options.compensated:
         training = TrainingPlan(
-            options.compensation_rank,
+            options.compensation_rank if options.compensation == "low_rank" else None,
             options.compensation_epochs,
             options.compensation_samples,
             options.compensation_learning_rate,

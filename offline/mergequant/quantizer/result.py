@@ -20,7 +20,7 @@ class Rounding:
         grid: steps and zero points.
         codes: int8 [out, K].
         working: float32 [out, K], whose nearest codes are `codes`; only for the compensation.
-        trainable: bool [out, K], see `low_rank`; only for the compensation.
+        trainable: bool [out, K], see `trained_weight`; only for the compensation.
     """
 
     grid: WeightGrid

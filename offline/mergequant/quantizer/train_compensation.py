@@ -1,4 +1,4 @@
-"""Training of a block's low-rank compensation through its quantizers (paper 4.3)."""
+"""Training of a block's compensation through its quantizers (paper 4.3)."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from mergequant.layers.in_block import replace_by_simulated
-from mergequant.methods.low_rank import LowRankWeight, straight_through
+from mergequant.methods.trained_weight import (
+    ElementwiseWeight,
+    LowRankWeight,
+    TrainedWeight,
+    straight_through,
+)
 from mergequant.model.decoder import Block
 from mergequant.quantizer.inputs.record import CalibratedInput
 from mergequant.quantizer.plan import TrainingPlan
@@ -48,7 +53,7 @@ def compensate(
     plan: TrainingPlan,
     epoch_done: Callable[[float], None] = lambda _: None,
 ) -> Compensation:
-    """Train A and B of all linears of a block to bring its output to the full-precision block's.
+    """Train D of all linears of a block to bring its output to the full-precision block's.
 
     The block's linears are left as trainable ones: put in stored ones afterwards.
 
@@ -61,7 +66,7 @@ def compensate(
     weights = dict(_trainable(block, results, plan, generator))
     training, held_out = _split(inputs, targets)
     scale = _scale(inputs, targets)
-    parameters = [x for weight in weights.values() for x in (weight.a, weight.b)]
+    parameters = [x for weight in weights.values() for x in weight.parameters()]
     before = best = _loss(block, held_out, scale)
     if not training:
         logger.warning("One calibration window cannot be held out: no compensation is trained")
@@ -94,15 +99,18 @@ def _trainable(
     results: Sequence[LinearResult],
     plan: TrainingPlan,
     generator: torch.Generator,
-) -> Iterator[tuple[str, LowRankWeight]]:
+) -> Iterator[tuple[str, TrainedWeight]]:
     """Put trainable linears into the block; yields their weights by name."""
     inputs = {id(x.source): _SharedInput(x.source) for x in results}
     for result in results:
         rounding = result.rounding
         assert rounding is not None and rounding.working is not None
         assert rounding.trainable is not None
-        rank = min(plan.rank, *rounding.codes.shape)
-        weight = LowRankWeight(rounding.working, rounding.trainable, rounding.grid, rank, generator)
+        parts = (rounding.working, rounding.trainable, rounding.grid)
+        weight: TrainedWeight = ElementwiseWeight(*parts)
+        if plan.rank is not None:
+            rank = min(plan.rank, *rounding.codes.shape)
+            weight = LowRankWeight(*parts, rank, generator)
         replace_by_simulated(
             block, result.name, inputs[id(result.source)], weight, result.output_offset
         )

@@ -153,6 +153,8 @@ class Terms:
         """All linears, and their A and B, in float32."""
         rank = self.options.compensation_rank
         pairs = [(x.out, x.columns) for x in self._linears]
+        if self.options.compensation == "elementwise":
+            return _F32 * sum(2 * out * k for out, k in pairs)
         return _F32 * sum(out * k + min(rank, out, k) * (out + k) for out, k in pairs)
 
     def batch(self) -> int:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mergequant.methods.gptq import gptq, gptq_working_weight, invert_hessian
-from mergequant.methods.low_rank import LowRankWeight, straight_through, trainable_elements
+from mergequant.methods.trained_weight import LowRankWeight, straight_through, trainable_elements
 from tests.forms import Form, make_grid
 
 FORMS = [

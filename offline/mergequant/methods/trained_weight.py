@@ -1,13 +1,17 @@
-"""Low-rank compensation (paper 4.3): the stored codes are q(W + A B), trained through q.
+"""Compensation: the stored codes are q(W + D), where D is trained through q.
+
+In the paper (4.3) D is a product A B of low rank; or each element of D is trained by itself, as
+methods that learn to round do (AdaRound, Nagel et al., 2020; AutoRound, Cheng et al., 2024).
 
 W is GPTQ's working weight, so that training begins at GPTQ's own codes; steps and zero points stay
 those that GPTQ rounded with. GPTQ after the training, the other reading of the paper, undoes it:
-it brings the product back to that of W + A B, which was never what the training made good.
+it brings the product back to that of W + D, which was never what the training made good.
 
-A B is counted in weight steps: dW = step * (A B), so that one learning rate serves any layer.
+D is counted in weight steps: dW = step * D, so that one learning rate serves any layer.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -36,22 +40,13 @@ def straight_through(exact: Tensor, relaxed: Tensor) -> Tensor:
     return relaxed + (exact - relaxed).detach()
 
 
-class LowRankWeight(nn.Module):
-    """A weight as the server will multiply by it, with A and B to train.
-
-    B begins at 0 and A random: a column whose channel never fires has no gradient and stays as it
-    is.
+class TrainedWeight(nn.Module, ABC):
+    """A weight as the server will multiply by it, with D to train.
 
     Args:
         working: [out, K], whose nearest codes are the ones to begin with.
         trainable: bool [out, K], see `trainable_elements`.
         grid: steps and zero points.
-        rank: r.
-        generator: draws A; on the CPU, so that every device draws the same.
-
-    Attributes:
-        a: [out, r].
-        b: [r, K].
     """
 
     working: Tensor
@@ -59,14 +54,7 @@ class LowRankWeight(nn.Module):
     zero: Tensor
     trainable: Tensor
 
-    def __init__(
-        self,
-        working: Tensor,
-        trainable: Tensor,
-        grid: Grid,
-        rank: int,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, working: Tensor, trainable: Tensor, grid: Grid) -> None:
         super().__init__()
         self.bits = grid.bits
         step, zero = grid.columns(torch.arange(working.shape[1], device=working.device))
@@ -76,14 +64,14 @@ class LowRankWeight(nn.Module):
         self.register_buffer("step", step.to(torch.float32))
         self.register_buffer("zero", zero.to(torch.float32))
         self.register_buffer("trainable", trainable)
-        out_features, in_features = working.shape
-        a = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
-        self.a = nn.Parameter(a.to(working.device))
-        self.b = nn.Parameter(torch.zeros(rank, in_features, device=working.device))
+
+    @abstractmethod
+    def added(self) -> Tensor:
+        """D, in weight steps: float32 [out, K]; 0 before it is trained."""
 
     def merged(self) -> Tensor:
-        """W + A B: float32 [out, K]."""
-        return self.working + self.step * ((self.a @ self.b) * self.trainable)
+        """W + D: float32 [out, K]."""
+        return self.working + self.step * (self.added() * self.trainable)
 
     def forward(self) -> Tensor:
         """What the codes of `merged` stand for: float32 [out, K], differentiable."""
@@ -99,6 +87,56 @@ class LowRankWeight(nn.Module):
     def _scaled(self) -> Tensor:
         """Codes before they are rounded."""
         return self.merged() / self.step + self.zero
+
+
+class LowRankWeight(TrainedWeight):
+    """D = A B (paper 4.3).
+
+    B begins at 0 and A random: a column whose channel never fires has no gradient and stays as it
+    is.
+
+    Args:
+        rank: r.
+        generator: draws A; on the CPU, so that every device draws the same.
+
+    Attributes:
+        a: [out, r].
+        b: [r, K].
+    """
+
+    def __init__(
+        self,
+        working: Tensor,
+        trainable: Tensor,
+        grid: Grid,
+        rank: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(working, trainable, grid)
+        out_features, in_features = working.shape
+        a = torch.randn(out_features, rank, generator=generator) / math.sqrt(rank)
+        self.a = nn.Parameter(a.to(working.device))
+        self.b = nn.Parameter(torch.zeros(rank, in_features, device=working.device))
+
+    def added(self) -> Tensor:
+        """A B."""
+        return self.a @ self.b
+
+
+class ElementwiseWeight(TrainedWeight):
+    """D of which each element is trained by itself.
+
+    Attributes:
+        d: [out, K].
+    """
+
+    def __init__(self, working: Tensor, trainable: Tensor, grid: Grid) -> None:
+        super().__init__(working, trainable, grid)
+        self.d = nn.Parameter(torch.zeros_like(self.working))
+
+    def added(self) -> Tensor:
+        """D."""
+        return self.d
 
 
 def trainable_elements(weight: Tensor, grid: Grid) -> Tensor:
