@@ -13,13 +13,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from demo_model import HERE, DemoModel, default_model, given_model
-from demo_server import Served, dtype, measure, prompts
+from demo_server import NotServedError, Served, dtype, measure, prompts
 
 CACHE = HERE.parent / ".demo"
 MERGEQUANT = str(Path(sys.executable).parent / "mergequant")  # of this very environment
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is compared, each (before, after); the first speed is None if it was not measured."""
+
+    sizes: tuple[float, float]
+    speeds: tuple[float | None, float]
+    perplexities: tuple[float, float]
 
 
 def quantize(model: DemoModel, calibration: Path) -> Path:
@@ -48,36 +58,54 @@ def megabytes(model: Path) -> float:
     return sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e6
 
 
-def show_answers(asked: tuple[str, ...], before: Served, after: Served) -> None:
+def serve_both(before: Path, after: Path, number: str) -> tuple[Served | None, Served]:
+    """Serve one folder after the other; the first is None if it does not even start.
+
+    A model that is too large for this machine may be served once it is quantized.
+    """
+    first: Served | None = None
+    try:
+        first = measure(before, CACHE / "vllm-before.log", "--dtype", number)
+    except NotServedError as error:
+        print(f"{error}\nGoing on with the quantized model alone.", flush=True)
+    flags = ("--dtype", number, "--quantization", "mergequant")
+    return first, measure(after, CACHE / "vllm-after.log", *flags)
+
+
+def show_answers(asked: tuple[str, ...], before: Served | None, after: Served) -> None:
     """Print what both models answered to each prompt."""
     for number, prompt in enumerate(asked):
         print(f"\n{prompt}")
-        print(f"  before: {before.answers[number]}")
+        if before:
+            print(f"  before: {before.answers[number]}")
         print(f"  after:  {after.answers[number]}")
 
 
-def table(sizes: list[float], speeds: list[float], perplexities: list[float]) -> str:
+def table(figures: Figures) -> str:
     """Return the figures before and after as lines, with their ratios."""
-    rows = {
-        "size on disk, MB": (sizes, ".1f"),
-        "tokens/s, one stream": (speeds, ".1f"),
-        "perplexity, held out": (perplexities, ".2f"),
-    }
+    rows = (
+        ("size on disk, MB", figures.sizes, ".1f"),
+        ("tokens/s, one stream", figures.speeds, ".1f"),
+        ("perplexity, held out", figures.perplexities, ".2f"),
+    )
     lines = [f"{'':24}{'before':>12}{'after':>12}{'ratio':>10}"]
-    for name, ((before, after), form) in rows.items():
-        lines.append(f"{name:24}{before:12{form}}{after:12{form}}{after / before:10.2f}")
+    for name, (before, after), form in rows:
+        left = f"{before:12{form}}" if before else f"{'-':>12}"
+        ratio = f"{after / before:10.2f}" if before else f"{'-':>10}"
+        lines.append(f"{name:24}{left}{after:12{form}}{ratio}")
     return "\n".join(lines)
 
 
-def verdict(sizes: list[float], speeds: list[float], perplexities: list[float]) -> str:
+def verdict(figures: Figures) -> str:
     """Return in words what is better and what is worse, losses as plainly as gains."""
-    less, fast = sizes[1] < sizes[0], speeds[1] > speeds[0]
-    nats = math.log(perplexities[1] / perplexities[0])
+    said = ["smaller" if figures.sizes[1] < figures.sizes[0] else "LARGER"]
+    if before := figures.speeds[0]:
+        said.append("faster" if figures.speeds[1] > before else "SLOWER")
+    nats = math.log(figures.perplexities[1] / figures.perplexities[0])
+    quality = f"{'WORSE' if nats > 0 else 'better'} at predicting the text"
     return (
-        f"The quantized model is {'smaller' if less else 'LARGER'}, "
-        f"{'faster' if fast else 'SLOWER'} and "
-        f"{'WORSE' if nats > 0 else 'better'} at predicting the text: "
-        f"it loses {nats:+.3f} nats a token."
+        f"The quantized model is {', '.join(said)} and {quality}: "
+        f"its loss differs by {nats:+.3f} nats a token."
     )
 
 
@@ -85,18 +113,16 @@ def demo(chosen: str | None, calibration: Path | None, text: Path | None) -> Non
     """Run the whole path and print what came of it."""
     CACHE.mkdir(exist_ok=True)
     model = given_model(chosen, CACHE) if chosen else default_model(CACHE)
-    both = [model.folder, quantize(model, calibration or model.calibration)]
+    both = model.folder, quantize(model, calibration or model.calibration)
     print("Measuring perplexity before and after", flush=True)
-    perplexities = [perplexity(folder, text or model.held_out) for folder in both]
+    held_out = text or model.held_out
+    perplexities = perplexity(both[0], held_out), perplexity(both[1], held_out)
     number = dtype()
-    flags = [(), ("--quantization", "mergequant")]
-    served = [
-        measure(folder, CACHE / f"vllm-{when}.log", "--dtype", number, *more)
-        for folder, when, more in zip(both, ("before", "after"), flags, strict=True)
-    ]
-    show_answers(prompts(model.folder), *served)
-    figures = [megabytes(x) for x in both], [x.speed for x in served], perplexities
-    print(f"\n{table(*figures)}\n\n{verdict(*figures)}")
+    before, after = serve_both(*both, number)
+    show_answers(prompts(model.folder), before, after)
+    speeds = (before.speed if before else None, after.speed)
+    figures = Figures((megabytes(both[0]), megabytes(both[1])), speeds, perplexities)
+    print(f"\n{table(figures)}\n\n{verdict(figures)}")
     for remark in remarks(model, number, calibration, text):
         print(remark)
 
@@ -131,6 +157,8 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         failed = " ".join(map(str, error.cmd))
         sys.exit(f"`{failed}` failed (exit status {error.returncode}); what it said is above.")
+    except NotServedError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

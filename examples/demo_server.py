@@ -36,6 +36,10 @@ class Served:
     speed: float
 
 
+class NotServedError(Exception):
+    """A server that did not start; the message ends with where its log is."""
+
+
 def prompts(model: Path) -> tuple[str, ...]:
     """Return what the model of a folder is asked."""
     return QUESTIONS if has_chat_template(model) else BEGINNINGS
@@ -64,7 +68,7 @@ def dtype() -> str:
 
 
 def measure(model: Path, log: Path, *flags: str) -> Served:
-    """Serve a folder, ask it and time it."""
+    """Serve a folder, ask it and time it; raises NotServedError."""
     with serving(model, log, *flags) as url:
         chat = has_chat_template(model)
         answers = [(ask if chat else go_on)(url, prompt) for prompt in prompts(model)]
@@ -100,13 +104,15 @@ def free_port() -> int:
 
 
 def wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait for the server; exit with the end of its log if it ends or takes too long."""
+    """Wait for the server; raises NotServedError if it ends or takes too long."""
     start = time.monotonic()
     while not healthy(url):
         waited = time.monotonic() - start
         if server.poll() is not None or waited > START_LIMIT:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            sys.exit(f"\n{tail}\n\nvLLM did not start; its log ends above, and is in {log}.")
+            raise NotServedError(
+                f"\n{tail}\n\nvLLM did not start; its log ends above, and is in {log}."
+            )
         if sys.stdout.isatty():
             print(f"\rStarting vLLM: {waited:3.0f} s (log: {log})", end="", flush=True)
         time.sleep(0.5)

@@ -305,13 +305,38 @@ def test_the_tokenizer_says_whether_a_model_can_be_asked(
 
 
 def test_losses_are_printed_like_gains(demo: ModuleType) -> None:
-    worse = demo.verdict([200.0, 100.0], [30.0, 15.0], [10.0, 20.0])
+    figures = demo.Figures((200.0, 100.0), (30.0, 15.0), (10.0, 20.0))
+    worse = demo.verdict(figures)
     assert "smaller" in worse and "SLOWER" in worse and "WORSE" in worse
     assert f"{math.log(2):+.3f} nats" in worse
-    better = demo.verdict([100.0, 200.0], [15.0, 30.0], [20.0, 10.0])
-    assert "LARGER" in better and "faster" in better and "better" in better
-    rows = demo.table([200.0, 100.0], [30.0, 15.0], [10.0, 20.0]).splitlines()
+    rows = demo.table(figures).splitlines()
     assert [row.split()[-1] for row in rows] == ["ratio", "0.50", "0.50", "2.00"]
+    better = demo.verdict(demo.Figures((100.0, 200.0), (15.0, 30.0), (20.0, 10.0)))
+    assert "LARGER" in better and "faster" in better and "better" in better
+
+
+def test_a_model_that_is_only_served_once_it_is_quantized_is_shown_alone(
+    demo: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    after = demo.Served(["Paris."], 15.0)
+
+    def measure(model: Path, *_: Any) -> Any:
+        if model == tmp_path:
+            raise demo.NotServedError("vLLM did not start.")
+        return after
+
+    monkeypatch.setattr(demo, "measure", measure)
+    assert demo.serve_both(tmp_path, tmp_path / "small", "auto") == (None, after)
+    demo.show_answers(("Where?",), None, after)
+    said = capsys.readouterr().out
+    assert "did not start" in said and "after:  Paris." in said and "before:" not in said
+    figures = demo.Figures((200.0, 100.0), (None, 15.0), (10.0, 20.0))
+    speed = demo.table(figures).splitlines()[2]
+    assert speed.split()[-3:] == ["-", "15.0", "-"]
+    assert "smaller and WORSE" in demo.verdict(figures)
 
 
 def test_what_the_figures_rest_on_is_said(demo: ModuleType, tmp_path: Path) -> None:
