@@ -61,7 +61,7 @@ def megabytes(model: Path) -> float:
 def serve_both(before: Path, after: Path, number: str) -> tuple[Served | None, Served]:
     """Serve one folder after the other; the first is None if it does not even start.
 
-    A model that is too large for this machine may be served once it is quantized.
+    A model that is too large to be served may fit once it is quantized.
     """
     first: Served | None = None
     try:
@@ -131,7 +131,7 @@ def remarks(
     model: DemoModel, number: str, calibration: Path | None, text: Path | None
 ) -> list[str]:
     """Return what a reader of the figures must know."""
-    lines = list(model.remarks)
+    lines = [*model.remarks, f"Quantized with {' '.join(('--fast', *model.flags))}."]
     if calibration is None and text is None:
         lines.append(
             "Calibrated on nine tenths of the text of Python's `help()`, "

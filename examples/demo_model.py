@@ -18,7 +18,7 @@ STOP_PATIENCE = 20.0  # seconds in which a script that is interrupted may clear 
 # Minutes on two cores: fewer and shorter windows than the default, and what the pilots choose for
 # SmolLM2 is given, so that they need not run.
 QUICK = (
-    *("--statistics-samples", "16", "--gptq-samples", "32", "--sequence-length", "512"),
+    *("--statistics-samples", "16", "--gptq-samples", "32", "--sequence-length", "256"),
     *("--rotation", "online", "--reconstruction", "none"),
 )
 
@@ -71,7 +71,7 @@ def default_model(cache: Path) -> DemoModel:
 
 def smollm2(cache: Path) -> tuple[Path, tuple[str, ...]]:
     """Return (folder, remarks); raises UnavailableError, which says why neither source gave it."""
-    rounded = (f"The model before is made from {PACKAGE}, whose weights are rounded to 4 bits.",)
+    rounded = (f"Before: made from {PACKAGE}, whose weights were rounded to 4 bits already.",)
     converted = cache / NAME
     if converted.exists():
         return converted, rounded

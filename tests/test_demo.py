@@ -340,10 +340,11 @@ def test_a_model_that_is_only_served_once_it_is_quantized_is_shown_alone(
 
 
 def test_what_the_figures_rest_on_is_said(demo: ModuleType, tmp_path: Path) -> None:
-    model = demo.DemoModel(tmp_path, "x", tmp_path, tmp_path, remarks=("Rounded.",))
-    rounded, texts, number = demo.remarks(model, "float32", None, None)
+    model = demo.DemoModel(tmp_path, "x", tmp_path, tmp_path, ("--seed", "1"), ("Rounded.",))
+    rounded, flags, texts, number = demo.remarks(model, "float32", None, None)
     assert rounded == "Rounded." and "help()" in texts and "float32" in number
-    assert demo.remarks(model, "auto", tmp_path, tmp_path) == ["Rounded."]
+    assert flags == "Quantized with --fast --seed 1."
+    assert demo.remarks(model, "auto", tmp_path, tmp_path) == [rounded, flags]
 
 
 def test_the_demo_explains_itself() -> None:
