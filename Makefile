@@ -1,4 +1,4 @@
-# make demo                the whole path on a tiny model: train, quantize, measure, serve
+# make demo                the whole path on SmolLM2-135M: quantize, measure, serve and ask before and after
 # make demo MODEL=<...>    the same on a folder or a Hugging Face name
 # make test                format, lint, types, tests
 # make install             .venv with everything the two above need (they call it)

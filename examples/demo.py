@@ -1,77 +1,51 @@
-"""The whole path: a model is quantized, measured before and after, served by vLLM and asked.
+"""The whole path: a model is quantized, and measured, served by vLLM and asked before and after.
 
     python examples/demo.py [MODEL] [--calibration FILE] [--text FILE]
 
-MODEL is a folder or a Hugging Face name; without it a tiny Llama is trained first, once.
-Everything made is under .demo/ in the repository.
+MODEL is a folder or a Hugging Face name; without it SmolLM2-135M-Instruct is taken, see
+`demo_model.py`. Everything made is under .demo/ in the repository.
 """
 
 import argparse
 import json
-import os
+import math
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from demo_model import HERE, DemoModel, default_model, given_model
+from demo_server import NotServedError, Served, dtype, measure, prompts
+
 CACHE = HERE.parent / ".demo"
-# Of this very environment, whether or not it is activated.
-MERGEQUANT = str(Path(sys.executable).parent / "mergequant")
-VLLM = Path(sys.executable).parent / "vllm"
-NEW_TOKENS = 128
-START_LIMIT = 900  # seconds: a large model on a slow disk
-PROMPT = 'The "for" statement is used to'
+MERGEQUANT = str(Path(sys.executable).parent / "mergequant")  # of this very environment
 
 
-def tiny_model() -> Path:
-    folder = CACHE / "tiny-llama"
-    if not folder.exists():
-        print("Training a tiny Llama on Python's documentation (once, a minute or two)", flush=True)
-        subprocess.run([sys.executable, HERE / "train_tiny.py", folder], check=True)
-    return folder
+@dataclass(frozen=True)
+class Figures:
+    """What is compared, each (before, after); the first speed is None if it was not measured."""
+
+    sizes: tuple[float, float]
+    speeds: tuple[float | None, float]
+    perplexities: tuple[float, float]
 
 
-def local_folder(model: str) -> Path:
-    """MODEL itself if it is a folder, else its files from the Hugging Face Hub."""
-    from mergequant.errors import InputError
-    from mergequant.model.reader import locate
-
-    try:
-        return locate(model).resolve()
-    except InputError as error:
-        sys.exit(f"demo: {error}")
-
-
-def documentation() -> tuple[Path, Path]:
-    """Text for a model that brings none: (calibration, held-out), written to two files."""
-    from train_tiny import documentation as train_and_held_out
-
-    files = CACHE / "train.txt", CACHE / "heldout.txt"
-    for file, text in zip(files, train_and_held_out(), strict=True):
-        file.write_text(text, encoding="utf-8")
-    return files
-
-
-def quantize(model: Path, name: str, calibration: Path) -> Path:
-    output = CACHE / f"{name}-mergequant"
+def quantize(model: DemoModel, calibration: Path) -> Path:
+    """Quantize to a folder of its own, which is made anew."""
+    output = CACHE / f"{model.name}-mergequant"
     if output.exists():
         shutil.rmtree(output)
-    arguments = map(str, (model, output, "--calibration", calibration))
+    arguments = map(str, (model.folder, output, "--calibration", calibration))
     # Without the training, which takes most of the time and gains a part of the loss: see README.
-    subprocess.run([MERGEQUANT, "quantize", *arguments, "--fast"], check=True)
+    command = [MERGEQUANT, "quantize", *arguments, "--fast", *model.flags]
+    subprocess.run(command, check=True)
     return output
 
 
 def perplexity(model: Path, text: Path) -> float:
+    """Return a folder's perplexity on a text, by the reference forward."""
     arguments = map(str, (model, "--text", text, "--engine", "transformers", "--json"))
     measured = subprocess.run(
         [MERGEQUANT, "perplexity", *arguments], check=True, stdout=subprocess.PIPE
@@ -79,118 +53,100 @@ def perplexity(model: Path, text: Path) -> float:
     return float(json.loads(measured.stdout)["perplexity"])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serving(model: Path, *flags: str) -> Iterator[str]:
-    """vLLM's server in its own process group, gone when this block is left, however it is left."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    flags = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo", *flags)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}  # GiB; vLLM would take half of all
-    log = CACHE / "vllm.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [VLLM, "serve", model, "--max-model-len", "auto", *flags],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_healthy(server, url, log)
-        yield url
-    finally:
-        stop(server)
-
-
-def wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    start = time.monotonic()
-    while not healthy(url):
-        waited = time.monotonic() - start
-        if server.poll() is not None or waited > START_LIMIT:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            sys.exit(f"\n{tail}\n\nvLLM did not start; its log ends above, and is in {log}.")
-        if sys.stdout.isatty():
-            print(f"\rStarting vLLM: {waited:3.0f} s (log: {log})", end="", flush=True)
-        time.sleep(0.5)
-    print(f"\rvLLM started in {time.monotonic() - start:.0f} s (log: {log})", flush=True)
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to end, and after 20 seconds, or a second Ctrl-C, insist."""
-    try:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=20)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # whoever outlived the server that started them
-        server.wait()
-
-
-def complete(url: str, prompt: str, tokens: int) -> dict[str, Any]:
-    """vLLM's `ignore_eos` makes the answer exactly `tokens` long: speeds can be compared."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
-    body |= {"temperature": 0.5, "top_p": 0.95, "seed": 0}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        content: dict[str, Any] = json.load(answer)
-    return content
-
-
-def ask(url: str, prompt: str) -> tuple[str, float]:
-    """(text, tokens per second) of one stream; the first request only warms up."""
-    complete(url, prompt, 8)
-    start = time.monotonic()
-    answer = complete(url, prompt, NEW_TOKENS)
-    seconds = time.monotonic() - start
-    return answer["choices"][0]["text"], answer["usage"]["completion_tokens"] / seconds
-
-
 def megabytes(model: Path) -> float:
+    """Return the size of a folder's weights on disk."""
     return sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e6
 
 
-def show(sizes: list[float], perplexities: list[float], speed: float, text: str) -> None:
-    print(f"\n{'':24}{'before':>12}{'after':>12}")
-    print(f"{'size on disk, MB':24}{sizes[0]:12.1f}{sizes[1]:12.1f}")
-    print(f"{'perplexity, held out':24}{perplexities[0]:12.2f}{perplexities[1]:12.2f}")
-    print(f"{'tokens/s, one stream':24}{'':12}{speed:12.1f}")
-    print(f"\n{PROMPT}{text}\n")
+def serve_both(before: Path, after: Path, number: str) -> tuple[Served | None, Served]:
+    """Serve one folder after the other; the first is None if it does not even start.
+
+    A model that is too large to be served may fit once it is quantized.
+    """
+    first: Served | None = None
+    try:
+        first = measure(before, CACHE / "vllm-before.log", "--dtype", number)
+    except NotServedError as error:
+        print(f"{error}\nGoing on with the quantized model alone.", flush=True)
+    flags = ("--dtype", number, "--quantization", "mergequant")
+    return first, measure(after, CACHE / "vllm-after.log", *flags)
 
 
-def demo(model: str | None, calibration: Path | None, text: Path | None) -> None:
+def show_answers(asked: tuple[str, ...], before: Served | None, after: Served) -> None:
+    """Print what both models answered to each prompt."""
+    for number, prompt in enumerate(asked):
+        print(f"\n{prompt}")
+        if before:
+            print(f"  before: {before.answers[number]}")
+        print(f"  after:  {after.answers[number]}")
+
+
+def table(figures: Figures) -> str:
+    """Return the figures before and after as lines, with their ratios."""
+    rows = (
+        ("size on disk, MB", figures.sizes, ".1f"),
+        ("tokens/s, one stream", figures.speeds, ".1f"),
+        ("perplexity, held out", figures.perplexities, ".2f"),
+    )
+    lines = [f"{'':24}{'before':>12}{'after':>12}{'ratio':>10}"]
+    for name, (before, after), form in rows:
+        left = f"{before:12{form}}" if before else f"{'-':>12}"
+        ratio = f"{after / before:10.2f}" if before else f"{'-':>10}"
+        lines.append(f"{name:24}{left}{after:12{form}}{ratio}")
+    return "\n".join(lines)
+
+
+def verdict(figures: Figures) -> str:
+    """Return in words what is better and what is worse, losses as plainly as gains."""
+    said = ["smaller" if figures.sizes[1] < figures.sizes[0] else "LARGER"]
+    if before := figures.speeds[0]:
+        said.append("faster" if figures.speeds[1] > before else "SLOWER")
+    nats = math.log(figures.perplexities[1] / figures.perplexities[0])
+    quality = f"{'WORSE' if nats > 0 else 'better'} at predicting the text"
+    return (
+        f"The quantized model is {', '.join(said)} and {quality}: "
+        f"its loss differs by {nats:+.3f} nats a token."
+    )
+
+
+def demo(chosen: str | None, calibration: Path | None, text: Path | None) -> None:
+    """Run the whole path and print what came of it."""
     CACHE.mkdir(exist_ok=True)
-    source = local_folder(model) if model else tiny_model()
-    learned, held_out = documentation() if model else (source / "train.txt", source / "heldout.txt")
-    name = model.rstrip("/").split("/")[-1] if model else source.name
-    output = quantize(source, name, calibration or learned)
-    both = [source, output]
+    model = given_model(chosen, CACHE) if chosen else default_model(CACHE)
+    both = model.folder, quantize(model, calibration or model.calibration)
     print("Measuring perplexity before and after", flush=True)
-    perplexities = [perplexity(folder, text or held_out) for folder in both]
-    with serving(output, "--quantization", "mergequant") as url:
-        answer, speed = ask(url, PROMPT)
-    show([megabytes(folder) for folder in both], perplexities, speed, answer)
+    held_out = text or model.held_out
+    perplexities = perplexity(both[0], held_out), perplexity(both[1], held_out)
+    number = dtype()
+    before, after = serve_both(*both, number)
+    show_answers(prompts(model.folder), before, after)
+    speeds = (before.speed if before else None, after.speed)
+    figures = Figures((megabytes(both[0]), megabytes(both[1])), speeds, perplexities)
+    print(f"\n{table(figures)}\n\n{verdict(figures)}")
+    for remark in remarks(model, number, calibration, text):
+        print(remark)
+
+
+def remarks(
+    model: DemoModel, number: str, calibration: Path | None, text: Path | None
+) -> list[str]:
+    """Return what a reader of the figures must know."""
+    lines = [*model.remarks, f"Quantized with {' '.join(('--fast', *model.flags))}."]
+    if calibration is None and text is None:
+        lines.append(
+            "Calibrated on nine tenths of the text of Python's `help()`, "
+            "perplexity on the last tenth."
+        )
+    if number == "float32":
+        lines.append("Both are served in float32: this CPU has no instructions for bfloat16.")
+    return lines
 
 
 def main() -> None:
+    """Read the command line and run the demo."""
     parser = argparse.ArgumentParser(description="Quantize a model, measure it, serve it, ask it.")
     parser.add_argument(
-        "model", nargs="?", help="folder or Hugging Face name (default: a tiny Llama)"
+        "model", nargs="?", help="folder or Hugging Face name (default: SmolLM2-135M-Instruct)"
     )
     parser.add_argument("--calibration", type=Path, help="text to calibrate on")
     parser.add_argument("--text", type=Path, help="held-out text to measure perplexity on")
@@ -201,6 +157,8 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         failed = " ".join(map(str, error.cmd))
         sys.exit(f"`{failed}` failed (exit status {error.returncode}); what it said is above.")
+    except NotServedError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -10,8 +10,6 @@ import argparse
 import math
 import os
 import pydoc_data.topics
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from muon import Muon
+from whole_folder import whole_folder
 
 SEED = 0
 VOCABULARY = 1000  # not whole tiles: vLLM pads it
@@ -155,17 +154,11 @@ def train(output: Path, steps: int) -> None:
 
 
 def train_once(output: Path, steps: int = STEPS) -> None:
-    """Train into a folder beside `output`, renamed at the end: `output` is complete or absent."""
+    """Train a model into folder `output`, unless that is there."""
     if output.exists():
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent))
-    try:
+    with whole_folder(output) as unfinished:
         train(unfinished, steps)
-        unfinished.chmod(0o755)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main() -> None:
