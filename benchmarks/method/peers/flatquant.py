@@ -29,7 +29,7 @@ def quantize(folder: Path, windows: Tensor, options: dict[str, Any]) -> tuple[An
     sys.path.insert(0, options["checkout"])
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+        torch.cuda.synchronize = lambda *_: None
     from flatquant import (  # type: ignore[import-not-found]
         args_utils,
         flat_utils,

@@ -17,11 +17,9 @@ from mergequant.calibration.text import calibration_sources, calibration_windows
 from mergequant.evaluate.perplexity import text_windows, token_logprobs
 from tests.tiny import make_model
 
-FIGURES = {"control": {}, "windows": 4, "seconds": 2.0, "cpu_seconds": 1.0, "peak_gib": 1.0}
-
 
 def row(name: str, loss: float) -> peers.Row:
-    return peers.Row(name, {"text": loss}, **FIGURES, versions={"torch": "1"})
+    return peers.Row(name, {"text": loss}, {}, 4, 2.0, 1.0, 1.0, {"torch": "1"})
 
 
 @pytest.mark.parametrize("peer", ROWS.values(), ids=list(ROWS))
