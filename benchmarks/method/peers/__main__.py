@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from benchmarks.common.record import RESULTS, environment, save
-from benchmarks.method.peers.child import CALIBRATION
+from benchmarks.method.peers.child import CALIBRATION, CONTROL_WINDOWS
 from benchmarks.method.peers.rows import FULL, ROWS
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +39,8 @@ class Row:
     Attributes:
         name: key of `ROWS`.
         loss: nats a token, by text.
-        control: loss on a few windows of the first text with activations rounded and left exact.
+        control: loss on a few windows of the first text; with activations left exact, where the
+            quantizer rounds them.
         windows: for calibration.
         seconds: to quantize.
         cpu_seconds: processor time of that, which other work on the machine changes less.
@@ -145,13 +146,14 @@ def notes(rows: list[Row]) -> list[str]:
         named = ", ".join(f"{name} {version}" for name, version in row.versions.items())
         environments[ROWS[row.name].environment] = named
     lines = [f"- {name}: {named}" for name, named in environments.items()]
-    rounded = [row for row in rows if row.control]
-    if rounded:
-        lines += ["", "Loss on the first windows, activations rounded and left exact:", ""]
-        lines += [
-            f"- {row.name}: {row.control['rounded']:.4f}, {row.control['exact']:.4f}"
-            for row in rounded
-        ]
+    lines += [
+        "",
+        f"Loss on the first {CONTROL_WINDOWS} windows, and with activations left exact:",
+        "",
+    ]
+    for row in rows:
+        few = ", ".join(f"{loss:.4f}" for loss in row.control.values())
+        lines.append(f"- {row.name}: {few}")
     return ["", "Environments:", "", *lines]
 
 

@@ -50,17 +50,16 @@ def answer(quantize: Quantize) -> None:
     for name in request["texts"]:
         losses[name] = window_losses(model, tensors[name])
         print(name, float(losses[name].mean()), file=sys.stderr, flush=True)
-    few: dict[str, float] = {}
+    first = request["texts"][0]
+    control = {"rounded": float(losses[first][:CONTROL_WINDOWS].mean())}
     if exact_activations is not None:
-        first = request["texts"][0]
         with exact_activations():
             exact = window_losses(model, tensors[first][:CONTROL_WINDOWS])
-        rounded = losses[first][:CONTROL_WINDOWS]
-        few = {"rounded": float(rounded.mean()), "exact": float(exact.mean())}
+        control["exact"] = float(exact.mean())
     told = {
         **made,
         "loss": {name: float(loss.mean()) for name, loss in losses.items()},
-        "control": few,
+        "control": control,
         "versions": versions(request["distributions"]),
     }
     print(json.dumps(told), flush=True)
