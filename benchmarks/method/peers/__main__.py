@@ -6,11 +6,12 @@
 Every quantizer is given the very calibration windows that `quantize` takes from the files, and its
 loss is taken on the windows of `benchmarks.method.real`, in float32, through transformers and the
 quantizer's own fake quantization. Each has a virtual environment of its own, a folder under
-FOLDER, and FlatQuant an unchanged checkout besides:
+FOLDER, and FlatQuant an unchanged checkout besides (tried at its commit 9d88ffc):
 
     llm-compressor   pip install torch llmcompressor==0.14.0
-    auto-round       pip install torch auto-round
-    flatquant        pip install torch transformers==4.45.0 accelerate termcolor scipy datasets
+    auto-round       pip install torch auto-round==0.16.1
+    flatquant        pip install torch transformers==4.45.0 "accelerate<1" "numpy<2" scipy \\
+                         termcolor datasets
 
 Rows of `benchmarks/results/peers-MODEL.json` that the same command measured are not run again.
 """
