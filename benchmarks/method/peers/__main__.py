@@ -1,0 +1,204 @@
+"""What other quantizers cost the same pretrained model, beside `benchmarks.method.real`.
+
+    python -m benchmarks.method.peers MODEL --calibration FILE [FILE ...] --text FILE [FILE ...]
+        --environments FOLDER [--flatquant FOLDER] [--rows ROW [ROW ...]] [--work FOLDER]
+
+Every quantizer is given the very calibration windows that `quantize` takes from the files, and its
+loss is taken on the windows of `benchmarks.method.real`, in float32, through transformers and the
+quantizer's own fake quantization. Each has a virtual environment of its own, a folder under
+FOLDER, and FlatQuant an unchanged checkout besides (tried at its commit 9d88ffc):
+
+    llm-compressor   pip install torch llmcompressor==0.14.0
+    auto-round       pip install torch auto-round==0.16.1
+    flatquant        pip install torch transformers==4.45.0 "accelerate<1" "numpy<2" scipy \\
+                         termcolor datasets
+
+Rows of `benchmarks/results/peers-MODEL.json` that the same command measured are not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from benchmarks.common.record import RESULTS, environment, save
+from benchmarks.method.peers.child import CALIBRATION, CONTROL_WINDOWS
+from benchmarks.method.peers.rows import FULL, ROWS
+
+ROOT = Path(__file__).parents[3]
+SEED = 0  # the default of `quantize`
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantizer's model.
+
+    Attributes:
+        name: key of `ROWS`.
+        loss: nats a token, by text.
+        control: loss on a few windows of the first text; with activations left exact, where the
+            quantizer rounds them.
+        windows: for calibration.
+        seconds: to quantize.
+        cpu_seconds: processor time of that, which other work on the machine changes less.
+        peak_gib: the most memory of the process while it quantized, GiB.
+        versions: in the quantizer's environment.
+    """
+
+    name: str
+    loss: dict[str, float]
+    control: dict[str, float]
+    windows: int
+    seconds: float
+    cpu_seconds: float
+    peak_gib: float
+    versions: dict[str, str]
+    excess: dict[str, float] = field(default_factory=dict)
+
+
+def write_tokens(file: Path, given: argparse.Namespace) -> None:
+    """Write the windows of calibration and of each text, the same for every row."""
+    from mergequant.calibration.text import (
+        calibration_sources,
+        calibration_windows,
+        load_tokenizer,
+    )
+    from mergequant.evaluate.perplexity import text_windows
+
+    tokenizer = load_tokenizer(given.model)
+    sources = calibration_sources(given.calibration)
+    size = {"samples": given.samples, "length": given.sequence}
+    tensors = {
+        text.stem: text_windows(text, tokenizer, given.length, given.windows).clone()
+        for text in given.text
+    }
+    tensors[CALIBRATION] = calibration_windows(sources, tokenizer, **size, seed=SEED)
+    save_file(tensors, file)
+
+
+def measure(name: str, given: argparse.Namespace, tokens: Path) -> Row:
+    """Quantize and evaluate one row in its environment."""
+    peer = ROWS[name]
+    windows = peer.windows or given.samples
+    request = {
+        "model": str(given.model.resolve()),
+        "tokens": str(tokens.resolve()),
+        "texts": [text.stem for text in given.text],
+        "windows": windows,
+        "options": {**peer.options, "checkout": str(given.flatquant)},
+        "distributions": peer.distributions,
+    }
+    file = given.work / "request.json"
+    file.write_text(json.dumps(request))
+    python = (given.environments / peer.environment / "bin" / "python").absolute()
+    command = [str(python), "-m", f"benchmarks.method.peers.{peer.module}", str(file.resolve())]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=given.work, env=variables, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return Row(name, windows=windows, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def known(file: Path, command: str) -> list[Row]:
+    """The rows that an earlier run of the same command finished."""
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text())
+    return [Row(**row) for row in record["rows"]] if record["command"] == command else []
+
+
+def with_excess(rows: list[Row]) -> list[Row]:
+    """The rows in the order of `ROWS`, with their loss above full precision."""
+    full = next(row.loss for row in rows if row.name == FULL)
+    ordered = sorted(rows, key=lambda row: list(ROWS).index(row.name))
+    return [
+        Row(**{**asdict(row), "excess": {text: row.loss[text] - full[text] for text in full}})
+        for row in ordered
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Table in Markdown."""
+    texts = list(rows[0].loss)
+    head = " | ".join(f"{text}: excess" for text in texts)
+    lines = [
+        f"| | {head} | weights | activations | windows | CPU seconds | seconds | peak, GiB |",
+        "|---" + "|---:" * len(texts) + "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        peer = ROWS[row.name]
+        losses = " | ".join(f"{row.excess[text]:+.4f}" for text in texts)
+        cost = "- | - | - | -"
+        if row.name != FULL:
+            cost = f"{row.windows} | {row.cpu_seconds:.0f} | {row.seconds:.0f} | {row.peak_gib:.1f}"
+        lines.append(f"| {row.name} | {losses} | {peer.weights} | {peer.activations} | {cost} |")
+    full = ", ".join(f"{text} {loss:.4f}" for text, loss in rows[0].loss.items())
+    return "\n".join([*lines, "", f"Loss in full precision, nats a token: {full}.", *notes(rows)])
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What each environment holds, and that activations were rounded where they should be."""
+    environments = {}
+    for row in rows:
+        named = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+        environments[ROWS[row.name].environment] = named
+    lines = [f"- {name}: {named}" for name, named in environments.items()]
+    lines += [
+        "",
+        f"Loss on the first {CONTROL_WINDOWS} windows, and with activations left exact:",
+        "",
+    ]
+    for row in rows:
+        few = ", ".join(f"{loss:.4f}" for loss in row.control.values())
+        lines.append(f"- {row.name}: {few}")
+    return ["", "Environments:", "", *lines]
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="What other quantizers cost a pretrained model.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--environments", type=Path, required=True, help="virtual environments")
+    parser.add_argument("--flatquant", type=Path, help="checkout of FlatQuant")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--work", type=Path, default=Path("peers-work"), help="for token windows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in an evaluated window")
+    parser.add_argument("--windows", type=int, default=16, help="windows evaluated of each text")
+    parser.add_argument("--samples", type=int, default=64, help="windows for calibration")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens in such a window")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the rows that are not known yet, and write the record after each."""
+    given = arguments()
+    model = given.model.resolve()
+    calibration, texts = (
+        " ".join(file.name for file in files) for files in (given.calibration, given.text)
+    )
+    command = (
+        f"python -m benchmarks.method.peers {model.name} --calibration {calibration} "
+        f"--text {texts} --length {given.length} --windows {given.windows} "
+        f"--samples {given.samples} --sequence {given.sequence}"
+    )
+    given.work.mkdir(parents=True, exist_ok=True)
+    tokens = given.work / "tokens.safetensors"
+    write_tokens(tokens, given)
+    name = f"peers-{model.name}"
+    rows = known(RESULTS / f"{name}.json", command)
+    for wanted in dict.fromkeys([FULL, *given.rows]):
+        if wanted in {row.name for row in rows}:
+            continue
+        rows = with_excess([*rows, measure(wanted, given, tokens)])
+        save(name, command, [asdict(row) for row in rows], table(rows), environment())
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
