@@ -22,6 +22,7 @@ from mergequant.methods.gptq import (
     invert_hessian,
     round_to_nearest,
 )
+from mergequant.methods.reconstruct import Reconstruction
 from mergequant.methods.weights import weight_grid
 from mergequant.model.architecture import Norm, paper_alpha, widths
 from mergequant.model.decoder import Block, Decoder
@@ -44,6 +45,7 @@ logger = logging.getLogger("mergequant")
 # Tried beside the paper's: to prune much hurts, and padding is paid for by the tile.
 _ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.0,)}
 _TOKENS_AT_ONCE = 512
+_TOKENS = 8192  # about so many tell candidates apart
 _BLOCKS = 4  # at most so many are tried, evenly spaced
 
 
@@ -67,13 +69,30 @@ class Candidate:
         return sum(self.errors) / len(self.errors)
 
 
+@dataclass
+class _Site:
+    """A norm at which candidates are tried.
+
+    Attributes:
+        inputs: [tokens, n] each, what its readers read.
+        weights: [out, n], of all of them.
+        calibration: of its channels.
+        unchanged: the error of the channels as they are, which several candidates leave so.
+    """
+
+    inputs: list[Tensor]
+    weights: Tensor
+    calibration: ChannelCalibration
+    unchanged: float | None = None
+
+
 def resolve_reconstruction(
     decoder: Decoder, windows: Tensor, options: Options, progress: bool
 ) -> Decision:
     """Decide on a mode, a threshold and a K.
 
     Args:
-        windows: token ids int64 [samples, length]; the first `statistics_samples` are used.
+        windows: token ids int64 [samples, length]; the first are used.
         options: with the rotation decided.
     """
     if options.reconstruction == "none" or options.activations == "dynamic":
@@ -124,7 +143,7 @@ def _measure(
     progress: bool,
 ) -> None:
     """Run the full-precision model and try every candidate at every norm."""
-    used = windows[: candidates[0].options.statistics_samples]
+    used = windows[: max(1, _TOKENS // windows.shape[1])]
     batches = decoder.embed(used, len(used), 0).batches
     blocks = int(decoder.reader.config["num_hidden_layers"])
     tried = {round(x) for x in torch.linspace(0, blocks - 1, min(blocks, _BLOCKS)).tolist()}
@@ -147,30 +166,38 @@ def _try_all(
     block.observe(linears[0], batches, inputs.append)
     plan = static_input_plan(candidates[0].options, norm, None)
     calibration = calibrate_channels(plan, block, linears[0], inputs, weights)
+    site = _Site(inputs, weights, calibration)
     for candidate in candidates:
-        candidate.errors.append(_error(inputs, weights, calibration, candidate))
+        candidate.errors.append(_error(site, candidate))
 
 
-def _error(
-    inputs: list[Tensor], weights: Tensor, calibration: ChannelCalibration, candidate: Candidate
-) -> float:
+def _error(site: _Site, candidate: Candidate) -> float:
     """Relative squared error of one candidate's output at one norm; notes the K it needs."""
-    options, step = candidate.options, calibration.folded.step
-    plan, columns = columns_plan(options, len(step)), None
+    calibration = site.calibration
+    plan, columns = columns_plan(candidate.options, len(calibration.folded.step)), None
     if plan is not None:
         try:
-            columns = columns_of(calibration, weights, plan)
+            columns = columns_of(calibration, site.weights, plan)
         except InputError:  # too many copies to prune for
             return math.inf
         candidate.columns = max(candidate.columns, plan.count - columns.padding)
+    if columns is not None and (columns.copies > 0 or len(columns.dropped) > 0):
+        return _output_error(site, columns, candidate.options)
+    if site.unchanged is None:
+        site.unchanged = _output_error(site, columns, candidate.options)
+    return site.unchanged
+
+
+def _output_error(site: _Site, columns: Reconstruction | None, options: Options) -> float:
+    calibration, weights, step = site.calibration, site.weights, site.calibration.folded.step
     source = static_input(calibration, columns, options.static_bits, {}, {})
-    divided = [source.dequantized(x / step.to(torch.float32)) for x in inputs]
+    divided = [source.dequantized(x / step.to(torch.float32)) for x in site.inputs]
     wide = weights.to(torch.float64)
     form = static_form(options, len(step)).weight
     weight = _rounded(source.folded_weight(wide), divided, weight_plan(options, form))
     offset = source.output_offset(wide)
     error = energy = 0.0
-    for x, codes in zip(_in_parts(inputs), _in_parts(divided), strict=True):
+    for x, codes in zip(_in_parts(site.inputs), _in_parts(divided), strict=True):
         exact = x @ weights.T
         output = codes @ weight.T
         output = output if offset is None else output + offset

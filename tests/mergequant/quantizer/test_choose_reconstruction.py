@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mergequant import InputError, Options, quantize
 from mergequant.model.architecture import paper_alpha
@@ -38,7 +37,7 @@ def _resolve(model: Path, text: Path, **changes: Any) -> Decision:
 def _pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], columns: int) -> None:
     """Have each mode measure as told, and each padding need so many columns."""
 
-    def error(_: list[Tensor], __: Tensor, ___: Any, candidate: Candidate) -> float:
+    def error(_: Any, candidate: Candidate) -> float:
         if candidate.options.reconstruction == "pad":
             candidate.columns = columns
         return errors[candidate.options.reconstruction]

@@ -106,12 +106,20 @@ def test_compensation_adds_two_streams_and_what_it_keeps_of_each_linear() -> Non
 
 
 def test_training_a_wide_batch_by_hand() -> None:
-    options = ON_CPU.model_copy(update={"compensation_rank": 4, "compensation_samples": 512})
+    options = ON_CPU.model_copy(
+        update={
+            "compensation": "low_rank",
+            "compensation_rank": 4,
+            "compensation_samples": 512,
+        }
+    )
     found = need(options, windows=512)  # 128 windows are a step of 2048 tokens
     factors = 4 * (4 * (64 + 64) + 3 * (64 + 192))
     assert found.parts[TRAINING] == TRAINED_FACTOR * 4 * (ELEMENTS + factors)
     touched = (64 + 3 * 64) + (64 + 64) + (64 + 2 * 192) + (192 + 64)
     assert found.parts[BATCH] == 8 * 2048 * touched
+    elementwise = need(options.model_copy(update={"compensation": "elementwise"}), windows=512)
+    assert elementwise.parts[TRAINING] == TRAINED_FACTOR * 4 * 2 * ELEMENTS
 
 
 @pytest.mark.parametrize(

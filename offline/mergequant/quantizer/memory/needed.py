@@ -69,7 +69,7 @@ def needed_memory(
         keeps it also as the server will see it, rotated or reconstructed;
     work: the largest of `FACTOR` M, where M is 4 K K or 4 K times the outputs of all linears of an
         input; half of that, and a batch; `TRAINED_FACTOR` times 4 for each element of the linears,
-        of A and of B, and a batch of training.
+        of A and of B, or of D, and a batch of training.
 
     A batch is, for each of its tokens, 8 for each number that the linears of one input read and
     write and 4 for each further group's output (twice that where sums need float64); in training 8
@@ -150,7 +150,7 @@ class Terms:
         return max(_F32 * columns * max(columns, out) for columns, out in stages)
 
     def trainable(self) -> int:
-        """All linears, and their A and B, in float32."""
+        """All linears, and their A and B, or D, in float32."""
         rank = self.options.compensation_rank
         pairs = [(x.out, x.columns) for x in self._linears]
         if self.options.compensation == "elementwise":
