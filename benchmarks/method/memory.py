@@ -40,6 +40,7 @@ from mergequant.quantizer.memory.needed import (
     Terms,
     needed_memory,
 )
+from mergequant.quantizer.resolve import samples_of
 from tests.tiny import make_model, write_text
 
 MIB, GIB = 2**20, 2**30
@@ -255,7 +256,9 @@ def llama_3_need(options: Options, name: str, widths: dict[str, Any]) -> MemoryN
         "dtype": "bfloat16",
         **widths,
     }
-    windows, length = options.gptq_samples, options.sequence_length
+    length = options.sequence_length
+    samples = samples_of(options, find("llama"), config, length)
+    windows = max(samples.statistics, samples.hessians, samples.training)
     return needed_memory(find("llama"), config, options, windows, length)
 
 

@@ -19,7 +19,7 @@ from mergequant.quantizer.train_compensation import TOKENS_A_STEP
 # The most that a case of `python -m benchmarks.method.memory` needed, rounded up: in float32
 # copies, of the largest matrix that a step works on, and of what the compensation trains. Models
 # 256 channels wide need up to 19, since a few MiB do not grow with them: `LIBRARIES` covers those.
-FACTOR = 15
+FACTOR = 17
 TRAINED_FACTOR = 4
 
 HIDDEN = "hidden states"
