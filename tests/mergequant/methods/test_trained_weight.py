@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from mergequant.methods.gptq import gptq, gptq_working_weight, invert_hessian
-from mergequant.methods.trained_weight import LowRankWeight, straight_through, trainable_elements
+from mergequant.methods.trained_weight import (
+    ElementwiseWeight,
+    LowRankWeight,
+    straight_through,
+    trainable_elements,
+)
 from tests.forms import Form, make_grid
 
 FORMS = [
@@ -99,3 +104,33 @@ def test_the_gradient_of_a_and_b_is_that_of_the_relaxed_product() -> None:
     assert torch.allclose(
         trained.b.grad, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_each_element_is_trained_by_itself(form: Form) -> None:
+    weight = _weight()
+    grid = make_grid(weight, form)
+    trained = ElementwiseWeight(weight, trainable_elements(weight, grid), grid)
+    before = trained.codes()
+    assert torch.equal(before, grid.round_weight(weight))
+    with torch.no_grad():
+        trained.d[0, 1] -= 1.0  # a weight step
+        trained.d[3] -= 1.0  # a row of zeros
+        trained.d[:, -5:] -= 1.0  # columns of zeros
+    expected = before.clone()
+    expected[0, 1] = (before[0, 1] - 1).clamp(min=-(2 ** (form.bits - 1)))
+    assert torch.equal(trained.codes(), expected)
+
+
+def test_the_gradient_of_an_element_is_that_of_its_weight() -> None:
+    weight = _weight()
+    grid = make_grid(weight, Form())
+    trained = ElementwiseWeight(weight, trainable_elements(weight, grid), grid)
+    x = torch.randn(10, 80, generator=torch.Generator().manual_seed(4))
+    (x @ trained().T).square().sum().backward()
+    wanted = 2 * (x @ trained().detach().T).T @ x  # gradient to the weight, straight through
+    scaled = trained.merged().detach() / trained.step
+    expected = wanted * ((scaled >= -8) & (scaled <= 7)) * trained.step * trained.trainable
+    # Sums of 10 float32 products in another order.
+    close = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())}
+    assert torch.allclose(trained.d.grad, expected, **close)
