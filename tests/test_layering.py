@@ -70,7 +70,7 @@ def test_the_quantizer_knows_only_the_contract_and_its_arithmetic(file: Path) ->
 
 @pytest.mark.parametrize("file", files(QUANTIZER / "methods"), ids=lambda file: file.name)
 def test_methods_are_pure_of_everything_but_torch_and_references(file: Path) -> None:
-    standard = {"collections.abc", "dataclasses", "itertools", "math", "typing"}
+    standard = {"abc", "collections.abc", "dataclasses", "itertools", "math", "typing"}
     allowed = standard | {f"mergequant_vllm.{name}" for name in SHARED}
     for name in imports(file):
         assert name.split(".")[0] == "torch" or name in allowed, name
