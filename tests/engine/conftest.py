@@ -1,4 +1,4 @@
-"""A trained model and its checkpoint, made by the examples, and the oracle's view of them."""
+"""A trained model and its checkpoint, made by the examples, and the reference's view of them."""
 
 import os
 import subprocess
@@ -66,7 +66,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, trained: Path, calibration_
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Reference:
     """The reference forward on evaluation windows, and how far 1 ulp moves it.
 
     Attributes:
@@ -105,8 +105,8 @@ def _parts(module: Any) -> list[Any]:
     return list(module.children())
 
 
-def make_oracle(folder: Path, text: Path, ranks: int, most: int | None = None) -> Oracle:
-    """The oracle of a checkpoint on the first `most` windows of a text."""
+def make_reference(folder: Path, text: Path, ranks: int, most: int | None = None) -> Reference:
+    """The reference of a checkpoint on the first `most` windows of a text."""
     model = load_model(folder, torch.float32, ranks)
     windows = evaluation_windows(read_source(str(text)), load_tokenizer(folder), WINDOW)[:most]
     logprobs = reference_logprobs(model, windows)
@@ -117,7 +117,7 @@ def make_oracle(folder: Path, text: Path, ranks: int, most: int | None = None) -
         changes.append((changed - logprobs).abs())
         for handle in hooks:
             handle.remove()
-    return Oracle(
+    return Reference(
         model=model,
         windows=windows,
         logprobs=logprobs,
@@ -127,9 +127,9 @@ def make_oracle(folder: Path, text: Path, ranks: int, most: int | None = None) -
 
 
 @pytest.fixture(scope="session")
-def oracles(trained: Path, served: Path) -> dict[int, Oracle]:
-    """The oracle for each tensor-parallel size."""
-    return {ranks: make_oracle(served, trained / "heldout.txt", ranks) for ranks in (1, 2)}
+def references(trained: Path, served: Path) -> dict[int, Reference]:
+    """The reference for each tensor-parallel size."""
+    return {ranks: make_reference(served, trained / "heldout.txt", ranks) for ranks in (1, 2)}
 
 
 @contextmanager
@@ -152,14 +152,14 @@ def float32_engine(folder: Path, eager: bool, ranks: int) -> Iterator[Any]:
             yield llm
 
 
-def check_greedy(oracle: Oracle, prompt: list[int], generated: list[int]) -> int:
-    """Each generated token is the oracle's best wherever its lead is above the control's change.
+def check_greedy(reference: Reference, prompt: list[int], generated: list[int]) -> int:
+    """Each generated token is the reference's best wherever its lead is above the control's change.
 
     Returns how many tokens were that clear.
     """
     tokens = torch.tensor(prompt + generated)[None]
-    scores = reference_logits(oracle.model, tokens)[0].to(torch.float64).log_softmax(-1)
+    scores = reference_logits(reference.model, tokens)[0].to(torch.float64).log_softmax(-1)
     best = scores[len(prompt) - 1 : -1].topk(2, dim=-1)
-    clear = best.values[:, 0] - best.values[:, 1] > oracle.control_largest
+    clear = best.values[:, 0] - best.values[:, 1] > reference.control_largest
     assert torch.equal(best.indices[:, 0][clear], torch.tensor(generated)[clear])
     return int(clear.sum())

@@ -8,7 +8,7 @@ import pytest
 
 from mergequant import Options, quantize
 from mergequant.evaluate.perplexity import prompt_logprobs
-from tests.engine.conftest import float32_engine, make_oracle
+from tests.engine.conftest import float32_engine, make_reference
 
 pytestmark = pytest.mark.engine
 
@@ -29,11 +29,11 @@ FORMS = Options(
 )
 
 
-def test_log_probabilities_are_the_oracles(
+def test_log_probabilities_are_the_references(
     tmp_path: Path, trained: Path, calibration_text: Path
 ) -> None:
     folder = quantize(trained, tmp_path / "forms", [calibration_text], FORMS, progress=False)
-    oracle = make_oracle(folder, trained / "heldout.txt", ranks=2, most=24)
+    reference = make_reference(folder, trained / "heldout.txt", ranks=2, most=24)
     with float32_engine(folder, eager=False, ranks=2) as llm:
-        served = prompt_logprobs(llm, oracle.windows)
-    assert float((served - oracle.logprobs).abs().mean()) <= oracle.control_mean
+        served = prompt_logprobs(llm, reference.windows)
+    assert float((served - reference.logprobs).abs().mean()) <= reference.control_mean

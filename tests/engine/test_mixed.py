@@ -1,4 +1,4 @@
-"""A checkpoint whose layers differ, served on one rank and on two: the oracle's log-probabilities.
+"""A checkpoint whose layers differ, on one rank and on two: the reference's log-probabilities.
 
 Two layers at 8 bits, one left in 16, one with zero points everywhere, one with three segments of
 sorted columns, one whose K differs; heads mixed in front of o.
@@ -12,7 +12,7 @@ from mergequant import Options, quantize
 from mergequant.evaluate.perplexity import prompt_logprobs
 from mergequant.model.reader import Reader
 from mergequant_vllm.format import CheckpointFormat, parse
-from tests.engine.conftest import float32_engine, make_oracle
+from tests.engine.conftest import float32_engine, make_reference
 
 pytestmark = pytest.mark.engine
 
@@ -72,8 +72,8 @@ def test_each_layer_is_as_it_was_asked_for(mixed: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_log_probabilities_are_the_oracles(mixed: Path, trained: Path, ranks: int) -> None:
-    oracle = make_oracle(mixed, trained / "heldout.txt", ranks=ranks, most=24)
+def test_log_probabilities_are_the_references(mixed: Path, trained: Path, ranks: int) -> None:
+    reference = make_reference(mixed, trained / "heldout.txt", ranks=ranks, most=24)
     with float32_engine(mixed, eager=ranks == 1, ranks=ranks) as llm:
-        served = prompt_logprobs(llm, oracle.windows)
-    assert float((served - oracle.logprobs).abs().mean()) <= oracle.control_mean
+        served = prompt_logprobs(llm, reference.windows)
+    assert float((served - reference.logprobs).abs().mean()) <= reference.control_mean

@@ -1,4 +1,4 @@
-"""The served model against the oracle: eager, and compiled on one rank and on two."""
+"""The served model against the reference: eager, and compiled on one rank and on two."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from mergequant.evaluate.perplexity import prompt_logprobs
 from mergequant.model.reader import Reader
 from mergequant_vllm.packing import unpack
 from tests.engine import probe
-from tests.engine.conftest import Oracle, check_greedy, float32_engine
+from tests.engine.conftest import Reference, check_greedy, float32_engine
 
 pytestmark = pytest.mark.engine
 
@@ -44,30 +44,30 @@ def engine(request: pytest.FixtureRequest, served: Path) -> Iterator[Engine]:
 
 
 def test_log_probabilities_are_as_close_as_one_ulp_lets_them(
-    engine: Engine, oracles: dict[int, Oracle]
+    engine: Engine, references: dict[int, Reference]
 ) -> None:
-    oracle = oracles[engine.ranks]
-    served = prompt_logprobs(engine.llm, oracle.windows)
-    difference = float((served - oracle.logprobs).abs().mean())
-    assert difference <= oracle.control_mean
+    reference = references[engine.ranks]
+    served = prompt_logprobs(engine.llm, reference.windows)
+    difference = float((served - reference.logprobs).abs().mean())
+    assert difference <= reference.control_mean
 
 
-def test_greedy_tokens_are_the_oracles(engine: Engine, oracles: dict[int, Oracle]) -> None:
+def test_greedy_tokens_are_the_references(engine: Engine, references: dict[int, Reference]) -> None:
     from vllm import SamplingParams
 
-    oracle = oracles[engine.ranks]
-    prompts = oracle.windows[:8, :24].tolist()
+    reference = references[engine.ranks]
+    prompts = reference.windows[:8, :24].tolist()
     sampling = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     clear = sum(
-        check_greedy(oracle, ids, list(output.outputs[0].token_ids))
+        check_greedy(reference, ids, list(output.outputs[0].token_ids))
         for ids, output in zip(prompts, outputs, strict=True)
     )
     assert clear > 0.5 * 8 * 48
 
 
 def test_codes_and_integer_sums_equal_the_definition(
-    engine: Engine, oracles: dict[int, Oracle], served: Path
+    engine: Engine, references: dict[int, Reference], served: Path
 ) -> None:
     """On the float input that each served linear really got."""
     from vllm import SamplingParams
@@ -75,9 +75,9 @@ def test_codes_and_integer_sums_equal_the_definition(
     if not engine.eager or engine.ranks > 1:
         pytest.skip("inputs can be seen in an eager engine; its one rank reads whole inputs")
     names = engine.llm.apply_model(probe.start)[0]
-    assert len(names) == 4 * len(oracles[1].model.model.layers)
+    assert len(names) == 4 * len(references[1].model.model.layers)
     engine.llm.apply_model(probe.forget)
-    ids = oracles[1].windows[0].tolist()
+    ids = references[1].windows[0].tolist()
     engine.llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1))
     linears = engine.llm.apply_model(probe.collect)[0]
     assert linears.keys() == set(names)
@@ -112,15 +112,15 @@ def _check_linear(reader: Reader, name: str, tensors: dict[str, Any]) -> None:
     assert torch.equal(tensors["y"], y), name
 
 
-def test_the_perplexity_command_agrees_with_the_oracles_within_its_control(
-    served: Path, trained: Path, oracles: dict[int, Oracle]
+def test_the_perplexity_command_agrees_with_the_references_within_its_control(
+    served: Path, trained: Path, references: dict[int, Reference]
 ) -> None:
     text = trained / "heldout.txt"
-    window = oracles[1].windows.shape[1]
+    window = references[1].windows.shape[1]
     command = [Path(sys.executable).parent / "mergequant", "perplexity", served]
     options = ["--text", text, "--window", str(window), "--json"]
     done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout)
     assert result["engine"] == "vllm"
-    assert result["tokens"] == oracles[1].logprobs.numel()
-    assert abs(result["loss"] + float(oracles[1].logprobs.mean())) <= oracles[1].control_mean
+    assert result["tokens"] == references[1].logprobs.numel()
+    assert abs(result["loss"] + float(references[1].logprobs.mean())) <= references[1].control_mean

@@ -1,5 +1,5 @@
 """The method's claim on a trained model: outliers cost step migration nothing, and per-token
-quantization everything. Through the oracle, which the engine tests hold vLLM against."""
+quantization everything. Through the reference, which the engine tests hold vLLM against."""
 
 from pathlib import Path
 

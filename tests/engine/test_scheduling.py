@@ -6,22 +6,22 @@ from typing import Any
 import pytest
 
 from mergequant.evaluate.perplexity import vllm_engine
-from tests.engine.conftest import Oracle, check_greedy
+from tests.engine.conftest import Reference, check_greedy
 
 pytestmark = pytest.mark.engine
 
 PROMPT, GENERATED = 160, 48
 
 
-def check_generations(llm: Any, oracle: Oracle) -> list[Any]:
-    """Greedy continuations of long prompts are the oracle's; returns vLLM's outputs."""
+def check_generations(llm: Any, reference: Reference) -> list[Any]:
+    """Greedy continuations of long prompts are the reference's; returns vLLM's outputs."""
     from vllm import SamplingParams
 
-    prompts = oracle.windows[:6, :PROMPT].tolist()
+    prompts = reference.windows[:6, :PROMPT].tolist()
     sampling = SamplingParams(temperature=0.0, max_tokens=GENERATED, ignore_eos=True)
     outputs: list[Any] = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     clear = sum(
-        check_greedy(oracle, ids, list(output.outputs[0].token_ids))
+        check_greedy(reference, ids, list(output.outputs[0].token_ids))
         for ids, output in zip(prompts, outputs, strict=True)
     )
     assert clear > 0.5 * len(prompts) * GENERATED
@@ -29,7 +29,7 @@ def check_generations(llm: Any, oracle: Oracle) -> list[Any]:
 
 
 def test_chunked_prefill_prefix_caching_and_speculation(
-    served: Path, oracles: dict[int, Oracle]
+    served: Path, references: dict[int, Reference]
 ) -> None:
     """Prompts longer than a step, asked for twice, with drafts from the prompt's own n-grams."""
     with vllm_engine(
@@ -49,8 +49,8 @@ def test_chunked_prefill_prefix_caching_and_speculation(
         },
         disable_log_stats=False,
     ) as llm:
-        first = check_generations(llm, oracles[1])
-        again = check_generations(llm, oracles[1])
+        first = check_generations(llm, references[1])
+        again = check_generations(llm, references[1])
         drafted = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     assert all(not output.num_cached_tokens for output in first)
     assert all(output.num_cached_tokens > 0 for output in again)

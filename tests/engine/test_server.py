@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.engine.conftest import EXAMPLES, Oracle, check_greedy
+from tests.engine.conftest import EXAMPLES, Reference, check_greedy
 
 pytestmark = pytest.mark.engine
 
@@ -70,13 +70,13 @@ def complete(client: OpenAI, prompt: str | list[int], **more: Any) -> Any:
 
 
 def test_serve_example_answers_completions_streams_and_32_requests_at_once(
-    tmp_path: Path, served: Path, oracles: dict[int, Oracle]
+    tmp_path: Path, served: Path, references: dict[int, Reference]
 ) -> None:
     flags = ("--dtype", "float32", "--enforce-eager")
     with serving(tmp_path / "log", EXAMPLES / "serve.sh", served, *flags) as client:
-        ids = oracles[1].windows[0, :20].tolist()
+        ids = references[1].windows[0, :20].tolist()
         answer = complete(client, ids, extra_body={"return_token_ids": True, "ignore_eos": True})
-        assert check_greedy(oracles[1], ids, answer.choices[0].token_ids) > 8
+        assert check_greedy(references[1], ids, answer.choices[0].token_ids) > 8
         text = complete(client, "The statement").choices[0].text
         assert len(text) > 10
         pieces = [part.choices[0].text for part in complete(client, "The statement", stream=True)]

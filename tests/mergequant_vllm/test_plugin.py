@@ -61,14 +61,14 @@ def run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def oracle_outputs(folder: Path, names: list[str], x: torch.Tensor) -> torch.Tensor:
+def reference_outputs(folder: Path, names: list[str], x: torch.Tensor) -> torch.Tensor:
     model = load_model(folder)
     return torch.cat([model.get_submodule(f"{BLOCK}.{name}")(x) for name in names], dim=-1)
 
 
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merged_linears_equal_the_oracle(checkpoint: Path, dtype: torch.dtype) -> None:
+def test_merged_linears_equal_the_reference(checkpoint: Path, dtype: torch.dtype) -> None:
     plugin = plugin_config(checkpoint)
     x = (3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
     qkv = QKVParallelLinear(
@@ -77,13 +77,13 @@ def test_merged_linears_equal_the_oracle(checkpoint: Path, dtype: torch.dtype) -
     )  # fmt: skip
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     load_parts(qkv, checkpoint, dict(zip(names, "qkv", strict=True)))
-    assert torch.equal(run(qkv, x), oracle_outputs(checkpoint, names, x))
+    assert torch.equal(run(qkv, x), reference_outputs(checkpoint, names, x))
     gate_up = MergedColumnParallelLinear(
         64, [172, 172], bias=False, params_dtype=dtype, quant_config=plugin,
         prefix=f"{BLOCK}.mlp.gate_up_proj",
     )  # fmt: skip
     load_parts(gate_up, checkpoint, {"mlp.gate_proj": 0, "mlp.up_proj": 1})
-    expected = oracle_outputs(checkpoint, ["mlp.gate_proj", "mlp.up_proj"], x)
+    expected = reference_outputs(checkpoint, ["mlp.gate_proj", "mlp.up_proj"], x)
     assert torch.equal(run(gate_up, x), expected)
 
 
@@ -98,13 +98,13 @@ def test_biases_are_loaded_and_added_after_scaling(tmp_path: Path, text: Path) -
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     load_parts(qkv, folder, dict(zip(names, "qkv", strict=True)))
     x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-    expected = oracle_outputs(folder, names, x)
+    expected = reference_outputs(folder, names, x)
     assert torch.equal(run(qkv, x), expected)
     assert not torch.equal(run(qkv, x), expected - qkv.bias)
 
 
 @pytest.mark.usefixtures("_ranks")
-def test_merged_per_token_linears_equal_the_oracle_and_must_share_their_clip(
+def test_merged_per_token_linears_equal_the_reference_and_must_share_their_clip(
     tmp_path: Path, llama: Path, text: Path
 ) -> None:
     options = SMALL.model_copy(update={"activations": "dynamic"})
@@ -115,7 +115,7 @@ def test_merged_per_token_linears_equal_the_oracle_and_must_share_their_clip(
     layer = MergedColumnParallelLinear(64, [172, 172], **sizes)
     load_parts(layer, folder, parts)
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(run(layer, x), oracle_outputs(folder, list(parts), x))
+    assert torch.equal(run(layer, x), reference_outputs(folder, list(parts), x))
     file = folder / "model-00001-of-00003.safetensors"
     tensors = load_file(file)
     tensors[f"{BLOCK}.mlp.up_proj.input_clip"] *= 0.5
@@ -126,7 +126,7 @@ def test_merged_per_token_linears_equal_the_oracle_and_must_share_their_clip(
 
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("kernel", ["cpu-int4", "cpu-fp32", "reference"])
-def test_per_token_linears_equal_the_oracle_with_each_kernel(
+def test_per_token_linears_equal_the_reference_with_each_kernel(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, kernel: str
 ) -> None:
     monkeypatch.setenv("MERGEQUANT_KERNEL", kernel)
@@ -137,7 +137,7 @@ def test_per_token_linears_equal_the_oracle_with_each_kernel(
     )  # fmt: skip
     assert down.quant_method.kernel.name == kernel
     load_parts(down, checkpoint, {"mlp.down_proj": None})
-    assert torch.equal(run(down, x), oracle_outputs(checkpoint, ["mlp.down_proj"], x))
+    assert torch.equal(run(down, x), reference_outputs(checkpoint, ["mlp.down_proj"], x))
     assert "weight_packed" not in dict(down.named_parameters())
 
 

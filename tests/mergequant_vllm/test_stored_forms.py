@@ -79,7 +79,7 @@ def make_tensors(form: LinearFormat, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def oracle(form: LinearFormat, tensors: dict[str, Tensor]) -> ServedLinear:
+def reference(form: LinearFormat, tensors: dict[str, Tensor]) -> ServedLinear:
     from mergequant_vllm.packing import unpack
 
     return ServedLinear(
@@ -150,20 +150,22 @@ SEGMENTS: list[dict[str, Any]] = [
     ],
     ids=str,
 )
-def test_static_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_static_linears_equal_the_reference(
+    weights: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     forms = [linear_form((rows, 64), "static", **weights, **inputs) for rows in (43, 20)]
     tensors = [make_tensors(form, seed) for seed, form in enumerate(forms)]
     layer = merged_layer(*forms)
     load(layer, *tensors)
     x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
-    expected = torch.cat([oracle(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
+    expected = torch.cat([reference(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
     assert torch.equal(layer(x)[0], expected)
     assert not dict(layer.named_parameters()).keys() & {"weight_packed", "weight_scale"}
 
 
 @pytest.mark.parametrize("kernel", ["cpu-int4", "cpu-fp32", "reference"])
 @pytest.mark.parametrize("weights", SEGMENTS, ids=str)
-def test_segments_and_constants_equal_the_oracle(weights: dict[str, Any], kernel: str) -> None:
+def test_segments_and_constants_equal_the_reference(weights: dict[str, Any], kernel: str) -> None:
     forms = [
         linear_form((rows, 64), "static", columns=128, offsets=True, **weights) for rows in (43, 20)
     ]
@@ -171,7 +173,7 @@ def test_segments_and_constants_equal_the_oracle(weights: dict[str, Any], kernel
     layer = merged_layer(*forms, kernel=kernel)
     load(layer, *tensors)
     x = 3 * torch.randn(9, 64, generator=torch.Generator().manual_seed(5))
-    expected = torch.cat([oracle(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
+    expected = torch.cat([reference(f, t)(x) for f, t in zip(forms, tensors, strict=True)], -1)
     assert torch.equal(layer(x)[0], expected)
 
 
@@ -189,18 +191,20 @@ def row_layer(form: LinearFormat, kernel: str | None = None) -> Any:
     [{"hadamard": 32}, {"activation_bits": 8}, {"input_zero_points": True, "hadamard": 64}],
     ids=str,
 )
-def test_dynamic_linears_equal_the_oracle(weights: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_dynamic_linears_equal_the_reference(
+    weights: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     form = linear_form((43, 192), "dynamic", **weights, **inputs)
     tensors = make_tensors(form, 3)
     layer = row_layer(form)
     load(layer, tensors)
     x = torch.randn(9, 192, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(layer(x)[0], oracle(form, tensors)(x))
+    assert torch.equal(layer(x)[0], reference(form, tensors)(x))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("hadamard", [None, 32])
-def test_what_runs_on_gpus_equals_the_oracle(
+def test_what_runs_on_gpus_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, compiled: bool, hadamard: int | None
 ) -> None:
     """The quantizers' GPU forms and the Triton product behind them, interpreted."""
@@ -221,9 +225,9 @@ def test_what_runs_on_gpus_equals_the_oracle(
         return up(x)[0], down(z)[0]
 
     outputs = torch.compile(run, fullgraph=True)(x, z) if compiled else run(x, z)
-    expected = torch.cat([oracle(static, part)(x) for part in tensors[:2]], -1)
+    expected = torch.cat([reference(static, part)(x) for part in tensors[:2]], -1)
     assert torch.equal(outputs[0], expected)
-    assert torch.equal(outputs[1], oracle(dynamic, tensors[2])(z))
+    assert torch.equal(outputs[1], reference(dynamic, tensors[2])(z))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -250,7 +254,7 @@ def test_each_rank_of_two_takes_its_own_columns(
         for name in tensors.keys() & {"weight_scale", "weight_zero_point"}:
             mine[name] = tensors[name][:, second]
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(layer(x)[0], oracle(half, mine)(x))
+    assert torch.equal(layer(x)[0], reference(half, mine)(x))
 
 
 def test_shards_that_cut_groups_or_rotations_are_refused() -> None:

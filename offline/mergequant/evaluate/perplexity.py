@@ -77,7 +77,7 @@ def perplexity(
     Args:
         model: folder or hub id.
         text: file or data set, see `mergequant.calibration.text.read_source`.
-        engine: `vllm` serves the model; `transformers` is the reference forward, the oracle.
+        engine: `vllm` serves the model; `transformers` is the reference forward.
         window: tokens in a window; windows do not overlap, the tail is dropped.
         most_windows: use only the first so many.
         dtype: of everything that is not quantized.

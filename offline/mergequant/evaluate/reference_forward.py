@@ -1,4 +1,4 @@
-"""The reference forward of a mergequant checkpoint: the oracle that the server is held against."""
+"""The reference forward of a mergequant checkpoint: what the server is held against."""
 
 from pathlib import Path
 from typing import Any

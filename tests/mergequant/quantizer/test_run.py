@@ -167,7 +167,7 @@ def test_a_run_interrupted_before_its_first_block_is_finished_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_oracle_splits_row_parallel_inputs(checkpoint: Path) -> None:
+def test_the_reference_splits_row_parallel_inputs(checkpoint: Path) -> None:
     one = reference_logits(load_model(checkpoint), WINDOW)
     two = reference_logits(load_model(checkpoint, tensor_parallel_size=2), WINDOW)
     assert not torch.equal(one, two)
