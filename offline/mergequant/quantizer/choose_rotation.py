@@ -96,9 +96,8 @@ def _errors(
     tried = [number for number in _spread(len(blocks)) if blocks[number].readers]
     batches = decoder.embed(windows, len(windows), len(windows)).batches
     sums = dict.fromkeys(candidates, 0.0)
-    walk = tqdm(range(max(tried, default=-1) + 1), desc="Pilot, rotation", unit="block")
-    walk.disable = not progress
-    for number in walk:
+    numbers = range(max(tried, default=-1) + 1)
+    for number in tqdm(numbers, desc="Pilot, rotation", unit="block", disable=not progress):
         with decoder.block(number) as block:
             outputs = [block.forward(hidden) for hidden in batches]
         if number in tried:
