@@ -17,13 +17,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.record import RESULTS, environment, save
+from benchmarks.method.model_rows import (
+    FULL,
+    add_arguments,
+    command_of,
+    full_loss,
+    measure_all,
+)
 
-FULL = "full precision"
 FAST: Mapping[str, Any] = {"compensation_rank": 0}
 PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
 EIGHT: Mapping[str, Any] = {"static_bits": 8, "dynamic_bits": 8}
@@ -135,24 +140,6 @@ def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
     return Row(name, loss, bytes=size, rotation=rotation, **made)
 
 
-def known(file: Path, command: str) -> list[Row]:
-    """The rows that an earlier run of the same command finished."""
-    if not file.exists():
-        return []
-    record = json.loads(file.read_text())
-    return [Row(**row) for row in record["rows"]] if record["command"] == command else []
-
-
-def with_excess(rows: list[Row]) -> list[Row]:
-    """The rows in the order of `ROWS`, with their loss above full precision."""
-    full = next(row.loss for row in rows if row.name == FULL)
-    ordered = sorted(rows, key=lambda row: list(ROWS).index(row.name))
-    return [
-        Row(**{**asdict(row), "excess": {text: row.loss[text] - full[text] for text in full}})
-        for row in ordered
-    ]
-
-
 def table(rows: list[Row]) -> str:
     """Table in Markdown."""
     texts = list(rows[0].loss)
@@ -165,8 +152,7 @@ def table(rows: list[Row]) -> str:
             f"| {row.name} | {losses} | {row.rotation or '-'} | {_or_dash(row.seconds, 0)} | "
             f"{_or_dash(row.peak_gib, 1)} | {row.bytes / 1e6:.0f} |"
         )
-    full = ", ".join(f"{text} {loss:.4f}" for text, loss in rows[0].loss.items())
-    return "\n".join([*lines, "", f"Loss in full precision, nats a token: {full}."])
+    return "\n".join([*lines, "", full_loss(rows)])
 
 
 def _or_dash(value: float, digits: int) -> str:
@@ -176,16 +162,9 @@ def _or_dash(value: float, digits: int) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What quantizing costs a pretrained model.")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    add_arguments(parser, list(ROWS), samples="windows for GPTQ and training")
     parser.add_argument("--work", type=Path, default=Path("real-work"), help="for checkpoints")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in an evaluated window")
-    parser.add_argument("--windows", type=int, default=16, help="windows evaluated of each text")
     parser.add_argument("--statistics", type=int, default=32, help="windows for steps")
-    parser.add_argument("--samples", type=int, default=64, help="windows for GPTQ and training")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens in such a window")
     return parser.parse_args()
 
 
@@ -200,22 +179,9 @@ def main() -> None:
         return
     given = arguments()
     model = given.model.resolve()
-    calibration, texts = (
-        " ".join(file.name for file in files) for files in (given.calibration, given.text)
-    )
-    command = (
-        f"python -m benchmarks.method.real {model.name} --calibration {calibration} --text {texts} "
-        f"--length {given.length} --windows {given.windows} --statistics {given.statistics} "
-        f"--samples {given.samples} --sequence {given.sequence}"
-    )
+    command = command_of("benchmarks.method.real", given, "statistics")
     name = f"real-{model.name}"
-    rows = known(RESULTS / f"{name}.json", command)
-    for wanted in dict.fromkeys([FULL, *given.rows]):
-        if wanted in {row.name for row in rows}:
-            continue
-        rows = with_excess([*rows, measure(wanted, given, model)])
-        save(name, command, [asdict(row) for row in rows], table(rows), environment())
-        print(table(rows), flush=True)
+    measure_all(name, command, given.rows, ROWS, Row, lambda x: measure(x, given, model), table)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,20 @@ import argparse
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from benchmarks.common.record import RESULTS, environment, save
+from benchmarks.method.model_rows import (
+    FULL,
+    add_arguments,
+    command_of,
+    full_loss,
+    measure_all,
+)
 from benchmarks.method.peers.child import CALIBRATION, CONTROL_WINDOWS
-from benchmarks.method.peers.rows import FULL, ROWS
+from benchmarks.method.peers.rows import ROWS
 
 ROOT = Path(__file__).parents[3]
 SEED = 0  # the default of `quantize`
@@ -103,24 +109,6 @@ def measure(name: str, given: argparse.Namespace, tokens: Path) -> Row:
     return Row(name, windows=windows, **json.loads(done.stdout.splitlines()[-1]))
 
 
-def known(file: Path, command: str) -> list[Row]:
-    """The rows that an earlier run of the same command finished."""
-    if not file.exists():
-        return []
-    record = json.loads(file.read_text())
-    return [Row(**row) for row in record["rows"]] if record["command"] == command else []
-
-
-def with_excess(rows: list[Row]) -> list[Row]:
-    """The rows in the order of `ROWS`, with their loss above full precision."""
-    full = next(row.loss for row in rows if row.name == FULL)
-    ordered = sorted(rows, key=lambda row: list(ROWS).index(row.name))
-    return [
-        Row(**{**asdict(row), "excess": {text: row.loss[text] - full[text] for text in full}})
-        for row in ordered
-    ]
-
-
 def table(rows: list[Row]) -> str:
     """Table in Markdown."""
     texts = list(rows[0].loss)
@@ -136,8 +124,7 @@ def table(rows: list[Row]) -> str:
         if row.name != FULL:
             cost = f"{row.windows} | {row.cpu_seconds:.0f} | {row.seconds:.0f} | {row.peak_gib:.1f}"
         lines.append(f"| {row.name} | {losses} | {peer.weights} | {peer.activations} | {cost} |")
-    full = ", ".join(f"{text} {loss:.4f}" for text, loss in rows[0].loss.items())
-    return "\n".join([*lines, "", f"Loss in full precision, nats a token: {full}.", *notes(rows)])
+    return "\n".join([*lines, "", full_loss(rows), *notes(rows)])
 
 
 def notes(rows: list[Row]) -> list[str]:
@@ -161,43 +148,22 @@ def notes(rows: list[Row]) -> list[str]:
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="What other quantizers cost a pretrained model.")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    add_arguments(parser, list(ROWS), samples="windows for calibration")
     parser.add_argument("--environments", type=Path, required=True, help="virtual environments")
     parser.add_argument("--flatquant", type=Path, help="checkout of FlatQuant")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--work", type=Path, default=Path("peers-work"), help="for token windows")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in an evaluated window")
-    parser.add_argument("--windows", type=int, default=16, help="windows evaluated of each text")
-    parser.add_argument("--samples", type=int, default=64, help="windows for calibration")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens in such a window")
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure the rows that are not known yet, and write the record after each."""
     given = arguments()
-    model = given.model.resolve()
-    calibration, texts = (
-        " ".join(file.name for file in files) for files in (given.calibration, given.text)
-    )
-    command = (
-        f"python -m benchmarks.method.peers {model.name} --calibration {calibration} "
-        f"--text {texts} --length {given.length} --windows {given.windows} "
-        f"--samples {given.samples} --sequence {given.sequence}"
-    )
+    command = command_of("benchmarks.method.peers", given)
     given.work.mkdir(parents=True, exist_ok=True)
     tokens = given.work / "tokens.safetensors"
     write_tokens(tokens, given)
-    name = f"peers-{model.name}"
-    rows = known(RESULTS / f"{name}.json", command)
-    for wanted in dict.fromkeys([FULL, *given.rows]):
-        if wanted in {row.name for row in rows}:
-            continue
-        rows = with_excess([*rows, measure(wanted, given, tokens)])
-        save(name, command, [asdict(row) for row in rows], table(rows), environment())
-        print(table(rows), flush=True)
+    name = f"peers-{given.model.resolve().name}"
+    measure_all(name, command, given.rows, ROWS, Row, lambda x: measure(x, given, tokens), table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-FULL = "full precision"
+from benchmarks.method.model_rows import FULL
 
 GROUPS = "INT4 in groups of 64"
 TOKENS = "per token, dynamic"

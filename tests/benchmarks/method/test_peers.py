@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.method.model_rows import FULL, known, with_excess
 from benchmarks.method.peers import __main__ as peers
 from benchmarks.method.peers.child import CALIBRATION, window_losses
-from benchmarks.method.peers.rows import FULL, ROWS, Peer
+from benchmarks.method.peers.rows import ROWS, Peer
 from mergequant.calibration.text import calibration_sources, calibration_windows, load_tokenizer
 from mergequant.evaluate.perplexity import text_windows, token_logprobs
 from tests.tiny import make_model
@@ -30,17 +31,18 @@ def test_each_row_has_a_child_and_options_that_json_carries(peer: Peer) -> None:
 
 def test_rows_stand_in_their_order_with_their_loss_above_full_precision() -> None:
     name = "llm-compressor W4A4: GPTQ"
-    rows = peers.with_excess([row(name, 1.5), row(FULL, 1.0)])
+    rows = with_excess([row(name, 1.5), row(FULL, 1.0)], ROWS)
     assert [row.name for row in rows] == [FULL, name]
     assert f"| {name} | +0.5000 | INT4 in groups of 64 |" in peers.table(rows)
 
 
 def test_rows_of_the_same_command_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"
-    assert peers.known(file, "command") == []
+    assert known(file, "command", peers.Row) == []
     rows = [row(FULL, 1.0)]
     file.write_text(json.dumps({"command": "command", "rows": [vars(row) for row in rows]}))
-    assert peers.known(file, "command") == rows and peers.known(file, "another") == []
+    assert known(file, "command", peers.Row) == rows
+    assert known(file, "another", peers.Row) == []
 
 
 def test_peers_are_given_the_windows_that_quantize_takes(tmp_path: Path, text: Path) -> None:

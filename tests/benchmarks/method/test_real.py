@@ -1,12 +1,21 @@
 """The yardstick of a pretrained model: rows are kept, in order, and compared with the first."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.common.record import RESULTS
 from benchmarks.method import real
-from benchmarks.method.real import FULL, ROWS, Row, known, with_excess
+from benchmarks.method.model_rows import (
+    FULL,
+    add_arguments,
+    command_of,
+    known,
+    with_excess,
+)
+from benchmarks.method.real import ROWS, Row
 from mergequant import Options
 from mergequant.evaluate.checkpoint_contents import inspect_checkpoint
 from tests.tiny import make_model
@@ -21,14 +30,14 @@ def test_each_row_is_options_that_quantize_takes(name: str) -> None:
 
 def test_rows_of_the_same_command_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "real.json"
-    assert known(file, "command") == []
+    assert known(file, "command", Row) == []
     rows = [Row(FULL, {"text": 1.0})]
     file.write_text(json.dumps({"command": "command", "rows": [vars(row) for row in rows]}))
-    assert known(file, "command") == rows and known(file, "another") == []
+    assert known(file, "command", Row) == rows and known(file, "another", Row) == []
 
 
 def test_rows_stand_in_their_order_with_their_loss_above_full_precision() -> None:
-    rows = with_excess([Row("W4A4", {"text": 1.5}), Row(FULL, {"text": 1.0})])
+    rows = with_excess([Row("W4A4", {"text": 1.5}), Row(FULL, {"text": 1.0})], ROWS)
     assert [row.name for row in rows] == [FULL, "W4A4"]
     assert [row.excess["text"] for row in rows] == [0.0, 0.5]
     assert "| W4A4 | +0.5000 |" in real.table(rows)
@@ -46,3 +55,14 @@ def test_a_row_is_quantized_in_the_way_that_the_child_is_told(
     assert inspect_checkpoint(tmp_path / "out")
     options = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert options["provenance"]["options"]["rotation"] in ("online", "none")
+
+
+@pytest.mark.parametrize("benchmark", ["real", "peers"])
+def test_a_command_written_beside_figures_is_the_one_that_is_run_today(benchmark: str) -> None:
+    record = json.loads((RESULTS / f"{benchmark}-SmolLM2-135M.json").read_text())
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, [], samples="")
+    parser.add_argument("--statistics", type=int, default=32)
+    flags = ("statistics",) if benchmark == "real" else ()
+    given = parser.parse_args(record["command"].split()[3:])
+    assert command_of(f"benchmarks.method.{benchmark}", given, *flags) == record["command"]
