@@ -196,6 +196,12 @@ class Options(BaseModel):
         """Whether the linear of this full name stays in 16 bits."""
         return any(matches(pattern, name) for pattern in self.ignore)
 
+    def plain(self) -> "Options":
+        """These without reconstruction and training: what pilots try that decide on neither."""
+        return self.model_copy(
+            update={"reconstruction": "none", "alpha": 0.0, "compensation_rank": 0}
+        )
+
     @property
     def decided_rotation(self) -> Rotation:
         """`rotation` of options in which it is decided."""

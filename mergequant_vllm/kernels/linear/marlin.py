@@ -50,7 +50,7 @@ CODES_PER_WORD = 8
 ROWS_OF_ONES = 16384
 
 _LOCKS_PER_PROCESSOR = 4  # as vLLM allocates them; the kernel wants one at least
-_WORD_OF_ZEROS = 0x88888888 - 2**32  # eight times code 0, stored as 8, in an int32
+_WORD_OF_ZEROS = 0x88888888 - 2**32  # eight times code 0, which is 8 there, in an int32
 
 
 def marlin_words(weight_packed: Tensor, columns: int, padded_n: int, padded_k: int) -> Tensor:

@@ -43,7 +43,7 @@ def write_tile(
         codes: float32, int8 or, if PARTS is 2, uint8 [tokens, columns / PARTS].
         rows: int64 [ROWS], the tile's tokens.
         start: the tile's first place in a row of `codes`.
-        tokens: rows from here on are not stored.
+        tokens: rows from here on are not written.
         K: columns from here on are padding.
         columns: padding included.
         SMALLEST: code.

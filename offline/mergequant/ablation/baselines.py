@@ -1,4 +1,4 @@
-"""Baselines of the paper's tables that no checkpoint can hold: plans with parts replaced."""
+"""Baselines of the paper's tables that `quantize` does not make: plans with parts replaced."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Baseline:
 
     @property
     def exported(self) -> bool:
-        """Whether a checkpoint can hold the row; else it runs in the reference engine alone."""
+        """Whether `quantize` makes the row; else it runs in the reference engine alone."""
         return self.norm_step == "channel" and not (self.tensor_mix or self.kept_weights)
 
     def change(self, plan: Plan) -> Plan:

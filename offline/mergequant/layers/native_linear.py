@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mergequant.layers.served_linear import stored_beside_codes
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.hadamard.cpu import mix_heads_native
@@ -61,21 +62,21 @@ class NativeLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.form = form
+        optional = stored_beside_codes(form, read)
+        bias, clip = (
+            None if x is None else x.float() for x in (optional["bias"], optional["clip"])
+        )
         stored = StoredLinear(
             pack(codes, form.weight.bits),
             read("weight_scale").to(torch.float32),
-            read("weight_zero_point") if form.weight.zero_points else None,
-            read("bias").to(torch.float32) if form.bias else None,
-            read("output_offset") if form.output_offset is not None else None,
+            optional["zero_points"],
+            bias,
+            optional["output_offset"],
         )
         self.product = CpuInt4Linear().prepare(stored, spec)
-        static = form.static
-        gathers = static is not None and static.columns is not None
-        shifts = static is not None and static.offsets
-        clip = None if static is not None else read("input_clip").to(torch.float32).reshape(1)
-        self.register_buffer("clip", clip)
-        self.register_buffer("index", read("input_index") if gathers else None)
-        self.register_buffer("offset", read("input_offset") if shifts else None)
+        self.register_buffer("clip", None if clip is None else clip.reshape(1))
+        self.register_buffer("index", optional["index"])
+        self.register_buffer("offset", optional["offset"])
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., in] to [..., out]."""

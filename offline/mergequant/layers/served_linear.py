@@ -155,19 +155,32 @@ def served_linear(
         dtype: of the bias.
         ranks: see `ServedLinear`.
     """
+    optional = stored_beside_codes(form, read)
+    if optional["bias"] is not None:
+        optional["bias"] = optional["bias"].to(dtype)
+    return ServedLinear(form, codes, read("weight_scale"), **optional, ranks=ranks)
+
+
+def stored_beside_codes(
+    form: LinearFormat, read: Callable[[str], Tensor]
+) -> dict[str, Tensor | None]:
+    """What a linear of this form stores beside codes and weight steps, by the argument's name.
+
+    Args:
+        read: the stored tensor of a suffix, such as `input_clip`.
+    """
     static = form.static
-    return ServedLinear(
-        form,
-        codes,
-        read("weight_scale"),
-        zero_points=read("weight_zero_point") if form.weight.zero_points else None,
-        bias=read("bias").to(dtype) if form.bias else None,
-        output_offset=read("output_offset") if form.output_offset is not None else None,
-        clip=read("input_clip") if static is None else None,
-        index=read("input_index") if static is not None and static.columns is not None else None,
-        offset=read("input_offset") if static is not None and static.offsets else None,
-        ranks=ranks,
-    )
+    suffixes = {
+        "zero_points": ("weight_zero_point", form.weight.zero_points),
+        "bias": ("bias", form.bias),
+        "output_offset": ("output_offset", form.output_offset is not None),
+        "clip": ("input_clip", static is None),
+        "index": ("input_index", static is not None and static.columns is not None),
+        "offset": ("input_offset", static is not None and static.offsets),
+    }
+    return {
+        name: read(suffix) if is_there else None for name, (suffix, is_there) in suffixes.items()
+    }
 
 
 def from_stored(

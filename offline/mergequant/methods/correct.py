@@ -32,34 +32,30 @@ class InputMoments(NamedTuple):
         return InputMoments(self.hessian.to(dtype), self.lost.to(dtype))
 
 
-def correction(weight: Tensor, moments: InputMoments, ridge: float) -> Tensor | None:
+def correction(wanted: Tensor, hessian: Tensor, ridge: float) -> Tensor | None:
     """V - W of the definition, with d = `ridge` times the mean diagonal of H.
 
     Args:
-        weight: [out, K], W as the codes of its input expect it.
+        wanted: W D, [out, K].
+        hessian: H, [K, K].
 
     Returns:
-        [out, K], in its dtype; None where H + d I has no Cholesky factor.
+        [out, K], in the dtype of `wanted`; None where H + d I has no Cholesky factor.
     """
-    return _solve(weight @ moments.lost.to(weight), moments.hessian, ridge)
-
-
-def _solve(wanted: Tensor, hessian: Tensor, ridge: float) -> Tensor | None:
     damped = hessian.to(wanted, copy=True)
     damped.diagonal().add_(ridge * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     return torch.cholesky_solve(wanted.T, lower).T if int(failed) == 0 else None
 
 
-def output_error(weight: Tensor, original: Tensor, moments: InputMoments) -> float:
-    """||U W^T - C V^T||^2 of a V and the W `original`, less what does not depend on V.
+def output_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
+    """||U W^T - C V^T||^2, less what does not depend on V: tr(V H V^T) - 2 tr(W (H + D) V^T).
 
-    That is tr(V H V^T) - 2 tr(W (H + D) V^T), since U^T C = H + D.
+    Args:
+        weight: V, [out, K].
+        target: W (H + D), [out, K]; H + D is U^T C.
+        hessian: H, [K, K].
     """
-    return _error(weight, original @ (moments.hessian + moments.lost), moments.hessian)
-
-
-def _error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
     return float(((weight @ hessian - 2 * target) * weight).sum(dtype=torch.float64))
 
 
@@ -83,10 +79,10 @@ def best_correction(
     fitted, held_out = fitted.to(torch.float32), held_out.to(torch.float32)
     wanted = single @ fitted.lost
     target = single @ (held_out.hessian + held_out.lost)
-    best, least = None, _error(single, target, held_out.hessian)
+    best, least = None, output_error(single, target, held_out.hessian)
     for ridge in ridges:
-        added = _solve(wanted, fitted.hessian, ridge)
-        error = inf if added is None else _error(single + added, target, held_out.hessian)
+        added = correction(wanted, fitted.hessian, ridge)
+        error = inf if added is None else output_error(single + added, target, held_out.hessian)
         if error < least:
             best, least = added, error
     return best

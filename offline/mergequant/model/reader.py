@@ -55,8 +55,8 @@ class ModelReader(ABC):
         folder: where the files are.
         config: `config.json`.
         headers: shape and dtype of each tensor, by name.
-        online: the rotation that a linear's weight expects of its input, by full name; a model as
-            it is stored has none.
+        online: the rotation that a linear's weight expects of its input, by full name; the source
+            model's have none.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ModelReader(ABC):
         return self.read(name)
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., n] of the stored model as the model seen here has them."""
+        """Hidden states [..., n] of the source model as the model seen here has them."""
         return hidden
 
     def read_block(self, prefix: str) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class Reader(ModelReader):
         return sorted(set(self._file_of.values()))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype, on the CPU, in memory of its own."""
+        """One tensor, in the file's dtype, on the CPU, in memory of its own."""
         with safe_open(self._file_of[name], framework="pt") as tensors:
             # A copy: pages of the mapped file must not stay with the tensor.
             tensor: Tensor = tensors.get_tensor(name).clone()

@@ -107,7 +107,7 @@ class RotatedReader(ModelReader):
                 )
 
     def read(self, name: str) -> Tensor:
-        """One tensor: rotated in float64 and given as float32; or as stored where nothing turns."""
+        """One tensor: rotated in float64 and given as float32; or the source's if nothing turns."""
         return self._read(name, self._dtype)
 
     def residual(self, hidden: Tensor) -> Tensor:

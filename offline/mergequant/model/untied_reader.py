@@ -10,7 +10,7 @@ class UntiedReader(ModelReader):
     """A view of a model whose head is tied to its embedding, in which it is not.
 
     Args:
-        reader: the model as it is stored.
+        reader: the source model.
     """
 
     def __init__(self, reader: ModelReader, architecture: Architecture) -> None:

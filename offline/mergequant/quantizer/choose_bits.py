@@ -61,10 +61,7 @@ def resolve_bits(decoder: Decoder, windows: Tensor, options: Options, progress: 
     """
     if options.average_bits is None and options.within is None:
         return {}
-    plain = options.model_copy(
-        update={"reconstruction": "none", "alpha": 0.0, "compensation_rank": 0}
-    )
-    plan = make_plan(decoder.architecture, decoder.reader.config, plain, "")
+    plan = make_plan(decoder.architecture, decoder.reader.config, options.plain(), "")
     used = windows[: max(1, _TOKENS // windows.shape[1])]
     before = [_fixed_by(options, x) for x in measure(decoder, plan, used, progress)]
     after = upgraded(before, options.average_bits, options.within)

@@ -42,17 +42,14 @@ def resolve_rotation(
     if len(candidates) == 1:
         return candidates[0]
     used = windows[: max(1, _TOKENS // windows.shape[1])]
-    candidates_options = {rotation: _plain(options, rotation) for rotation in candidates}
+    candidates_options = {
+        rotation: options.plain().model_copy(update={"rotation": rotation})
+        for rotation in candidates
+    }
     errors = _errors(model, used, candidates_options, device, progress)
     for rotation, error in errors.items():
         logger.info("Rotation %s: error %.4g", rotation, error)
     return min(errors, key=errors.__getitem__)
-
-
-def _plain(options: Options, rotation: Rotation) -> Options:
-    """What tells rotations apart: `options` without reconstruction and training."""
-    plain = {"reconstruction": "none", "alpha": 0.0, "compensation_rank": 0}
-    return options.model_copy(update={**plain, "rotation": rotation})
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class _Candidate:
         """Relative squared error of the output of block `number`, see `_block_error`.
 
         Args:
-            inputs: what the stored model's block reads, [windows, length, n] each.
+            inputs: what the source model's block reads, [windows, length, n] each.
             outputs: what it emits.
         """
         turned = [[self.decoder.reader.residual(x) for x in batch] for batch in (inputs, outputs)]

@@ -1,5 +1,6 @@
 """What each linear of a model will be like, and whether that can be served."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -141,6 +142,31 @@ def refuse_idle_patterns(
             )
         for field, value in fields.items():
             _refuse_idle_field(pattern, field, value, inputs)
+
+
+def refuse_idle_budget(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    options: Options,
+    forms: Mapping[str, LinearForm | None],
+) -> None:
+    """Raise InputError where `average_bits` is less than what the other options give already."""
+    if options.average_bits is None:
+        return
+    spent = multiplications = 0.0
+    for number in range(int(config["num_hidden_layers"])):
+        for linear in architecture.linears:
+            form = forms[f"{architecture.block.format(block=number)}.{linear.name}"]
+            if form is not None:
+                size = math.prod(linear_shape(architecture, linear, config))
+                spent += size * (form.weight.bits + form.input.bits) / 2
+                multiplications += size
+    if spent > options.average_bits * multiplications * (1 + 1e-9):
+        raise InputError(
+            f"--average-bits {options.average_bits:g} is less than the "
+            f"{spent / multiplications:.2f} bits that weights and inputs have by other options: "
+            "give more, or leave it out."
+        )
 
 
 def _refuse_idle_field(

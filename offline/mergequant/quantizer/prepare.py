@@ -45,7 +45,7 @@ def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Archit
 
 
 def open_folder(model: str | Path) -> tuple[Reader, Architecture]:
-    """A 16-bit model as it is stored, and its table; raises InputError if that does not fit."""
+    """The 16-bit source model and its table; raises InputError if that does not fit."""
     folder = Reader(locate(model))
     folder.refuse_quantized()
     architecture = find(folder.config.get("model_type"))

@@ -14,6 +14,7 @@ from mergequant.quantizer.forms import (
     channels_of,
     is_static,
     linear_forms,
+    refuse_idle_budget,
     refuse_idle_patterns,
     rotation_of,
 )
@@ -58,11 +59,12 @@ def make_plan(
     """Resolve `options`, in which a pilot has decided what they left to be measured.
 
     Raises:
-        InputError: a pattern matches nothing, linears that vLLM merges are not alike, or a form
-            does not fit the model.
+        InputError: a pattern matches nothing, a budget of bits allows nothing, linears that vLLM
+            merges are not alike, or a form does not fit the model.
     """
     forms = dict(linear_forms(architecture, config, options))
     refuse_idle_patterns(architecture, options, forms)
+    refuse_idle_budget(architecture, config, options, forms)
     checkpoint = checkpoint_format(architecture, config, options, forms, calibration_sha256)
     training = None
     if options.compensated:

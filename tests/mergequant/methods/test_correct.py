@@ -3,12 +3,8 @@
 import torch
 from torch import Tensor
 
-from mergequant.methods.correct import (
-    InputMoments,
-    best_correction,
-    correction,
-    output_error,
-)
+from mergequant.methods import correct
+from mergequant.methods.correct import InputMoments, best_correction
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -31,6 +27,14 @@ def moments(exact: Tensor, rounded: Tensor) -> InputMoments:
 def weight(out: int = 5, channels: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(out, channels, generator=generator, dtype=torch.float64)
+
+
+def correction(w: Tensor, of: InputMoments, ridge: float) -> Tensor | None:
+    return correct.correction(w @ of.lost.to(w), of.hessian, ridge)
+
+
+def output_error(v: Tensor, w: Tensor, of: InputMoments) -> float:
+    return correct.output_error(v, w @ (of.hessian + of.lost), of.hessian)
 
 
 def corrected(w: Tensor, of: InputMoments, ridge: float) -> Tensor:

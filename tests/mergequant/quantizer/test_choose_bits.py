@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergequant import Options, quantize
+from mergequant import InputError, Options, quantize
 from mergequant.methods.sensitivity import average_bits
 from mergequant.model.decoder import Decoder
 from mergequant.quantizer.choose_bits import measure, resolve_bits
@@ -99,3 +99,11 @@ def test_bits_are_spent_until_the_estimate_is_within_the_bound(llama: Path, text
 def test_a_budget_that_means_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         options(**wrong)
+
+
+def test_a_budget_that_is_spent_already_is_refused_before_any_work(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--average-bits 3.5 is less than the 4.00 bits .* more"):
+        quantize(llama, tmp_path / "out", [text], options(average_bits=3.5), progress=False)
+    assert not (tmp_path / "out").exists()

@@ -152,17 +152,16 @@ def calibrate_channels(
         magnitudes.add(x)
     refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
     seen = _span(plan, magnitudes.lowest, magnitudes.highest)
-    spans, clip = seen, torch.ones_like(seen.extent, dtype=torch.float64)
+    spans, clip, step = seen, torch.ones_like(seen.extent, dtype=torch.float64), None
     if plan.clip is not None and plan.zero_points:
         # Ends that were searched need no ratio beside them: searched as well, it stays 1.
         histogram = ChannelHistogram.of(inputs, magnitudes.lowest, magnitudes.highest, plan.bits)
         spans = _span(plan, *trim_ends(histogram, plan.clip.grid(), plan.bits))
-        step = activation_steps(spans.extent, clip, spans.levels)
         clip = torch.where(seen.extent > 0, spans.extent / seen.extent, clip)
     elif plan.clip is not None:
         clip = _channel_clips(plan, plan.clip, inputs, weights, spans)
         step = activation_steps(spans.extent, clip, spans.levels)
-    else:
+    if step is None:
         step = plan.unclipped_steps(spans, weights)
     folded = fold_norm(
         block.source_tensors[f"{plan.norm.name}.weight"].to(clip.device),
