@@ -33,9 +33,16 @@ class ModelRow(Protocol):
         """Nats a token, by text."""
 
     @property
+    def columns(self) -> set[str]:
+        """What was measured of it: texts, and what else it has."""
+
+    @property
     def excess(self) -> dict[str, float]:
         """The same above full precision."""
 
+
+_TEXT = " --text "  # what of a command stands behind it may grow
+_LATER = "loss on each; a row measured before a text was named has none there"
 
 Kind = TypeVar("Kind", bound=ModelRow)
 
@@ -44,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, rows: Sequence[str], samples:
     """Add the model, the texts, the rows and the windows; `samples` says what these are for."""
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help=_LATER)
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
     parser.add_argument("--length", type=int, default=1024, help="tokens in an evaluated window")
     parser.add_argument("--windows", type=int, default=16, help="windows evaluated of each text")
@@ -60,23 +67,26 @@ def command_of(module: str, given: argparse.Namespace, *flags: str) -> str:
         given: what `add_arguments` read.
         flags: further ones that are numbers.
     """
-    calibration, texts = (
-        " ".join(file.name for file in files) for files in (given.calibration, given.text)
-    )
     numbers = " ".join(
         f"--{flag} {getattr(given, flag)}"
         for flag in ("length", "windows", *flags, "samples", "sequence")
     )
     return (
-        f"python -m {module} {given.model.resolve().name} --calibration {calibration} "
-        f"--text {texts} {numbers}"
+        f"python -m {module} {given.model.resolve().name} {numbers} "
+        f"--calibration {names(given.calibration)}{_TEXT}{names(given.text)}"
     )
+
+
+def names(files: Sequence[Path]) -> str:
+    """The files as a command names them, without folders."""
+    return " ".join(file.name for file in files)
 
 
 def measure_all(
     name: str,
     command: str,
     wanted: Sequence[str],
+    columns: set[str],
     order: Iterable[str],
     kind: type[Kind],
     measure: Callable[[str], Kind],
@@ -86,24 +96,29 @@ def measure_all(
 
     Args:
         name: of the result files.
+        columns: what the command measures of each row; all that the file has must be among them.
         order: names of all rows, as they stand in the table.
         kind: class of a row.
     """
     rows = known(RESULTS / f"{name}.json", command, kind)
+    if dropped := sorted({column for row in rows for column in row.columns} - columns):
+        raise SystemExit(f"Rows of {name}.json have {', '.join(dropped)}: name these files too.")
+    rows = [row for row in rows if row.name != FULL or row.columns >= columns]
     for row in dict.fromkeys([FULL, *wanted]):
         if row in {x.name for x in rows}:
             continue
         rows = with_excess([*rows, measure(row)], order)
-        save(name, command, [_as_json(x) for x in rows], table(rows), environment())
+        save(name, command, [_as_json(x) for x in rows], table(rows), environment(), RESULTS)
         print(table(rows), flush=True)
 
 
 def known(file: Path, command: str, kind: type[Kind]) -> list[Kind]:
-    """The rows that an earlier run of the same command finished."""
+    """The rows that an earlier run of the same command finished, on these texts or others."""
     if not file.exists():
         return []
     record = json.loads(file.read_text())
-    return [kind(**row) for row in record["rows"]] if record["command"] == command else []
+    same = record["command"].split(_TEXT)[0] == command.split(_TEXT)[0]
+    return [kind(**row) for row in record["rows"]] if same else []
 
 
 def with_excess(rows: Sequence[Kind], order: Iterable[str]) -> list[Kind]:
@@ -111,7 +126,7 @@ def with_excess(rows: Sequence[Kind], order: Iterable[str]) -> list[Kind]:
     full = next(row.loss for row in rows if row.name == FULL)
     places = {name: place for place, name in enumerate(order)}
     return [
-        _replaced(row, excess={text: row.loss[text] - full[text] for text in full})
+        _replaced(row, excess={text: loss - full[text] for text, loss in row.loss.items()})
         for row in sorted(rows, key=lambda row: places[row.name])
     ]
 

@@ -1,12 +1,13 @@
 """What quantizing costs a pretrained model, served by vLLM: the yardstick of the defaults.
 
     python -m benchmarks.method.real MODEL --calibration FILE [FILE ...] --text FILE [FILE ...]
-        [--rows ROW [ROW ...]] [--work FOLDER]
+        [--items FILE [FILE ...]] [--rows ROW [ROW ...]] [--work FOLDER]
 
 Each row is quantized and served in a process of its own, and its loss is taken on the first windows
-of each text. Rows of `benchmarks/results/real-MODEL.json` that the same command measured are not
-run again, and `quantize` continues where it was stopped, so that an interrupted run goes on. All
-that the rows do not name is the default; "plain" is `--fast --reconstruction none`.
+of each text, its zero-shot accuracy on the first items (lm-eval: the extra `tasks`). Rows of
+`benchmarks/results/real-MODEL.json` that the same command measured, on these texts or others, are
+not run again, and `quantize` continues where it was stopped, so that an interrupted run goes on.
+All that the rows do not name is the default; "plain" is `--fast --reconstruction none`.
 """
 
 import argparse
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.method import zero_shot
 from benchmarks.method.model_rows import (
     FULL,
     add_arguments,
     command_of,
     full_loss,
     measure_all,
+    names,
 )
 
 FAST: Mapping[str, Any] = {"compensation_rank": 0}
@@ -64,6 +67,7 @@ class Row:
         peak_gib: the most memory of the process that quantized, GiB.
         bytes: of the checkpoint's tensors.
         rotation: what was chosen.
+        accuracy: percent of items answered right and its standard error, by file.
     """
 
     name: str
@@ -72,7 +76,13 @@ class Row:
     peak_gib: float = 0.0
     bytes: int = 0
     rotation: str = ""
+    accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
     excess: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> set[str]:
+        """Texts and files of items that it was measured on."""
+        return {*self.loss, *self.accuracy}
 
 
 def quantize_row(model: Path, folder: Path, changes: str, calibration: list[Path]) -> None:
@@ -133,6 +143,8 @@ def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
             raise SystemExit(f"{folder} was made with other options: remove it and {note}.")
     limits = (given.length, given.windows)
     loss = child("--child", "serve", folder, *limits, *given.text)
+    if given.items:
+        made["accuracy"] = zero_shot.accuracies(folder, given.items, given.limit, given.length)
     config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if folder != model:
@@ -144,15 +156,21 @@ def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Table in Markdown."""
-    texts = list(rows[0].loss)
-    head = " | ".join(f"{text}: excess" for text in texts)
-    lines = [f"| | {head} | rotation | seconds | peak, GiB | MB |"]
-    lines.append("|---" * 1 + "|---:" * len(texts) + "|---|---:|---:|---:|")
+    texts, items = list(rows[0].loss), list(rows[0].accuracy)
+    heads = [f"{text}: excess" for text in texts] + [
+        f"{file}: {zero_shot.METRIC}" for file in items
+    ]
+    lines = [f"| | {' | '.join(heads)} | rotation | seconds | peak, GiB | MB |"]
+    lines.append("|---" + "|---:" * len(heads) + "|---|---:|---:|---:|")
     for row in rows:
-        losses = " | ".join(f"{row.excess[text]:+.4f}" for text in texts)
+        cells = [f"{row.excess[text]:+.4f}" if text in row.excess else "-" for text in texts]
+        cells += [
+            "{:.1f} ± {:.1f}".format(*row.accuracy[file]) if file in row.accuracy else "-"
+            for file in items
+        ]
         lines.append(
-            f"| {row.name} | {losses} | {row.rotation or '-'} | {_or_dash(row.seconds, 0)} | "
-            f"{_or_dash(row.peak_gib, 1)} | {row.bytes / 1e6:.0f} |"
+            f"| {row.name} | {' | '.join(cells)} | {row.rotation or '-'} | "
+            f"{_or_dash(row.seconds, 0)} | {_or_dash(row.peak_gib, 1)} | {row.bytes / 1e6:.0f} |"
         )
     return "\n".join([*lines, "", full_loss(rows)])
 
@@ -162,12 +180,21 @@ def _or_dash(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value else "-"
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
     parser = argparse.ArgumentParser(description="What quantizing costs a pretrained model.")
     add_arguments(parser, list(ROWS), samples="windows for GPTQ and training")
     parser.add_argument("--work", type=Path, default=Path("real-work"), help="for checkpoints")
     parser.add_argument("--statistics", type=int, default=32, help="windows for steps")
-    return parser.parse_args()
+    parser.add_argument("--items", type=Path, nargs="+", default=[], help="zero-shot: JSON lines")
+    parser.add_argument("--limit", type=int, default=500, help="items of each file")
+    return parser
+
+
+def command(given: argparse.Namespace) -> str:
+    """What measures the same, written beside the figures."""
+    tasks = f" --items {names(given.items)} --limit {given.limit}" if given.items else ""
+    return command_of("benchmarks.method.real", given, "statistics") + tasks
 
 
 def main() -> None:
@@ -179,11 +206,13 @@ def main() -> None:
         folder, length, windows, *texts = sys.argv[3:]
         serve_row(Path(folder), [Path(text) for text in texts], int(length), int(windows))
         return
-    given = arguments()
+    given = parser().parse_args()
     model = given.model.resolve()
-    command = command_of("benchmarks.method.real", given, "statistics")
-    name = f"real-{model.name}"
-    measure_all(name, command, given.rows, ROWS, Row, lambda x: measure(x, given, model), table)
+    columns = {file.stem for file in [*given.text, *given.items]}
+    rows = (given.rows, columns, ROWS, Row)
+    measure_all(
+        f"real-{model.name}", command(given), *rows, lambda x: measure(x, given, model), table
+    )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Row:
     versions: dict[str, str]
     excess: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> set[str]:
+        """Texts that it was measured on."""
+        return set(self.loss)
+
 
 def write_tokens(file: Path, given: argparse.Namespace) -> None:
     """Write the windows of calibration and of each text, the same for every row."""
@@ -119,11 +124,12 @@ def table(rows: list[Row]) -> str:
     ]
     for row in rows:
         peer = ROWS[row.name]
-        losses = " | ".join(f"{row.excess[text]:+.4f}" for text in texts)
+        cells = [f"{row.excess[text]:+.4f}" if text in row.excess else "-" for text in texts]
         cost = "- | - | - | -"
         if row.name != FULL:
             cost = f"{row.windows} | {row.cpu_seconds:.0f} | {row.seconds:.0f} | {row.peak_gib:.1f}"
-        lines.append(f"| {row.name} | {losses} | {peer.weights} | {peer.activations} | {cost} |")
+        cells += [peer.weights, peer.activations, cost]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", full_loss(rows), *notes(rows)])
 
 
@@ -145,25 +151,30 @@ def notes(rows: list[Row]) -> list[str]:
     return ["", "Environments:", "", *lines]
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """Command line."""
     parser = argparse.ArgumentParser(description="What other quantizers cost a pretrained model.")
     add_arguments(parser, list(ROWS), samples="windows for calibration")
     parser.add_argument("--environments", type=Path, required=True, help="virtual environments")
     parser.add_argument("--flatquant", type=Path, help="checkout of FlatQuant")
     parser.add_argument("--work", type=Path, default=Path("peers-work"), help="for token windows")
-    return parser.parse_args()
+    return parser
+
+
+def command(given: argparse.Namespace) -> str:
+    """What measures the same, written beside the figures."""
+    return command_of("benchmarks.method.peers", given)
 
 
 def main() -> None:
     """Measure the rows that are not known yet, and write the record after each."""
-    given = arguments()
-    command = command_of("benchmarks.method.peers", given)
+    given = parser().parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     tokens = given.work / "tokens.safetensors"
     write_tokens(tokens, given)
     name = f"peers-{given.model.resolve().name}"
-    measure_all(name, command, given.rows, ROWS, Row, lambda x: measure(x, given, tokens), table)
+    rows = (given.rows, {text.stem for text in given.text}, ROWS, Row)
+    measure_all(name, command(given), *rows, lambda x: measure(x, given, tokens), table)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
 """The yardstick of a pretrained model: rows are kept, in order, and compared with the first."""
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.common.record import RESULTS
 from benchmarks.method import real
-from benchmarks.method.model_rows import (
-    FULL,
-    add_arguments,
-    command_of,
-    known,
-    with_excess,
-)
+from benchmarks.method.model_rows import FULL, known, measure_all, with_excess
+from benchmarks.method.peers import __main__ as peers
 from benchmarks.method.real import ROWS, Row
 from mergequant import Options
 from mergequant.evaluate.checkpoint_contents import inspect_checkpoint
@@ -57,12 +52,39 @@ def test_a_row_is_quantized_in_the_way_that_the_child_is_told(
     assert options["provenance"]["options"]["rotation"] in ("online", "none")
 
 
-@pytest.mark.parametrize("benchmark", ["real", "peers"])
-def test_a_command_written_beside_figures_is_the_one_that_is_run_today(benchmark: str) -> None:
-    record = json.loads((RESULTS / f"{benchmark}-SmolLM2-135M.json").read_text())
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, [], samples="")
-    parser.add_argument("--statistics", type=int, default=32)
-    flags = ("statistics",) if benchmark == "real" else ()
-    given = parser.parse_args(record["command"].split()[3:])
-    assert command_of(f"benchmarks.method.{benchmark}", given, *flags) == record["command"]
+def test_a_text_named_later_is_a_column_of_its_own_and_asks_for_full_precision_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.method.model_rows.RESULTS", tmp_path)
+    measured = []
+
+    def run(command: str, texts: list[str], wanted: list[str]) -> str:
+        def measure(name: str) -> Row:
+            measured.append(name)
+            return Row(name, dict.fromkeys(texts, 1.0 + (name != FULL)))
+
+        measure_all("real", command, wanted, set(texts), ROWS, Row, measure, real.table)
+        return (tmp_path / "real.md").read_text()
+
+    run("real --text a.txt", ["a"], ["W4A4"])
+    told = run("real --text a.txt b.txt", ["a", "b"], ["W4A4", "W4A8"])
+    assert measured == [FULL, "W4A4", FULL, "W4A8"]
+    assert "| W4A4 | +1.0000 | - |" in told and "| W4A8 | +1.0000 | +1.0000 |" in told
+    with pytest.raises(SystemExit, match="have b: name these files too"):
+        run("real --text a.txt", ["a"], ["W4A4"])
+
+
+def test_accuracy_stands_beside_its_standard_error() -> None:
+    full = Row(FULL, {"text": 1.0}, accuracy={"piqa": (66.0, 2.1)})
+    rows = with_excess([full, Row("W4A4", {"text": 1.5})], ROWS)
+    assert "| full precision | +0.0000 | 66.0 ± 2.1 |" in real.table(rows)
+    assert "| W4A4 | +0.5000 | - |" in real.table(rows)
+
+
+@pytest.mark.parametrize("benchmark", [real, peers], ids=["real", "peers"])
+def test_a_command_written_beside_figures_is_the_one_that_is_run_today(benchmark: Any) -> None:
+    name = benchmark.__package__.split(".")[-1] if benchmark is peers else "real"
+    record = json.loads((RESULTS / f"{name}-SmolLM2-135M.json").read_text())
+    words = record["command"].split()[3:]
+    needed = ["--environments", "."] if benchmark is peers else []
+    assert benchmark.command(benchmark.parser().parse_args([*words, *needed])) == record["command"]
