@@ -77,11 +77,11 @@ ROWS: dict[str, Peer] = {
         options={"scheme": "W4A16", "group_size": 64, "iters": 20, "batch_size": 4},
         distributions=("torch", "transformers", "auto-round"),
     ),
-    "FlatQuant W4A4: 2 epochs instead of 15": Peer(
+    "FlatQuant W4A4: 5 epochs instead of 15": Peer(
         "flatquant",
         "flatquant",
         "INT4 per channel",
         f"INT4 {TOKENS}",
-        options={"epochs": 2},
+        options={"epochs": 5},
     ),
 }
