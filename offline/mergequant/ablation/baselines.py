@@ -12,7 +12,7 @@ from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.methods.clip import ChannelRange
 from mergequant.methods.migrate import smooth_steps, tensor_steps
 from mergequant.methods.rotate import OnlineRotation
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.record import CalibratedInput
 from mergequant.quantizer.inputs.static import StaticInputPlan

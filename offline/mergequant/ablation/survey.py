@@ -15,7 +15,8 @@ from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
 from mergequant.model.architecture import Architecture, Readers, paper_alpha
-from mergequant.model.decoder import Block, Decoder
+from mergequant.model.block import Block
+from mergequant.model.decoder import Decoder
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably

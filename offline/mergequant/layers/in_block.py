@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mergequant.layers.native_linear import native_linear
 from mergequant.layers.served_linear import served_linear
 from mergequant.layers.simulated_linear import SimulatedLinear
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant_vllm.format import LinearFormat
 from mergequant_vllm.kernels.linear.constant import constant_of
 from mergequant_vllm.packing import unpack

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mergequant.layers.in_block import replace_by_served
 from mergequant.model.architecture import Architecture
-from mergequant.model.decoder import Activations, Block
+from mergequant.model.block import Block
+from mergequant.model.decoder import Activations
 from mergequant.quantizer.linears import quantize_linears
 from mergequant.quantizer.plan import BlockPlan, TrainingPlan
 from mergequant.quantizer.result import LinearResult

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergequant.model.architecture import Architecture
-from mergequant.model.decoder import Activations, Block, Decoder
+from mergequant.model.block import Block
+from mergequant.model.decoder import Activations, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.decision import possible_rotations

@@ -23,7 +23,8 @@ from mergequant.methods.gptq import (
 )
 from mergequant.methods.trained_weight import trainable_elements
 from mergequant.methods.weights import largest_weight, weight_grid
-from mergequant.model.decoder import Activations, Block
+from mergequant.model.block import Block
+from mergequant.model.decoder import Activations
 from mergequant.quantizer.inputs.record import CalibratedInput, refuse_infinite
 from mergequant.quantizer.plan import ReadersPlan, WeightPlan
 from mergequant.quantizer.result import LinearResult, ReportLine, Rounding

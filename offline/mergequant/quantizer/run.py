@@ -9,7 +9,8 @@ from torch import Tensor
 from mergequant.calibration.text import sha256_of
 from mergequant.layers.in_block import load_stored
 from mergequant.model.architecture import Architecture, outer_tensors
-from mergequant.model.decoder import Block, Decoder
+from mergequant.model.block import Block
+from mergequant.model.decoder import Decoder
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.fingerprint import fingerprint

@@ -7,7 +7,8 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from mergequant.model.decoder import Activations, Block, Decoder
+from mergequant.model.block import Block
+from mergequant.model.decoder import Activations, Decoder
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.inputs.record import refuse_infinite
 from mergequant.quantizer.plan import Plan, Samples

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import mergequant_vllm
 from mergequant import InputError, Options, cli, quantize
 from mergequant.layers.in_block import load_stored
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant.output import writer as checkpoint
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.unfinished_run import UnfinishedRun

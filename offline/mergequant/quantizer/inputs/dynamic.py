@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergequant.methods.clip import choose_token_clip
 from mergequant.methods.rotate import OnlineRotation
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant.quantizer.inputs.record import CalibratedInput, ClipSearch, stacked_weights
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.token_quant.reference import token_codes

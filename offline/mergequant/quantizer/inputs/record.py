@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergequant.errors import InputError
 from mergequant.methods.clip import clip_grid
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from mergequant.methods.reconstruct import (
 )
 from mergequant.methods.trim import ChannelHistogram, trim_ends
 from mergequant.model.architecture import Norm
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant.quantizer.inputs.record import (
     CalibratedInput,
     ClipSearch,
