@@ -14,15 +14,16 @@ from mergequant.methods.trained_weight import (
     TrainedWeight,
     straight_through,
 )
-from mergequant.model.decoder import Block
+from mergequant.model.block import Block
 from mergequant.quantizer.inputs.record import CalibratedInput
 from mergequant.quantizer.plan import TrainingPlan
 from mergequant.quantizer.result import LinearResult
 
 logger = logging.getLogger("mergequant")
 
-TOKENS_A_STEP = 2048
+TOKENS_A_STEP = 512
 _HELD_OUT = 8  # one window in so many, at least one
+_TOKEN_FLOOR = 1e-6  # of the mean square: a token of zeros has no relative error
 _PATIENCE = 3  # epochs without a better held-out loss, after which training stops
 
 
@@ -34,7 +35,8 @@ class Compensation:
         codes: int8 [out, K] of each linear, by name within the block; empty if training did not
             lower the held-out loss.
         before: loss on held-out windows of the block as it was: squared error of its output over
-            the square of what the full-precision block adds to its input.
+            the square of what the full-precision block adds to its input, both of each token
+            relative to the square of the token's target.
         after: the same with `codes`.
         epochs: passes over the windows that were made.
     """
@@ -55,7 +57,7 @@ def compensate(
 ) -> Compensation:
     """Train D of all linears of a block to bring its output to the full-precision block's.
 
-    The block's linears are left as trainable ones: put in stored ones afterwards.
+    The block's linears are left as trainable ones: put in those of the checkpoint afterwards.
 
     Args:
         inputs: [windows, length, n] each, what the quantized blocks before this one emit.
@@ -65,9 +67,9 @@ def compensate(
     generator = torch.Generator().manual_seed(plan.seed)
     weights = dict(_trainable(block, results, plan, generator))
     training, held_out = _split(inputs, targets)
-    scale = _scale(inputs, targets)
+    loss_of = RelativeError.over(inputs, targets)
     parameters = [x for weight in weights.values() for x in weight.parameters()]
-    before = best = _loss(block, held_out, scale)
+    before = best = _loss(block, held_out, loss_of)
     if not training:
         logger.warning("One calibration window cannot be held out: no compensation is trained")
         return Compensation(before, before, 0)
@@ -78,12 +80,12 @@ def compensate(
     while epochs < plan.epochs and epochs - better_at < _PATIENCE:
         for number in torch.randperm(len(training), generator=generator).tolist():
             optimizer.zero_grad()
-            loss = _squared_error(block, *training[number]).mean() / scale
+            loss = loss_of(block, *training[number]).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             decay.step()
         epochs += 1
-        loss_now = _loss(block, held_out, scale)
+        loss_now = _loss(block, held_out, loss_of)
         if loss_now < best:
             best, better_at, kept = loss_now, epochs, _copies(parameters)
         epoch_done(best)
@@ -151,21 +153,54 @@ def _split(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Pairs, 
     return training, held_out
 
 
-def _scale(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    """Mean square of what the block adds: the unit of the loss."""
-    pairs = zip(inputs, targets, strict=True)
-    total = sum(float((y - x).square().sum(dtype=torch.float64)) for x, y in pairs)
-    return max(total / sum(x.numel() for x in inputs), 1e-30)
+@dataclass(frozen=True)
+class RelativeError:
+    """Squared error of a block's output, each token's relative to the square of its target.
+
+    What reads the residual stream divides each token by its norm. Without this a few massive
+    tokens, hundreds of times as long as others (Sun et al., 2024), own nearly all of the error.
+
+    Attributes:
+        floor: least square of a target, for tokens that are 0.
+        scale: mean over tokens of the relative square of what the full-precision block adds.
+    """
+
+    floor: float
+    scale: float
+
+    @classmethod
+    def over(cls, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> "RelativeError":
+        """The loss in the unit of what the block adds.
+
+        Args:
+            inputs: as `compensate` takes them.
+            targets: likewise.
+        """
+        tokens = sum(x[..., 0].numel() for x in inputs)
+        squares = sum(float(y.square().sum(dtype=torch.float64)) for y in targets)
+        floor = max(_TOKEN_FLOOR * squares / tokens, 1e-30)
+        pairs = zip(inputs, targets, strict=True)
+        added = sum(
+            float(((y - x).square().sum(-1) / _squares(y, floor)).sum(dtype=torch.float64))
+            for x, y in pairs
+        )
+        return cls(floor, max(added / tokens, 1e-30))
+
+    def __call__(self, block: Block, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each token: [windows, length]."""
+        error = block.forward(x, gradient=torch.is_grad_enabled()) - y
+        return error.square().sum(-1) / _squares(y, self.floor) / self.scale
 
 
-def _squared_error(block: Block, x: Tensor, y: Tensor) -> Tensor:
-    return (block.forward(x, gradient=torch.is_grad_enabled()) - y).square()
+def _squares(y: Tensor, floor: float) -> Tensor:
+    """Square of each token of y [..., n], at least `floor`: [...]."""
+    return y.square().sum(-1).clamp(min=floor)
 
 
-def _loss(block: Block, pairs: Pairs, scale: float) -> float:
+def _loss(block: Block, pairs: Pairs, loss_of: RelativeError) -> float:
     with torch.no_grad():
-        total = sum(float(_squared_error(block, x, y).sum(dtype=torch.float64)) for x, y in pairs)
-    return total / sum(x.numel() for x, _ in pairs) / scale
+        total = sum(float(loss_of(block, x, y).sum(dtype=torch.float64)) for x, y in pairs)
+    return total / sum(x[..., 0].numel() for x, _ in pairs)
 
 
 def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
