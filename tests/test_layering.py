@@ -97,6 +97,7 @@ RESOLVES_OPTIONS |= {
     for name in (
         "choose_reconstruction",
         "choose_bits",
+        "choose_order",
         "choose_rotation",
         "columns",
         "decide",

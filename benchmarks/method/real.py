@@ -31,6 +31,7 @@ from benchmarks.method.model_rows import (
     measure_all,
     names,
 )
+from mergequant.cli_flags import BEST
 
 FAST: Mapping[str, Any] = {"compensation_rank": 0}
 PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
@@ -41,7 +42,7 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W4A4 --fast": FAST,
     "W4A4": {},
     "W4A4 --fast --average-bits 5": {**FAST, "average_bits": 5.0},
-    "W4A4 --average-bits 5": {"average_bits": 5.0},
+    "W4A4 --best": BEST,
     "W4A8 --fast": {**FAST, **EIGHT},
     "W4A8": EIGHT,
     "W8A8 --fast": {**FAST, **EIGHT, "weight_bits": 8},

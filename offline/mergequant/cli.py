@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergequant.cli_flags import BASE_FLAGS, read_options, with_option_flags
+from mergequant.cli_flags import BASE_FLAGS, at_price, with_option_flags
 from mergequant.errors import InputError
 
 app = typer.Typer(
@@ -39,12 +39,15 @@ def quantize(
         list[str],
         typer.Option(help="Text: .txt, .jsonl with 'text', or a data set's name. Repeatable."),
     ],
-    fast: Annotated[bool, typer.Option("--fast", help="No compensation.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Nothing is trained.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="8 bits where they save most: 5 on average.")
+    ] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
     """Quantize a model; writes a folder that `vllm serve` takes as it is."""
-    options = read_options(flags, **({"compensation_rank": 0} if fast else {}))
+    options = at_price(flags, fast=fast, best=best)
     from mergequant.quantizer.run import quantize as run
 
     run(model, output, calibration, options, progress=not quiet)
@@ -108,12 +111,12 @@ def ablate(
     window: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep each row's checkpoint.")] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="No compensation.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Nothing is trained.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
     """The paper's tables for a model: the method step by step, against its baselines."""
-    base = read_options(flags, **({"compensation_rank": 0} if fast else {}))
+    base = at_price(flags, fast=fast, best=False)
     from mergequant.ablation import ablate as run
 
     ablation = run(

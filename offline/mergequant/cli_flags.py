@@ -14,6 +14,7 @@ from mergequant.options import Options
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
     "rotation": "none, offline, online, or auto: what measures best.",
+    "residual_rotation": "full, or graded: channels of like variance only are mixed.",
     "hadamard_block": "Largest block of the online rotation.",
     "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",
     "static_bits": "Bits of norm-fed activations: 4 or 8.",
@@ -109,6 +110,22 @@ def read_options(flags: Mapping[str, Any], **changes: Any) -> Options:
         # A field of several types has a fault for each.
         messages = " or ".join(fault["msg"] for fault in faults if fault["loc"][:1] == field)
         raise InputError(f"{where} is wrong: {messages}.") from error
+
+
+BEST = {"average_bits": 5.0}  # what --best changes of the defaults
+
+
+def at_price(flags: Mapping[str, Any], *, fast: bool, best: bool) -> Options:
+    """Options of the flags at one of three prices: `--fast`, the default, `--best`.
+
+    A budget of bits among the flags counts over that of `--best`.
+    """
+    if fast and best:
+        raise InputError("--fast and --best are two prices: give one of them.")
+    if fast:
+        return read_options(flags, compensation_rank=0)
+    asked = flags.get("average_bits") is not None or flags.get("within") is not None
+    return read_options(flags, **(BEST if best and not asked else {}))
 
 
 def _read_overrides(spelled: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,8 @@ class Options(BaseModel):
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
             weights (R1, R2); `online`: also down's input, by the server (R4); `auto`: `online` or
             `none`, what measures best, see `choose_rotation`.
+        residual_rotation: which channels R1 mixes: `full`, all with all; `graded`, like with like,
+            in three or four groups by their variance on calibration text, with static activations.
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
         mix_heads: with rotation `online`, o's input is mixed across so many heads, by the server;
             0: not at all. It divides the number of heads, and a tensor-parallel rank holds whole
@@ -121,6 +123,7 @@ class Options(BaseModel):
 
     activations: Literal["static", "dynamic"] = "static"
     rotation: Literal["none", "offline", "online", "auto"] = "auto"
+    residual_rotation: Literal["full", "graded"] = "graded"
     hadamard_block: int = Field(default=128, ge=2)
     mix_heads: int = Field(default=0, ge=0)
     static_bits: Literal[4, 8] = 4

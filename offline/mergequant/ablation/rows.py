@@ -22,6 +22,7 @@ Shapes = Mapping[str, Mapping[str, Any]]
 _QSM: Mapping[str, Any] = {
     "activations": "static",
     "rotation": "none",
+    "residual_rotation": "full",
     "static_bits": 4,
     "dynamic_bits": 4,
     "reconstruction": "none",

@@ -19,12 +19,13 @@ from mergequant_vllm.kernels.hadamard.reference import (
 )
 
 LARGEST_BLOCK = 128  # divides every Llama's intermediate size
+_GROUPS, _SMALLEST_GROUP = (3, 4, 5, 2), 64
 _LARGEST_FACTOR = 64  # two of them rotate 4096 channels in a sixth of a full matrix's time
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """R = diag(signs) (F_1 kron F_2 kron ...) of n channels, kept as its factors.
+    """R = P diag(signs) (F_1 kron F_2 kron ...) of n channels, kept as its factors.
 
     The signs act before the mixing: afterwards they would not keep channels with a common mean from
     adding up in one.
@@ -32,10 +33,12 @@ class Orthogonal:
     Attributes:
         signs: float64 [n], +1 or -1.
         factors: float64 orthogonal matrices; their sizes multiply to n.
+        order: int64 [n], the channels in the order in which P hands them on; None: as they are.
     """
 
     signs: Tensor
     factors: tuple[Tensor, ...]
+    order: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -47,11 +50,15 @@ class Orthogonal:
         mixing = torch.ones(1, 1, dtype=torch.float64)
         for factor in self.factors:
             mixing = torch.kron(mixing, factor)
-        return self.signs[:, None] * mixing
+        ordered = self.signs[:, None] * mixing
+        if self.order is None:
+            return ordered
+        return torch.zeros_like(ordered).index_copy_(0, self.order, ordered)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Each run of n channels of x [..., m * n] times R: float64, same shape."""
-        y = x.to(torch.float64).reshape(-1, self.size) * self.signs
+        y = x.to(torch.float64).reshape(-1, self.size)
+        y = (y if self.order is None else y[:, self.order]) * self.signs
         inner = self.size
         for factor in self.factors:
             inner //= len(factor)
@@ -95,6 +102,30 @@ def orthogonal(size: int, seed: int) -> Orthogonal:
     generator = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1.0
     return Orthogonal(signs=signs, factors=_even_factors(size))
+
+
+def graded(order: Tensor, seed: int) -> Orthogonal:
+    """A rotation that mixes channels only with others of their group, evenly, with seeded signs.
+
+    Every channel has a static step of its own, so a small one is rounded finely as long as no large
+    one is mixed into it; within a group of like channels the mixing takes the outliers away.
+
+    Args:
+        order: int64 [n], the channels by falling variance, cut into groups of equal size.
+    """
+    whole, groups = orthogonal(len(order), seed), group_count(len(order))
+    each = torch.eye(groups, dtype=torch.float64)
+    return Orthogonal(whole.signs, (each, *_even_factors(len(order) // groups)), order)
+
+
+def group_count(size: int) -> int:
+    """Groups of `graded`: a few, of enough channels each that their mixture has no outliers.
+
+    Measured on the norm-fed inputs of SmolLM2-135M (576 channels; squared error of the rounded
+    product, with one group 1): two 0.88, three 0.84, six 0.84, nine 0.85, eighteen 0.94.
+    """
+    fits = (n for n in _GROUPS if size % n == 0 and size // n >= _SMALLEST_GROUP)
+    return next(fits, 1)
 
 
 def hadamard(block: int) -> Orthogonal:

@@ -22,6 +22,7 @@ from mergequant.methods.rotate import (
     Orthogonal,
     across_heads,
     fold_gain,
+    graded,
     hadamard,
     hadamard_block,
     orthogonal,
@@ -68,6 +69,8 @@ class RotatedReader(ModelReader):
         seed: of the signs of R1; R2 has the next.
         most: largest Hadamard block; a smaller one lets the server cut finer shards.
         heads: mixed together at o's input by the server; 0: none are.
+        order: int64 [n], the residual's channels by falling variance: R1 mixes like ones only.
+            None: all with all.
         unquantized: whether the linear of a full name stays in 16 bits.
         dtype: of what is rotated; float64 for proofs.
     """
@@ -81,6 +84,7 @@ class RotatedReader(ModelReader):
         *,
         most: int = LARGEST_BLOCK,
         heads: int = 0,
+        order: Tensor | None = None,
         unquantized: Callable[[str], bool] = lambda _: False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -91,7 +95,7 @@ class RotatedReader(ModelReader):
         online = dict(_of_each_block(architecture, reader.config, within, unquantized))
         config = {**reader.config, "tie_word_embeddings": False}
         super().__init__(reader.folder, config, reader.headers, online)
-        rotations = _space_rotations(architecture, reader.config, seed)
+        rotations = _space_rotations(architecture, reader.config, seed, order)
         self._stream = rotations[architecture.embedding.writes]
         shared = {
             x.name: _shared_with_the_server(within[x.name], rotations.get(x.reads))
@@ -213,13 +217,15 @@ def _space_rotations(
     architecture: Architecture,
     config: Mapping[str, Any],
     seed: int,
+    order: Tensor | None,
 ) -> dict[str, Orthogonal]:
     """The rotation of each space that has one, but for what the server does."""
     refuse_rotation(architecture, config)
     residual = architecture.embedding.writes
     norms = (*architecture.norms, architecture.final_norm)
     head = orthogonal(widths(config)["head"], seed + 1)
-    stream = orthogonal(_width(architecture, config, residual), seed)
+    width = _width(architecture, config, residual)
+    stream = orthogonal(width, seed) if order is None else graded(order, seed)
     rotations = {residual: stream, **{norm.writes: stream for norm in norms}}
     return {**rotations, VALUE: head, MIX: head}
 

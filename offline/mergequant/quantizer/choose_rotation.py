@@ -30,13 +30,19 @@ _TOKENS = 8192  # about so many are enough to tell rotations apart
 
 
 def resolve_rotation(
-    model: str | Path, windows: Tensor, options: Options, device: torch.device, progress: bool
+    model: str | Path,
+    windows: Tensor,
+    options: Options,
+    order: Sequence[int] | None,
+    device: torch.device,
+    progress: bool,
 ) -> Rotation:
     """The rotation of least error among those that the model allows.
 
     Args:
         model: folder or hub id.
         windows: token ids int64 [samples, length]; the first are used.
+        order: of the residual's channels, see `choose_order`.
     """
     reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
     candidates = possible_rotations(architecture, reader.config, options)
@@ -47,7 +53,7 @@ def resolve_rotation(
         rotation: options.plain().model_copy(update={"rotation": rotation})
         for rotation in candidates
     }
-    errors = _errors(model, used, candidates_options, device, progress)
+    errors = _errors(model, used, candidates_options, order, device, progress)
     for rotation, error in errors.items():
         logger.info("Rotation %s: error %.4g", rotation, error)
     return min(errors, key=errors.__getitem__)
@@ -61,8 +67,14 @@ class _Candidate:
     plan: Plan
 
     @classmethod
-    def of(cls, model: str | Path, options: Options, device: torch.device) -> "_Candidate":
-        reader, architecture, _ = open_model(model, options)
+    def of(
+        cls,
+        model: str | Path,
+        options: Options,
+        order: Sequence[int] | None,
+        device: torch.device,
+    ) -> "_Candidate":
+        reader, architecture, _ = open_model(model, options, order)
         plan = make_plan(architecture, reader.config, options, "")
         return cls(Decoder(reader, architecture, device), plan)
 
@@ -83,11 +95,12 @@ def _errors(
     model: str | Path,
     windows: Tensor,
     options: Mapping[Rotation, Options],
+    order: Sequence[int] | None,
     device: torch.device,
     progress: bool,
 ) -> dict[Rotation, float]:
     """Mean error of the blocks that are tried, for each rotation."""
-    candidates = {key: _Candidate.of(model, of, device) for key, of in options.items()}
+    candidates = {key: _Candidate.of(model, of, order, device) for key, of in options.items()}
     plain = open_model(model, next(iter(options.values())).model_copy(update={"rotation": "none"}))
     decoder = Decoder(plain[0], plain[1], device)
     blocks = next(iter(candidates.values())).plan.blocks

@@ -1,4 +1,5 @@
-"""The pilots, one after the other: rotation, bits of what is rotated, then reconstruction."""
+"""The pilots, one after the other: which channels a rotation mixes, whether to rotate, bits of what
+is rotated, then reconstruction."""
 
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.quantizer.choose_bits import resolve_bits
+from mergequant.quantizer.choose_order import resolve_order
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
 from mergequant.quantizer.choose_rotation import resolve_rotation
 from mergequant.quantizer.decision import Decision, with_bits
@@ -23,11 +25,13 @@ def decide(
         model: folder or hub id.
         windows: token ids int64 [samples, length].
     """
-    rotation = resolve_rotation(model, windows, options, device, progress)
+    order = resolve_order(model, windows, options, device, progress)
+    rotation = resolve_rotation(model, windows, options, order, device, progress)
     rotated = options.model_copy(update={"rotation": rotation})
-    reader, architecture, _ = open_model(model, rotated)
+    order = None if rotation == "none" else order
+    reader, architecture, _ = open_model(model, rotated, order)
     decoder = Decoder(reader, architecture, device)
     bits = resolve_bits(decoder, windows, rotated, progress)
     widened = rotated.model_copy(update={"overrides": with_bits(rotated.overrides, bits)})
     decision = resolve_reconstruction(decoder, windows, widened, progress)
-    return decision.model_copy(update={"bits": bits})
+    return decision.model_copy(update={"bits": bits, "order": order})

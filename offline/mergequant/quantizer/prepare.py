@@ -23,8 +23,14 @@ from mergequant.quantizer.head import BITS
 from mergequant.quantizer.resolve import samples_of
 
 
-def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Architecture, list[Path]]:
-    """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files."""
+def open_model(
+    model: str | Path, options: Options, order: Sequence[int] | None = None
+) -> tuple[ModelReader, Architecture, list[Path]]:
+    """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files.
+
+    Args:
+        order: of the residual's channels, see `RotatedReader`.
+    """
     folder, architecture = open_folder(model)
     reader: ModelReader = folder
     head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
@@ -39,6 +45,7 @@ def open_model(model: str | Path, options: Options) -> tuple[ModelReader, Archit
             options.seed,
             most=options.hadamard_block,
             heads=options.mix_heads,
+            order=None if order is None else torch.tensor(order),
             unquantized=options.ignores,
         )
     return reader, architecture, folder.weight_files()

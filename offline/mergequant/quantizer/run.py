@@ -75,7 +75,7 @@ def quantize(
         decision = Decision.read(writer.decision()) or decide(
             model, windows, options, device, progress
         )
-        reader, _, _ = open_model(model, decision.applied_to(options))
+        reader, _, _ = open_model(model, decision.applied_to(options), decision.order)
         decoder = Decoder(reader, architecture, device)
         plan = make_plan(architecture, reader.config, decision.applied_to(options), text)
         writer.remember(decision.model_dump(mode="json"))

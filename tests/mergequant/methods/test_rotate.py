@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.errors import InputError
+from mergequant.methods import rotate
 from mergequant.methods.rotate import (
     OnlineRotation,
     Orthogonal,
     fold_gain,
+    graded,
+    group_count,
     hadamard,
     hadamard_block,
     orthogonal,
@@ -83,6 +86,27 @@ def test_factors_need_not_be_symmetric() -> None:
     x = correlated(7, 60)
     bound = 2 * rounding_bound(60) * x.norm(dim=1).max()
     assert (rotation.rotate(x) - x @ rotation.matrix()).abs().max() <= bound
+
+
+@pytest.mark.parametrize(("size", "groups"), [(576, 3), (4096, 4), (256, 4), (325, 5), (130, 2)])
+def test_a_graded_rotation_mixes_channels_of_a_group_evenly(size: int, groups: int) -> None:
+    assert group_count(size) == groups
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    rotation, each = graded(order, seed=1), size // groups
+    matrix, x = rotation.matrix(), correlated(7, 2 * size)
+    identity = torch.eye(size, dtype=torch.float64)
+    assert (matrix @ matrix.T - identity).abs().max() <= 2 * rounding_bound(size)
+    bound = 2 * rounding_bound(size) * x.norm(dim=1).max()
+    assert (rotation.rotate(x) - x @ torch.block_diag(matrix, matrix)).abs().max() <= bound
+    within = torch.block_diag(*[torch.ones(each, each)] * groups).bool()
+    assert (matrix[order][~within] == 0).all()
+    assert matrix[order][within].abs().max() <= math.sqrt(2 / each) * (1 + 8 * EPS)
+    assert matrix[order][within].abs().min() > 0.01 / each
+
+
+@pytest.mark.parametrize("size", [64, 96, 128 + 2, 191])
+def test_few_channels_are_one_group(size: int) -> None:
+    assert group_count(size) == (2 if size == 130 else 1)
 
 
 def test_seeds_make_rotations() -> None:
@@ -190,15 +214,20 @@ def model_folder(folder: Path, case: str, tied: bool) -> Path:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", [*sorted(ARCHITECTURES), "llama-24", "qwen2-24"])
-def test_rotated_models_are_the_same_models(tmp_path: Path, case: str, tied: bool) -> None:
+@pytest.mark.parametrize("grade", [False, True], ids=["full", "graded"])
+def test_rotated_models_are_the_same_models(
+    tmp_path: Path, case: str, tied: bool, grade: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotate, "_SMALLEST_GROUP", 32)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if grade else None
     reader = Reader(model_folder(tmp_path / "model", case, tied))
     architecture = find(reader.config["model_type"])
     exact, single = logits(reader, torch.float64), logits(reader, torch.float32)
     for kind in ("offline", "online"):
-        proof = RotatedReader(reader, architecture, kind, seed=3, dtype=torch.float64)
+        proof = RotatedReader(reader, architecture, kind, seed=3, order=order, dtype=torch.float64)
         error = (logits(proof, torch.float64) - exact).abs().max() / exact.abs().max()
         assert error < 1e-9
-        view = RotatedReader(reader, architecture, kind, seed=3)
+        view = RotatedReader(reader, architecture, kind, seed=3, order=order)
         error = (logits(view, torch.float32) - single).abs().max() / single.abs().max()
         assert error < 1e-4
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mergequant import Options, quantize
 from mergequant.quantizer import train_compensation as room
-from mergequant.quantizer.train_compensation import _split
+from mergequant.quantizer.train_compensation import RelativeError, _split
 from tests.conftest import SMALL
 
 
@@ -116,3 +117,43 @@ def test_one_window_cannot_be_held_out(tmp_path: Path, llama: Path) -> None:
     output = quantize(llama, tmp_path / "out", [short], TRAINED, progress=False)
     blocks = _compensations(output)
     assert len(blocks) == 2 and all(not x["kept"] and x["epochs"] == 0 for x in blocks)
+
+
+class Emits:
+    """Stands for a block: what it emits, whatever it reads."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+    def forward(self, hidden: Tensor, *, gradient: bool = False) -> Tensor:
+        return self.output
+
+
+def test_each_token_counts_by_its_relative_error() -> None:
+    """A massive token, a thousand times as long, weighs as much as any other."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, emitted = (torch.randn(2, 5, 8, generator=generator) for _ in range(3))
+    for tensor in (x, y, emitted):
+        tensor[1, 3] *= 1000.0
+    loss_of = RelativeError.over([x[:1], x[1:]], [y[:1], y[1:]])
+    loss = loss_of(Emits(emitted), x, y)  # type: ignore[arg-type]
+    relative = [
+        [float((e - t).square().sum() / t.square().sum()) for e, t in zip(*rows, strict=True)]
+        for rows in zip(emitted, y, strict=True)
+    ]
+    added = [
+        float((t - a).square().sum() / t.square().sum())
+        for a, t in zip(x.reshape(-1, 8), y.reshape(-1, 8), strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.tensor(relative) / (sum(added) / 10))
+    assert loss[1, 3] < 10 * loss.median()
+
+
+def test_a_token_of_zeros_has_a_finite_loss() -> None:
+    y = torch.ones(1, 4, 8)
+    y[0, 2] = 0.0
+    loss_of = RelativeError.over([torch.zeros_like(y)], [y])
+    loss = loss_of(Emits(y + 1e-4), y, y)  # type: ignore[arg-type]
+    assert torch.isfinite(loss).all()
+    # Its square is a millionth of the mean one, 6 instead of 8.
+    assert loss[0, 2] == pytest.approx(8 / 6 * 1e6 * float(loss[0, 0]), rel=1e-2)
