@@ -97,7 +97,7 @@ RESOLVES_OPTIONS |= {
     for name in (
         "choose_reconstruction",
         "choose_bits",
-        "choose_order",
+        "measure_channels",
         "choose_rotation",
         "columns",
         "decide",

@@ -58,6 +58,8 @@ class Options(BaseModel):
             `none`, what measures best, see `choose_rotation`.
         residual_rotation: which channels R1 mixes: `full`, all with all; `graded`, like with like,
             in three or four groups by their variance on calibration text, with static activations.
+        equalization: o's and down's channels are brought to like size by v's and up's rows, which
+            costs the server nothing, see `methods.equalize`.
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.
         mix_heads: with rotation `online`, o's input is mixed across so many heads, by the server;
             0: not at all. It divides the number of heads, and a tensor-parallel rank holds whole
@@ -124,6 +126,7 @@ class Options(BaseModel):
     activations: Literal["static", "dynamic"] = "static"
     rotation: Literal["none", "offline", "online", "auto"] = "auto"
     residual_rotation: Literal["full", "graded"] = "graded"
+    equalization: bool = True
     hadamard_block: int = Field(default=128, ge=2)
     mix_heads: int = Field(default=0, ge=0)
     static_bits: Literal[4, 8] = 4

@@ -23,6 +23,7 @@ _QSM: Mapping[str, Any] = {
     "activations": "static",
     "rotation": "none",
     "residual_rotation": "full",
+    "equalization": False,
     "static_bits": 4,
     "dynamic_bits": 4,
     "reconstruction": "none",

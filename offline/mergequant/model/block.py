@@ -1,6 +1,7 @@
 """One decoder block in memory: run forwards, backwards, and up to what a linear reads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,39 @@ class Block:
             output: Tensor = self.module(hidden, **self._arguments(hidden))
         return output
 
+    def forward_with_inputs(
+        self, hidden: Tensor, linears: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output of `forward`, and what each of `linears` reads on the way."""
+        with self._hooked(linears) as seen:
+            output = self.forward(hidden)
+        return output, {name: x for name, (x, _) in seen.items()}
+
+    @contextmanager
+    def _hooked(
+        self, linears: Sequence[str], keep_gradients: bool = False
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Collect input and output of `linears` by name, for a pass within the context."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if keep_gradients:
+                for tensor in (inputs[0], output):
+                    tensor.retain_grad()
+            seen[name] = inputs[0], output
+
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, name=name: keep(name, inputs, output)
+            )
+            for name in linears
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def backward(
         self, hidden: Tensor, gradient: Tensor, linears: Sequence[str]
     ) -> tuple[Tensor, dict[str, LinearGradient]]:
@@ -94,25 +128,9 @@ class Block:
         Returns:
             the gradient with respect to `hidden`, and what each of `linears` saw.
         """
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            for tensor in (inputs[0], output):
-                tensor.retain_grad()
-            seen[name] = inputs[0], output
-
-        handles = [
-            self.module.get_submodule(name).register_forward_hook(
-                lambda _, inputs, output, name=name: keep(name, inputs, output)
-            )
-            for name in linears
-        ]
         leaf = hidden.detach().requires_grad_()
-        try:
+        with self._hooked(linears, keep_gradients=True) as seen:
             torch.autograd.backward(self.forward(leaf, gradient=True), gradient)
-        finally:
-            for handle in handles:
-                handle.remove()
         assert leaf.grad is not None
         return leaf.grad, {name: LinearGradient.of(*pair) for name, pair in seen.items()}
 

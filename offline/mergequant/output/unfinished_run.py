@@ -4,7 +4,8 @@
 |------------------------------------|-------------------------------------------------------------|
 | `lock`                             | locked (flock) by the run that writes; holds its process id |
 | `fingerprint.json`                 | what the run was begun with; written before the first block |
-| `decision.json`                    | what a pilot decided; written before the first block        |
+| `pilot.safetensors`                | what pilots measured of channels                            |
+| `decision.json`                    | what they decided; written after it, before the first block |
 | `model-0000N-of-0000M.safetensors` | block N, counted from 1; the last: what is around them      |
 | `model-0000N-of-0000M.json`        | its record, written after it: the block is finished         |
 | `publishing.json`                  | all is there; these names are on their way to OUTPUT        |
@@ -18,19 +19,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.output.durable_files import hold, sync, write_json
+from mergequant.output.durable_files import hold, sync, write_durably, write_json
 from mergequant.output.fingerprint import Fingerprint, file_sha256
 
 FOLDER = ".partial"
 _LOCK, _FINGERPRINT, _PUBLISHING = "lock", "fingerprint.json", "publishing.json"
-_DECISION = "decision.json"
+_DECISION, _PILOT = "decision.json", "pilot.safetensors"
 
 logger = logging.getLogger("mergequant")
 
@@ -111,7 +114,7 @@ class UnfinishedRun:
         finished = 0
         while finished < self.shards - 1 and self._is_whole(finished):
             finished += 1
-        kept = {_LOCK, _FINGERPRINT, *((_DECISION,) if finished else ())}
+        kept = {_LOCK, _FINGERPRINT, *((_DECISION, _PILOT) if finished else ())}
         for number in range(finished):
             kept |= {self.shard(number).name, _record(self.shard(number)).name}
         dropped = [path for path in self.folder.iterdir() if path.name not in kept]
@@ -131,8 +134,14 @@ class UnfinishedRun:
             return decision
         return {}
 
-    def remember(self, decision: dict[str, Any]) -> None:
-        """Keep a decision for a run that continues this one."""
+    def pilot(self) -> dict[str, Tensor]:
+        """The tensors that the finished blocks were quantized with; none if there are none."""
+        file = self.folder / _PILOT
+        return load_file(file) if file.exists() else {}
+
+    def remember(self, decision: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep a decision, and what it was made of, for a run that continues this one."""
+        write_durably(self.folder / _PILOT, lambda path: save_file(dict(tensors), path))
         write_json(self.folder / _DECISION, decision)
 
     def _is_whole(self, number: int) -> bool:

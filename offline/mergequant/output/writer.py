@@ -125,9 +125,13 @@ class Writer:
         """See `remember`; empty if nothing was decided yet."""
         return self._unfinished.decision()
 
-    def remember(self, decision: dict[str, Any]) -> None:
+    def pilot(self) -> dict[str, Tensor]:
+        """The tensors of `remember`; none if nothing was decided yet."""
+        return self._unfinished.pilot()
+
+    def remember(self, decision: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep what was decided before the first block for a run that continues this one."""
-        self._unfinished.remember(decision)
+        self._unfinished.remember(decision, tensors)
 
     def write_block(
         self, number: int, tensors: Mapping[str, Tensor], report: Sequence[dict[str, Any]]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mergequant.model.architecture import Architecture
 from mergequant.model.block import Block
+from mergequant.model.channels import Channels
 from mergequant.model.decoder import Activations, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
@@ -33,7 +34,7 @@ def resolve_rotation(
     model: str | Path,
     windows: Tensor,
     options: Options,
-    order: Sequence[int] | None,
+    channels: Channels,
     device: torch.device,
     progress: bool,
 ) -> Rotation:
@@ -42,7 +43,7 @@ def resolve_rotation(
     Args:
         model: folder or hub id.
         windows: token ids int64 [samples, length]; the first are used.
-        order: of the residual's channels, see `choose_order`.
+        channels: what calibration says of them.
     """
     reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
     candidates = possible_rotations(architecture, reader.config, options)
@@ -53,7 +54,7 @@ def resolve_rotation(
         rotation: options.plain().model_copy(update={"rotation": rotation})
         for rotation in candidates
     }
-    errors = _errors(model, used, candidates_options, order, device, progress)
+    errors = _errors(model, used, candidates_options, channels, device, progress)
     for rotation, error in errors.items():
         logger.info("Rotation %s: error %.4g", rotation, error)
     return min(errors, key=errors.__getitem__)
@@ -71,10 +72,10 @@ class _Candidate:
         cls,
         model: str | Path,
         options: Options,
-        order: Sequence[int] | None,
+        channels: Channels,
         device: torch.device,
     ) -> "_Candidate":
-        reader, architecture, _ = open_model(model, options, order)
+        reader, architecture, _ = open_model(model, options, channels)
         plan = make_plan(architecture, reader.config, options, "")
         return cls(Decoder(reader, architecture, device), plan)
 
@@ -95,12 +96,12 @@ def _errors(
     model: str | Path,
     windows: Tensor,
     options: Mapping[Rotation, Options],
-    order: Sequence[int] | None,
+    channels: Channels,
     device: torch.device,
     progress: bool,
 ) -> dict[Rotation, float]:
     """Mean error of the blocks that are tried, for each rotation."""
-    candidates = {key: _Candidate.of(model, of, order, device) for key, of in options.items()}
+    candidates = {key: _Candidate.of(model, of, channels, device) for key, of in options.items()}
     plain = open_model(model, next(iter(options.values())).model_copy(update={"rotation": "none"}))
     decoder = Decoder(plain[0], plain[1], device)
     blocks = next(iter(candidates.values())).plan.blocks

@@ -16,7 +16,6 @@ class Decision(BaseModel):
     """What the options left to be measured: fields of `Options`, decided.
 
     Attributes:
-        order: of the residual's channels, see `choose_order`; None: they are mixed all with all.
         bits: by full name of a linear, the widths that `average_bits` or `within` gave it.
     """
 
@@ -26,14 +25,13 @@ class Decision(BaseModel):
     reconstruction: Literal["none", "prune", "pad"]
     alpha: float = Field(ge=0)
     max_extra_channels: float = Field(gt=0)
-    order: list[int] | None = None
     bits: dict[str, dict[str, int]] = Field(default_factory=dict)
 
     def applied_to(self, options: Options) -> Options:
         """`options` with nothing left to be measured."""
         overrides = with_bits(options.overrides, self.bits)
         return options.model_copy(
-            update={**self.model_dump(exclude={"bits", "order"}), "overrides": overrides}
+            update={**self.model_dump(exclude={"bits"}), "overrides": overrides}
         )
 
     @classmethod

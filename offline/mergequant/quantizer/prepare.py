@@ -15,6 +15,8 @@ from mergequant.calibration.text import (
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture, validate
 from mergequant.model.architectures import find
+from mergequant.model.channels import Channels
+from mergequant.model.equalized_reader import EqualizedReader
 from mergequant.model.reader import ModelReader, Reader, locate
 from mergequant.model.rotated_reader import RotatedReader
 from mergequant.model.untied_reader import UntiedReader
@@ -24,18 +26,21 @@ from mergequant.quantizer.resolve import samples_of
 
 
 def open_model(
-    model: str | Path, options: Options, order: Sequence[int] | None = None
+    model: str | Path, options: Options, channels: Channels | None = None
 ) -> tuple[ModelReader, Architecture, list[Path]]:
-    """A 16-bit model as it will be quantized, rotated and untied or not; its table; its files.
+    """A 16-bit model as it will be quantized, with its weights transformed; its table; its files.
 
     Args:
-        order: of the residual's channels, see `RotatedReader`.
+        channels: what calibration says of them; None: nothing.
     """
+    channels = channels or Channels()
     folder, architecture = open_folder(model)
     reader: ModelReader = folder
     head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
     if head_quantized and reader.config.get("tie_word_embeddings", False):
         reader = UntiedReader(reader, architecture)
+    if channels.scales:
+        reader = EqualizedReader(reader, architecture, channels.scales)
     rotation = options.decided_rotation
     if rotation != "none":
         reader = RotatedReader(
@@ -45,7 +50,7 @@ def open_model(
             options.seed,
             most=options.hadamard_block,
             heads=options.mix_heads,
-            order=None if order is None else torch.tensor(order),
+            order=channels.order,
             unquantized=options.ignores,
         )
     return reader, architecture, folder.weight_files()

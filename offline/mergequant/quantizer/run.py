@@ -10,6 +10,7 @@ from mergequant.calibration.text import sha256_of
 from mergequant.layers.in_block import load_stored
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.block import Block
+from mergequant.model.channels import Channels
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
@@ -72,13 +73,13 @@ def quantize(
         writer.begin(fingerprint(folder.config, files, options, text))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
-        decision = Decision.read(writer.decision()) or decide(
-            model, windows, options, device, progress
-        )
-        reader, _, _ = open_model(model, decision.applied_to(options), decision.order)
+        decision, channels = Decision.read(writer.decision()), Channels.of_tensors(writer.pilot())
+        if decision is None:
+            decision, channels = decide(model, windows, options, device, progress)
+        reader, _, _ = open_model(model, decision.applied_to(options), channels)
         decoder = Decoder(reader, architecture, device)
         plan = make_plan(architecture, reader.config, decision.applied_to(options), text)
-        writer.remember(decision.model_dump(mode="json"))
+        writer.remember(decision.model_dump(mode="json"), channels.tensors())
         _quantize_blocks(decoder, windows, plan, writer, progress)
         writer.write_shard(blocks, _around_the_blocks(reader, architecture, plan.checkpoint))
         check_tensors(plan.checkpoint, writer.headers())

@@ -12,6 +12,7 @@ from mergequant.errors import InputError
 from mergequant.model.architecture import Norm
 from mergequant.model.architectures import find
 from mergequant.model.architectures.llama import LLAMA
+from mergequant.model.channels import Channels
 from mergequant.model.reader import Reader
 from mergequant.quantizer import choose_rotation
 from mergequant.quantizer.choose_rotation import resolve_rotation
@@ -35,9 +36,9 @@ def test_the_rotation_of_least_error_is_chosen(
     errors = {"online": 0.5, "none": 0.4}
     monkeypatch.setattr(choose_rotation, "_errors", lambda *_: errors)
     windows = calibration_of(Reader(llama), [text], AUTO)
-    assert resolve_rotation(llama, windows, AUTO, None, CPU, False) == "none"
+    assert resolve_rotation(llama, windows, AUTO, Channels(), CPU, False) == "none"
     errors["none"] = 0.6
-    assert resolve_rotation(llama, windows, AUTO, None, CPU, False) == "online"
+    assert resolve_rotation(llama, windows, AUTO, Channels(), CPU, False) == "online"
 
 
 def test_the_error_is_that_of_the_quantized_blocks(llama: Path, text: Path) -> None:
@@ -46,7 +47,7 @@ def test_the_error_is_that_of_the_quantized_blocks(llama: Path, text: Path) -> N
     def error(**changes: object) -> float:
         options = SMALL.model_copy(update={"alpha": 0.0, **changes})
         return choose_rotation._errors(
-            llama, windows, {options.decided_rotation: options}, None, CPU, False
+            llama, windows, {options.decided_rotation: options}, Channels(), CPU, False
         )[options.decided_rotation]
 
     eight = error(weight_bits=8, static_bits=8, dynamic_bits=8)

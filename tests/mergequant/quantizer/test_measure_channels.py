@@ -1,16 +1,19 @@
-"""Which channels of the residual are mixed: those of like variance, as norms hand them on."""
+"""What is measured of channels: which are alike, as norms hand them on, and what equalizes them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mergequant import Options, quantize
 from mergequant.methods import rotate
+from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
-from mergequant.quantizer.choose_order import resolve_order, variance_shares
+from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
+from mergequant.quantizer.measure_channels import measure_channels, variance_shares
 from mergequant.quantizer.prepare import calibration_of, open_model
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -27,7 +30,8 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def order_of(model: Path, text: Path, **changes: object) -> list[int] | None:
     options = ROTATED.model_copy(update=changes)
     windows = calibration_of(Reader(model), [text], options)
-    return resolve_order(model, windows, options, CPU, False)
+    order = measure_channels(model, windows, options, CPU, False).order
+    return None if order is None else order.tolist()
 
 
 def test_shares_are_of_tokens_divided_by_their_size() -> None:
@@ -45,8 +49,6 @@ def test_channels_come_by_falling_variance(tmp_path: Path, text: Path) -> None:
     model = make_model(tmp_path / "model", "llama", blocks=1)
     large = [5, 40, 17]
     reader = Reader(model)
-    from safetensors.torch import load_file, save_file
-
     (file,) = reader.weight_files()
     tensors = load_file(file)
     for place, channel in enumerate(large):
@@ -78,10 +80,10 @@ def test_what_is_decided_is_what_the_checkpoint_is_rotated_by(
 ) -> None:
     folder = quantize(llama, tmp_path / "out", [text], ROTATED, progress=False)
     windows = calibration_of(Reader(llama), [text], ROTATED)
-    decision = decide(llama, windows, ROTATED, CPU, False)
-    assert decision.order is not None
+    _, channels = decide(llama, windows, ROTATED, CPU, False)
+    assert channels.order is not None
     name = "model.embed_tokens.weight"
-    graded, _, _ = open_model(llama, ROTATED, decision.order)
+    graded, _, _ = open_model(llama, ROTATED, channels)
     full, _, _ = open_model(llama, ROTATED)
     stored = Reader(folder).read(name)
     assert torch.equal(stored, graded.read_in_source_dtype(name))
@@ -89,3 +91,54 @@ def test_what_is_decided_is_what_the_checkpoint_is_rotated_by(
     options = json.loads((folder / "config.json").read_text())["quantization_config"]
     told = Options.model_validate(options["provenance"]["options"])
     assert told.residual_rotation == "graded"
+
+
+def test_scales_are_of_the_inputs_of_o_and_down(llama: Path, text: Path) -> None:
+    windows = calibration_of(Reader(llama), [text], ROTATED)
+    scales = measure_channels(llama, windows, ROTATED, CPU, False).scales
+    reader, architecture, _ = open_model(llama, SMALL)
+    decoder = Decoder(reader, architecture, CPU)
+    used = windows[: max(1, 4096 // windows.shape[1])]
+    (hidden,) = decoder.embed(used, len(used), len(used)).batches
+    with decoder.block(0) as block:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            inputs: list[Tensor] = []
+            block.observe(name, [hidden], inputs.append)
+            x, weight = inputs[0].double(), block.weight(name).double()
+            energy = (x.square() / x.square().sum(1, keepdim=True)).sum(0)
+            columns = weight.square().sum(0)
+            if name == "self_attn.o_proj":  # two query heads of 32 channels share a value
+                energy, columns = (
+                    part.reshape(2, 32).mean(0).repeat(2) for part in (energy, columns)
+                )
+            ratio = scales[f"model.layers.0.{name}"].double() / (energy / columns) ** 0.25
+            torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-5, atol=0)
+
+
+def test_a_linear_that_is_ignored_is_not_scaled(llama: Path, text: Path) -> None:
+    options = ROTATED.model_copy(update={"ignore": ("re:.*down_proj",)})
+    windows = calibration_of(Reader(llama), [text], options)
+    scales = measure_channels(llama, windows, options, CPU, False).scales
+    assert scales and not any("down" in name for name in scales)
+    off = options.model_copy(update={"equalization": False})
+    assert not measure_channels(llama, windows, off, CPU, False).scales
+
+
+def test_a_run_that_continues_has_the_same_channels(
+    tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(llama, tmp_path / "whole", [text], ROTATED, progress=False)
+    write = Writer.write_block
+
+    def stop(writer: Writer, number: int, *rest: Any) -> None:
+        write(writer, number, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
+    monkeypatch.setattr(Writer, "write_block", write)
+    monkeypatch.setattr("mergequant.quantizer.decide.measure_channels", None)  # not again
+    cut = quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
+    for file in sorted(whole.glob("*.safetensors")):
+        assert file.read_bytes() == (cut / file.name).read_bytes()

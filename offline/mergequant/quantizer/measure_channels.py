@@ -1,0 +1,93 @@
+"""What the transforms in the weights need to know of channels, from the full-precision model.
+
+Which channels of the residual R1 mixes with each other: those of like variance, as norms, which
+divide each token by its size, hand them on. And by what o's and down's inputs are divided so that
+no channel's rounding costs more than another's.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergequant.methods.equalize import channel_scales, relative_energy
+from mergequant.methods.rotate import group_count
+from mergequant.model.architecture import Architecture, widths
+from mergequant.model.block import Block
+from mergequant.model.channels import Channels
+from mergequant.model.decoder import Decoder
+from mergequant.model.equalized_reader import equalized, shared_channels
+from mergequant.options import Options
+from mergequant.quantizer.decision import possible_rotations
+from mergequant.quantizer.prepare import open_model
+
+_TOKENS = 4096  # about so many tell a channel's variance to a few percent
+
+
+def measure_channels(
+    model: str | Path, windows: Tensor, options: Options, device: torch.device, progress: bool
+) -> Channels:
+    """What `options` ask for, from one walk through the blocks.
+
+    Args:
+        model: folder or hub id.
+        windows: token ids int64 [samples, length]; the first are used.
+    """
+    reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
+    width = widths(reader.config)["hidden"]
+    rotated = set(possible_rotations(architecture, reader.config, options)) - {"none"}
+    graded = options.residual_rotation == "graded" and options.activations == "static"
+    graded = graded and bool(rotated) and group_count(width) > 1
+    if not graded and not options.equalization:
+        return Channels()
+    used = windows[: max(1, _TOKENS // windows.shape[1])]
+    decoder = Decoder(reader, architecture, device)
+    batches = decoder.embed(used, len(used), len(used)).batches
+    shares = torch.zeros(width, dtype=torch.float64)
+    scales: dict[str, Tensor] = {}
+    blocks = range(int(reader.config["num_hidden_layers"]))
+    for number in tqdm(blocks, desc="Pilot, channels", unit="block", disable=not progress):
+        shares += variance_shares(batches).cpu()
+        with decoder.block(number) as block:
+            found = _behind(block, architecture, reader.config, batches)
+            for name, scale in found.items():
+                if options.equalization and not options.ignores(block.name_of(name)):
+                    scales[block.name_of(name)] = scale.to("cpu", torch.float32)
+    order = shares.argsort(descending=True, stable=True) if graded else None
+    return Channels(order, scales)
+
+
+def _behind(
+    block: Block, architecture: Architecture, config: Mapping[str, Any], batches: list[Tensor]
+) -> dict[str, Tensor]:
+    """Scales of the block's linears, by name within it; `batches` become what the block emits."""
+    linears = [linear for linear, _ in equalized(architecture)]
+    names = [linear.name for linear in linears]
+    energy: dict[str, Tensor] = {}
+    for index, hidden in enumerate(batches):
+        batches[index], inputs = block.forward_with_inputs(hidden, names)
+        for name, x in inputs.items():
+            energy[name] = energy.get(name, 0.0) + relative_energy(x)
+    return {
+        linear.name: channel_scales(
+            shared_channels(energy[linear.name], config, linear),
+            shared_channels(block.weight(linear.name).double().square().sum(0), config, linear),
+        )
+        for linear in linears
+    }
+
+
+def variance_shares(batches: Sequence[Tensor]) -> Tensor:
+    """Each channel's share of the variance over tokens: float64 [n].
+
+    Args:
+        batches: hidden states [..., n], of which each token is first divided by its root mean
+            square, as a norm does.
+    """
+    x = torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in batches]).to(torch.float64)
+    x = x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
+    variance = x.var(dim=0, unbiased=False)
+    return variance / variance.sum().clamp(min=1e-30)
