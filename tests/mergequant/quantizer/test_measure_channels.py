@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mergequant import Options, quantize
 from mergequant.methods import rotate
@@ -108,9 +110,8 @@ def test_scales_are_of_the_inputs_of_o_and_down(llama: Path, text: Path) -> None
             energy = (x.square() / x.square().sum(1, keepdim=True)).sum(0)
             columns = weight.square().sum(0)
             if name == "self_attn.o_proj":  # two query heads of 32 channels share a value
-                energy, columns = (
-                    part.reshape(2, 32).mean(0).repeat(2) for part in (energy, columns)
-                )
+                energy = energy.reshape(2, 32).mean(0).repeat(2)
+                columns = columns.reshape(2, 32).mean(0).repeat(2)
             ratio = scales[f"model.layers.0.{name}"].double() / (energy / columns) ** 0.25
             torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-5, atol=0)
 
