@@ -13,6 +13,7 @@ al., 2019).
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 512  # in float64
 _LARGEST_RATIO = 1024.0  # of a scale over the median: 16-bit formats hold what is scaled by it
 
 
@@ -24,8 +25,11 @@ def relative_energy(x: Tensor) -> Tensor:
     Args:
         x: [..., K].
     """
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float64).square()
-    return (rows / rows.sum(dim=-1, keepdim=True).clamp(min=1e-30)).sum(dim=0)
+    total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+    for rows in torch.split(x.reshape(-1, x.shape[-1]), _ROWS_AT_ONCE):
+        squares = rows.to(torch.float64).square()
+        total += (squares / squares.sum(dim=-1, keepdim=True).clamp(min=1e-30)).sum(dim=0)
+    return total
 
 
 def channel_scales(energy: Tensor, weight_energy: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def measure_channels(
     graded = graded and bool(rotated) and group_count(width) > 1
     if not graded and not options.equalization:
         return Channels()
-    used = windows[: max(1, _TOKENS // windows.shape[1])]
+    used = windows[: min(options.statistics_samples, max(1, _TOKENS // windows.shape[1]))]
     decoder = Decoder(reader, architecture, device)
     batches = decoder.embed(used, len(used), len(used)).batches
     shares = torch.zeros(width, dtype=torch.float64)
@@ -87,7 +87,7 @@ def variance_shares(batches: Sequence[Tensor]) -> Tensor:
         batches: hidden states [..., n], of which each token is first divided by its root mean
             square, as a norm does.
     """
-    x = torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in batches]).to(torch.float64)
+    x = torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in batches])
     x = x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
-    variance = x.var(dim=0, unbiased=False)
+    variance = x.var(dim=0, unbiased=False).to(torch.float64)
     return variance / variance.sum().clamp(min=1e-30)

@@ -130,7 +130,7 @@ KILLED: list[tuple[object, str, When, int]] = [
     (checkpoint, "save_file", lambda *_: True, 0),
     (UnfinishedRun, "write_record", lambda *_: True, 0),
     (compensation, "_loss", lambda count, *_: count == 2, 0),  # after an epoch
-    (pipeline.Decoder, "block", lambda count, *_: count == 4, 1),  # after the pilot's two, and one
+    (pipeline.Decoder, "block", lambda count, *_: count == 6, 1),  # after the pilots' four, and one
     (quantize_block, "quantize_linears", lambda count, *_: count == 4, 1),  # in the second
     (checkpoint, "save_file", lambda count, *_: count == 2, 2),  # what is around the blocks
     (os, "replace", _moves(SHARD.replace("00001", "00002", 1)), 2),

@@ -100,7 +100,7 @@ def test_scales_are_of_the_inputs_of_o_and_down(llama: Path, text: Path) -> None
     scales = measure_channels(llama, windows, ROTATED, CPU, False).scales
     reader, architecture, _ = open_model(llama, SMALL)
     decoder = Decoder(reader, architecture, CPU)
-    used = windows[: max(1, 4096 // windows.shape[1])]
+    used = windows[: SMALL.statistics_samples]
     (hidden,) = decoder.embed(used, len(used), len(used)).batches
     with decoder.block(0) as block:
         for name in ("self_attn.o_proj", "mlp.down_proj"):

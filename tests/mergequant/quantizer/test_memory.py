@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from mergequant import Options, quantize
 from mergequant.errors import InputError
 from mergequant.model.architectures import ARCHITECTURES, find
+from mergequant.quantizer.memory import needed
 from mergequant.quantizer.memory.available import free_host_bytes, refuse_if_short
 from mergequant.quantizer.memory.needed import (
     BATCH,
@@ -44,7 +45,7 @@ CONFIG: dict[str, Any] = {
 }
 ELEMENTS = 4 * 64 * 64 + 3 * 64 * 192  # q, k, v, o; gate, up, down
 LLAMA = find("llama")
-ON_CPU = SMALL.model_copy(update={"device": "cpu"})
+ON_CPU = SMALL.model_copy(update={"device": "cpu", "equalization": False})
 
 
 def need(
@@ -68,6 +69,8 @@ def test_terms_of_a_small_block_by_hand() -> None:
         "host: libraries": LIBRARIES,
     }
     assert found.together == found.device + found.host - packing
+    scaled = need(ON_CPU.model_copy(update={"equalization": True}))  # what is scaled is float32
+    assert scaled.host - found.host == 2 * ELEMENTS
 
 
 def test_a_batch_of_short_windows_by_hand() -> None:
@@ -105,7 +108,8 @@ def test_compensation_adds_two_streams_and_what_it_keeps_of_each_linear() -> Non
     assert two.parts[HIDDEN] == (8 + 2 * 2) * 16 * 64 * 4
 
 
-def test_training_a_wide_batch_by_hand() -> None:
+def test_training_a_wide_batch_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needed, "TOKENS_A_STEP", 2048)
     options = ON_CPU.model_copy(
         update={
             "compensation": "low_rank",
@@ -166,7 +170,8 @@ def test_the_number_of_blocks_does_not_matter(model_type: str) -> None:
     ],
 )
 def test_a_larger_model_never_needs_less(smaller: dict[str, Any], larger: dict[str, Any]) -> None:
-    for options in (ON_CPU, Options(device="cpu", rotation="none"), Options(rotation="none")):
+    plain = Options(rotation="none", equalization=False)
+    for options in (ON_CPU, plain.model_copy(update={"device": "cpu"}), plain):
         a, b = need(options, **smaller), need(options, **larger)
         assert a.device <= b.device and a.host <= b.host and a.together <= b.together
         assert (a.device, a.host) != (b.device, b.host) or larger == {"dtype": None}

@@ -187,7 +187,8 @@ class Terms:
 
     def stored(self) -> int:
         """Beside the device: token ids, the block as read, and packed before and after training."""
-        size = _F32 if self.options.rotation != "none" else _source_bytes(self.config)
+        transformed = self.options.rotation != "none" or self.options.equalization
+        size = _F32 if transformed else _source_bytes(self.config)
         bits = max(x.weight_bits for x in self._variants)
         packed = 2 * bits * sum(x.out * x.columns for x in self._linears) // 8
         read = size * sum(x.out * x.channels for x in self._linears)
