@@ -43,6 +43,12 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W4A4": {},
     "W4A4 --fast --average-bits 5": {**FAST, "average_bits": 5.0},
     "W4A4 --best": BEST,
+    "W4A4 --fast --no-equalization": {**FAST, "equalization": False},
+    "W4A4 --fast --no-equalization --residual-rotation full": {
+        **FAST,
+        "equalization": False,
+        "residual_rotation": "full",
+    },
     "W4A8 --fast": {**FAST, **EIGHT},
     "W4A8": EIGHT,
     "W8A8 --fast": {**FAST, **EIGHT, "weight_bits": 8},
