@@ -51,6 +51,8 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], columns:
         ({"none": 1.0, "prune": 1.1, "pad": 0.9}, "none"),  # 0.9 * 80/64 > 1
         ({"none": 1.0, "prune": 1.1, "pad": 0.7}, "pad"),
         ({"none": 1.0, "prune": 0.8, "pad": 0.7}, "prune"),
+        ({"none": 9e-4, "prune": 8e-4, "pad": 1e-9}, "none"),  # no columns for next to nothing
+        ({"none": 2e-3, "prune": 3e-3, "pad": 1e-9}, "pad"),
     ],
 )
 def test_a_longer_k_must_lower_the_error_by_more_than_it_costs(
