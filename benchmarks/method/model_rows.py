@@ -69,7 +69,7 @@ def command_of(module: str, given: argparse.Namespace, *flags: str) -> str:
     """
     numbers = " ".join(
         f"--{flag} {getattr(given, flag)}"
-        for flag in ("length", "windows", *flags, "samples", "sequence")
+        for flag in ("length", "windows", "samples", "sequence", *flags)
     )
     return (
         f"python -m {module} {given.model.resolve().name} {numbers} "

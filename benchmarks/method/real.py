@@ -200,8 +200,8 @@ def parser() -> argparse.ArgumentParser:
 
 def command(given: argparse.Namespace) -> str:
     """What measures the same, written beside the figures."""
-    tasks = f" --items {names(given.items)} --limit {given.limit}" if given.items else ""
-    return command_of("benchmarks.method.real", given, "statistics") + tasks
+    tasks = f" --items {names(given.items)}" if given.items else ""
+    return command_of("benchmarks.method.real", given, "statistics", "limit") + tasks
 
 
 def main() -> None:

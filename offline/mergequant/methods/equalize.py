@@ -1,4 +1,4 @@
-"""Equalization of channels: what an input is divided by and its weight multiplied (SmoothQuant).
+"""Equalization: what an input's channels are divided by, and its weight's columns multiplied by.
 
 With one step a token for all channels, and one step an output for all of a weight's columns, both
 mixed by a rotation, the squared error of the product is proportional to
@@ -6,8 +6,8 @@ mixed by a rotation, the squared error of the product is proportional to
     (sum over k of E[x_k^2] / s_k^2) * (sum over k of |W_k|^2 s_k^2)
 
 for the input's rounding and for the weight's alike. By Cauchy and Schwarz it is least where
-s_k^2 = sqrt(E[x_k^2]) / |W_k|, which balances the two as cross-layer equalization does (Nagel et
-al., 2019).
+s_k^2 = sqrt(E[x_k^2]) / |W_k|, which balances the two as cross-layer equalization (Nagel et al.,
+2019) and SmoothQuant (Xiao et al., 2023) do.
 """
 
 import torch

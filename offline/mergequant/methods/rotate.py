@@ -56,11 +56,11 @@ class Orthogonal:
         return torch.zeros_like(ordered).index_copy_(0, self.order, ordered)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Each run of n channels of x [..., m * n] times R: float64, same shape."""
+        """Each run of n channels of x [..., m * n] times R: float64, same shape, on x's device."""
         y = x.to(torch.float64).reshape(-1, self.size)
-        y = (y if self.order is None else y[:, self.order]) * self.signs
+        y = (y if self.order is None else y[:, self.order.to(y.device)]) * self.signs.to(y.device)
         inner = self.size
-        for factor in self.factors:
+        for factor in (factor.to(y.device) for factor in self.factors):
             inner //= len(factor)
             y = y.reshape(-1, len(factor), inner)
             # One channel inward is a plain product; a batched one with columns of 1 is slow.

@@ -61,7 +61,18 @@ class EqualizedReader(ModelReader):
 
     def read(self, name: str) -> Tensor:
         """One tensor, scaled in float64 and given as float32; or the source's if nothing scales."""
-        tensor = self._source.read(name)
+        return self._scaled(name, self._source.read(name), self._dtype)
+
+    def read_in_source_dtype(self, name: str) -> Tensor:
+        """Read one tensor, rounded to the dtype of the source."""
+        tensor = self._source.read_in_source_dtype(name)
+        return self._scaled(name, tensor, tensor.dtype)
+
+    def residual(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the source model as its reader has them: nothing of them is scaled."""
+        return self._source.residual(hidden)
+
+    def _scaled(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if name not in self._columns and name not in self._rows:
             return tensor
         tensor = tensor.to(torch.float64)
@@ -70,7 +81,7 @@ class EqualizedReader(ModelReader):
         if name in self._rows:
             rows = self._rows[name].to(torch.float64)
             tensor = tensor / (rows[:, None] if tensor.ndim == 2 else rows)
-        return tensor.to(self._dtype)
+        return tensor.to(dtype)
 
     def check_finite(self) -> None:
         """Check the plain model."""

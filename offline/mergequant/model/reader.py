@@ -1,7 +1,7 @@
 """A model's folder: its configuration and tensors, read one at a time.
 
 `ModelReader` is what the quantizer asks of a model. `Reader` reads it from a Hugging Face folder;
-`UntiedReader` and `RotatedReader` are views of another reader's model.
+`UntiedReader`, `EqualizedReader` and `RotatedReader` are views of another reader's model.
 """
 
 import json

@@ -34,6 +34,7 @@ from mergequant.output.fingerprint import Fingerprint, file_sha256
 FOLDER = ".partial"
 _LOCK, _FINGERPRINT, _PUBLISHING = "lock", "fingerprint.json", "publishing.json"
 _DECISION, _PILOT = "decision.json", "pilot.safetensors"
+_SHA256 = "pilot_sha256"  # a field of the decision
 
 logger = logging.getLogger("mergequant")
 
@@ -127,22 +128,29 @@ class UnfinishedRun:
             logger.warning("Nothing in %s can be continued: it is begun anew", self.folder)
         return finished
 
-    def decision(self) -> dict[str, Any]:
-        """What the finished blocks were quantized with; empty if there are none."""
-        with contextlib.suppress(FileNotFoundError):
-            decision: dict[str, Any] = json.loads((self.folder / _DECISION).read_text())
-            return decision
-        return {}
+    def decision(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `remember` kept for the finished blocks; empty if there are none.
 
-    def pilot(self) -> dict[str, Tensor]:
-        """The tensors that the finished blocks were quantized with; none if there are none."""
-        file = self.folder / _PILOT
-        return load_file(file) if file.exists() else {}
+        Raises:
+            InputError: the tensors are not those that were kept.
+        """
+        try:
+            decision: dict[str, Any] = json.loads((self.folder / _DECISION).read_text())
+        except FileNotFoundError:
+            return {}, {}
+        file, known = self.folder / _PILOT, decision.pop(_SHA256, None)
+        if not file.exists() or file_sha256(file) != known:
+            raise InputError(
+                f"The unfinished run's {_PILOT} is missing or damaged: remove the output folder's "
+                f"{FOLDER} and begin again."
+            )
+        return decision, load_file(file)
 
     def remember(self, decision: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep a decision, and what it was made of, for a run that continues this one."""
         write_durably(self.folder / _PILOT, lambda path: save_file(dict(tensors), path))
-        write_json(self.folder / _DECISION, decision)
+        known = {_SHA256: file_sha256(self.folder / _PILOT)}
+        write_json(self.folder / _DECISION, {**decision, **known})
 
     def _is_whole(self, number: int) -> bool:
         path = _record(self.shard(number))

@@ -121,13 +121,9 @@ class Writer:
         self.finished = self._unfinished.resume(fingerprint)
         self._begun = True
 
-    def decision(self) -> dict[str, Any]:
-        """See `remember`; empty if nothing was decided yet."""
+    def decision(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `remember` kept; empty if nothing was decided yet."""
         return self._unfinished.decision()
-
-    def pilot(self) -> dict[str, Tensor]:
-        """The tensors of `remember`; none if nothing was decided yet."""
-        return self._unfinished.pilot()
 
     def remember(self, decision: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep what was decided before the first block for a run that continues this one."""

@@ -47,8 +47,8 @@ _TOKENS = 4096  # about so many tell linears apart
 # kind of linear.
 _GPTQ = 0.43
 # What is measured of the loss that is estimated, on SmolLM2-135M in W4A4: 0.304 of 0.71 nats a
-# token; 0.366 of 0.85 with neither graded rotation nor equalization, and 0.144 of 0.28 of these for
-# the weights alone. The Fisher information overestimates.
+# token, and 0.366 of 0.85 with neither graded rotation nor equalization; of the weights alone 0.144
+# of 0.28. The Fisher information overestimates.
 _MEASURED = 0.43
 
 _WIDTHS = {"static_bits", "dynamic_bits", "weight_bits"}

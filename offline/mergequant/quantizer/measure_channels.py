@@ -1,11 +1,11 @@
 """What the transforms in the weights need to know of channels, from the full-precision model.
 
-Which channels of the residual R1 mixes with each other: those of like variance, as norms, which
-divide each token by its size, hand them on. And by what o's and down's inputs are divided so that
-no channel's rounding costs more than another's.
+R1 mixes channels of the residual whose variance is alike, once each token is divided by its size as
+a norm does; it is measured where blocks meet. The inputs of o and down are divided by scales after
+which no channel's rounding costs more than another's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mergequant.methods.equalize import channel_scales, relative_energy
 from mergequant.methods.rotate import group_count
-from mergequant.model.architecture import Architecture, widths
+from mergequant.model.architecture import Linear, widths
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
 from mergequant.model.decoder import Decoder
@@ -52,32 +52,30 @@ def measure_channels(
     for number in tqdm(blocks, desc="Pilot, channels", unit="block", disable=not progress):
         shares += variance_shares(batches).cpu()
         with decoder.block(number) as block:
-            found = _behind(block, architecture, reader.config, batches)
-            for name, scale in found.items():
-                if options.equalization and not options.ignores(block.name_of(name)):
-                    scales[block.name_of(name)] = scale.to("cpu", torch.float32)
+            scaled = [
+                linear
+                for linear, _ in equalized(architecture)
+                if options.equalization and not options.ignores(block.name_of(linear.name))
+            ]
+            for name, scale in _scales_and_advance(block, scaled, reader.config, batches):
+                scales[block.name_of(name)] = scale.to("cpu", torch.float32)
     order = shares.argsort(descending=True, stable=True) if graded else None
     return Channels(order, scales)
 
 
-def _behind(
-    block: Block, architecture: Architecture, config: Mapping[str, Any], batches: list[Tensor]
-) -> dict[str, Tensor]:
-    """Scales of the block's linears, by name within it; `batches` become what the block emits."""
-    linears = [linear for linear, _ in equalized(architecture)]
-    names = [linear.name for linear in linears]
+def _scales_and_advance(
+    block: Block, linears: Sequence[Linear], config: Mapping[str, Any], batches: list[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Scales of the block's `linears`, by name; `batches` become what the block emits."""
     energy: dict[str, Tensor] = {}
     for index, hidden in enumerate(batches):
-        batches[index], inputs = block.forward_with_inputs(hidden, names)
+        batches[index], inputs = block.forward_with_inputs(hidden, [x.name for x in linears])
         for name, x in inputs.items():
             energy[name] = energy.get(name, 0.0) + relative_energy(x)
-    return {
-        linear.name: channel_scales(
-            shared_channels(energy[linear.name], config, linear),
-            shared_channels(block.weight(linear.name).double().square().sum(0), config, linear),
-        )
-        for linear in linears
-    }
+    for linear in linears:
+        columns = torch.linalg.vector_norm(block.weight(linear.name), dim=0).to(torch.float64)
+        parts = (energy[linear.name], columns.square())
+        yield linear.name, channel_scales(*(shared_channels(x, config, linear) for x in parts))
 
 
 def variance_shares(batches: Sequence[Tensor]) -> Tensor:

@@ -73,7 +73,8 @@ def quantize(
         writer.begin(fingerprint(folder.config, files, options, text))
         if not writer.finished:  # else these very weights were checked before the first block
             reader.check_finite()
-        decision, channels = Decision.read(writer.decision()), Channels.of_tensors(writer.pilot())
+        kept, tensors = writer.decision()
+        decision, channels = Decision.read(kept), Channels.of_tensors(tensors)
         if decision is None:
             decision, channels = decide(model, windows, options, device, progress)
         reader, _, _ = open_model(model, decision.applied_to(options), channels)

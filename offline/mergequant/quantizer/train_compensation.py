@@ -35,8 +35,7 @@ class Compensation:
         codes: int8 [out, K] of each linear, by name within the block; empty if training did not
             lower the held-out loss.
         before: loss on held-out windows of the block as it was: squared error of its output over
-            the square of what the full-precision block adds to its input, both of each token
-            relative to the square of the token's target.
+            that of its input, both of each token relative to the square of the token's target.
         after: the same with `codes`.
         epochs: passes over the windows that were made.
     """
@@ -162,7 +161,7 @@ class RelativeError:
 
     Attributes:
         floor: least square of a target, for tokens that are 0.
-        scale: mean over tokens of the relative square of what the full-precision block adds.
+        scale: mean over tokens of the relative square of what the target is beyond the input.
     """
 
     floor: float
@@ -170,7 +169,7 @@ class RelativeError:
 
     @classmethod
     def over(cls, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> "RelativeError":
-        """The loss in the unit of what the block adds.
+        """The loss in units of that of a block that adds nothing.
 
         Args:
             inputs: as `compensate` takes them.

@@ -54,6 +54,7 @@ def test_a_decision_that_is_damaged_is_refused(tmp_path: Path, llama: Path, text
             quantize(llama, output, [text], options, progress=False)
     decision = output / ".partial" / "decision.json"
     assert json.loads(decision.read_text())["reconstruction"] == "prune"
-    decision.write_text(json.dumps({"reconstruction": "fold", "alpha": 1.0}))
+    kept = json.loads(decision.read_text())
+    decision.write_text(json.dumps({**kept, "reconstruction": "fold"}))
     with pytest.raises(InputError, match=r"decision.json is damaged .* begin again"):
         quantize(llama, output, [text], options, progress=False)

@@ -1,6 +1,7 @@
 """What is measured of channels: which are alike, as norms hand them on, and what equalizes them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergequant import Options, quantize
+from mergequant import InputError, Options, quantize
 from mergequant.methods import rotate
+from mergequant.model.channels import Channels
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
 from mergequant.output.writer import Writer
@@ -125,21 +127,53 @@ def test_a_linear_that_is_ignored_is_not_scaled(llama: Path, text: Path) -> None
     assert not measure_channels(llama, windows, off, CPU, False).scales
 
 
-def test_a_run_that_continues_has_the_same_channels(
-    tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = quantize(llama, tmp_path / "whole", [text], ROTATED, progress=False)
+def interrupted(output: Path, model: Path, text: Path) -> None:
+    """Leave an unfinished run, with one block finished."""
     write = Writer.write_block
 
     def stop(writer: Writer, number: int, *rest: Any) -> None:
         write(writer, number, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write_block", stop)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
-    monkeypatch.setattr(Writer, "write_block", write)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "write_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, output, [text], ROTATED, progress=False)
+
+
+def test_a_run_that_continues_has_the_same_channels(
+    tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(llama, tmp_path / "whole", [text], ROTATED, progress=False)
+    interrupted(tmp_path / "cut", llama, text)
     monkeypatch.setattr("mergequant.quantizer.decide.measure_channels", None)  # not again
     cut = quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (cut / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"damaged")])
+def test_a_run_whose_channels_are_lost_is_not_continued(
+    tmp_path: Path, llama: Path, text: Path, damage: Callable[[Path], object]
+) -> None:
+    interrupted(tmp_path / "cut", llama, text)
+    damage(tmp_path / "cut" / ".partial" / "pilot.safetensors")
+    with pytest.raises(InputError, match=r"pilot.safetensors is missing or damaged: remove"):
+        quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
+
+
+def test_what_is_scaled_is_what_the_checkpoint_holds(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    """Of linears that stay in 16 bits the checkpoint holds the weights themselves."""
+    options = ROTATED.model_copy(update={"ignore": ("re:.*(q|k|v|gate|up)_proj",)})
+    folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    windows = calibration_of(Reader(llama), [text], options)
+    _, channels = decide(llama, windows, options, CPU, False)
+    scaled, _, _ = open_model(llama, options, channels)
+    unscaled, _, _ = open_model(llama, options, Channels(channels.order))
+    for name in ("self_attn.v_proj.weight", "mlp.up_proj.weight"):
+        stored = Reader(folder).read(f"model.layers.0.{name}")
+        for reader, same in ((scaled, True), (unscaled, False)):
+            weight = reader.read(f"model.layers.0.{name}").to(stored.dtype)
+            assert torch.equal(stored, weight) == same

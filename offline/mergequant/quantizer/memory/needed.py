@@ -1,7 +1,8 @@
 """How much memory `quantize` needs: from shapes alone, so that a run is refused before it begins.
 
 What stays is counted. What a step takes for itself and gives back is a measured factor times the
-matrices that it works on. Nothing is proportional to the number of blocks.
+matrices that it works on. Nothing is proportional to the number of blocks but the scales of
+channels, a float32 for each of o's and down's: 2 MB for 7B, within what libraries are given.
 """
 
 from collections.abc import Iterator, Mapping
