@@ -73,7 +73,8 @@ def _scales_and_advance(
         for name, x in inputs.items():
             energy[name] = energy.get(name, 0.0) + relative_energy(x)
     for linear in linears:
-        columns = torch.linalg.vector_norm(block.weight(linear.name), dim=0).to(torch.float64)
+        weight = block.weight(linear.name)
+        columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
         parts = (energy[linear.name], columns.square())
         yield linear.name, channel_scales(*(shared_channels(x, config, linear) for x in parts))
 
