@@ -163,9 +163,9 @@ def refuse_idle_budget(
                 multiplications += size
     if spent > options.average_bits * multiplications * (1 + 1e-9):
         raise InputError(
-            f"--average-bits {options.average_bits:g} (--best: 5) is less than the "
+            f"--average-bits {options.average_bits:g} is less than the "
             f"{spent / multiplications:.2f} bits that weights and inputs have by other options: "
-            "give more, or leave it out."
+            "give more, or leave it out; --best is --average-bits 5."
         )
 
 

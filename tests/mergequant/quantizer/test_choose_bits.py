@@ -104,6 +104,6 @@ def test_a_budget_that_means_nothing_is_refused(wrong: dict[str, float]) -> None
 def test_a_budget_that_is_spent_already_is_refused_before_any_work(
     tmp_path: Path, llama: Path, text: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"bits 3.5 .* is less than the 4.00 bits .* more"):
+    with pytest.raises(InputError, match=r"--average-bits 3.5 is less than the 4.00 bits .* more"):
         quantize(llama, tmp_path / "out", [text], options(average_bits=3.5), progress=False)
     assert not (tmp_path / "out").exists()
