@@ -99,9 +99,7 @@ def orthogonal(size: int, seed: int) -> Orthogonal:
     sqrt(size / 2). A random orthogonal matrix in the place of Hartley's has no such bound; a small
     one can be near the identity.
     """
-    generator = torch.Generator().manual_seed(seed)
-    signs = 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1.0
-    return Orthogonal(signs=signs, factors=_even_factors(size))
+    return Orthogonal(signs=_signs(size, seed), factors=_even_factors(size))
 
 
 def graded(order: Tensor, seed: int) -> Orthogonal:
@@ -113,9 +111,9 @@ def graded(order: Tensor, seed: int) -> Orthogonal:
     Args:
         order: int64 [n], the channels by falling variance, cut into groups of equal size.
     """
-    whole, groups = orthogonal(len(order), seed), group_count(len(order))
+    size, groups = len(order), group_count(len(order))
     each = torch.eye(groups, dtype=torch.float64)
-    return Orthogonal(whole.signs, (each, *_even_factors(len(order) // groups)), order)
+    return Orthogonal(_signs(size, seed), (each, *_even_factors(size // groups)), order)
 
 
 def group_count(size: int) -> int:
@@ -185,6 +183,11 @@ def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
         gain: [n], what the norm multiplies by (1 + w for a norm that stores w of 1 + w).
     """
     return weight.to(torch.float64) * gain.to(torch.float64)
+
+
+def _signs(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1.0
 
 
 def _even_factors(size: int) -> tuple[Tensor, ...]:

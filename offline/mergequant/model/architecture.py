@@ -92,6 +92,10 @@ class Architecture:
         )
 
 
+# Spaces that transforms other than the norms' belong to, by the names that the tables give them.
+VALUE, MIX = "value", "attn_mix"  # o's input is a mixture of values
+UP, MIDDLE = "mlp_up", "mlp_mid"  # down's input is act(gate) * up
+
 _LLAMA_2_VOCABULARY = 65_536  # 32,000 and what was added to it; Llama-3's is 128,256
 _SIZES = (
     "vocab_size",

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.model.architecture import Architecture, Linear, widths
-from mergequant.model.reader import ModelReader
-from mergequant_vllm.format import StoredTensor
+from mergequant.model.architecture import MIDDLE, MIX, UP, VALUE, Architecture, Linear, widths
+from mergequant.model.reader import ModelReader, computed
 
 # By the space that a linear reads, the one whose writer carries the channel's size.
-CARRIED_BY: Mapping[str, str] = {"mlp_mid": "mlp_up", "attn_mix": "value"}
+CARRIED_BY: Mapping[str, str] = {MIDDLE: UP, MIX: VALUE}
 
 
 class EqualizedReader(ModelReader):
@@ -54,9 +53,7 @@ class EqualizedReader(ModelReader):
                 for part in ("weight", "bias"):
                     self._rows[f"{prefix}{carrier.name}.{part}"] = rows
         for name in {*self._columns, *self._rows} & headers.keys():
-            headers[name] = StoredTensor(
-                headers[name].shape, "F32" if dtype == torch.float32 else None
-            )
+            headers[name] = computed(headers[name], dtype)
         super().__init__(reader.folder, reader.config, headers, reader.online)
 
     def read(self, name: str) -> Tensor:
@@ -99,7 +96,7 @@ def equalized(architecture: Architecture) -> Iterator[tuple[Linear, Linear]]:
 
 def own_channels(scale: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:
     """The carrier's scale for the linear's [K]: of a value head, that of its first query head."""
-    if linear.reads != "attn_mix":
+    if linear.reads != MIX:
         return scale
     by_group = _by_group(scale, config)
     first = by_group[:, :1]
@@ -110,7 +107,7 @@ def own_channels(scale: Tensor, config: Mapping[str, Any], linear: Linear) -> Te
 
 def shared_channels(x: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:
     """Mean of x [K] over the query heads that share a value head: [K]."""
-    if linear.reads != "attn_mix":
+    if linear.reads != MIX:
         return x
     by_group = _by_group(x, config)
     return by_group.mean(dim=1, keepdim=True).expand_as(by_group).reshape(-1)

@@ -97,6 +97,11 @@ class ModelReader(ABC):
         return {name: entry.shape for name, entry in self.headers.items()}
 
 
+def computed(source: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    """Header of a tensor that a view computes from that of `source`; float64 is left unnamed."""
+    return StoredTensor(source.shape, "F32" if dtype == torch.float32 else None)
+
+
 class Reader(ModelReader):
     """A Hugging Face folder of safetensors files, in the dtype that they have."""
 

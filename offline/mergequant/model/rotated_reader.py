@@ -29,12 +29,10 @@ from mergequant.methods.rotate import (
     rotate_reader,
     rotate_writer,
 )
-from mergequant.model.architecture import Architecture, Norm, widths
-from mergequant.model.reader import ModelReader
-from mergequant_vllm.format import StoredTensor
+from mergequant.model.architecture import MIDDLE, MIX, VALUE, Architecture, Norm, widths
+from mergequant.model.reader import ModelReader, computed
 
 Rotation = Literal["offline", "online"]
-VALUE, MIX, MIDDLE = "value", "attn_mix", "mlp_mid"
 ROWS_AT_ONCE = 8192  # a vocabulary of float64 rows would be the largest thing in memory
 
 
@@ -106,9 +104,7 @@ class RotatedReader(ModelReader):
         for name, turn in self._turns.items():
             source = reader.headers.get(turn.source)  # what is missing is for `validate` to name
             if source is not None and turn.constant is None:
-                self.headers[name] = StoredTensor(
-                    source.shape, "F32" if dtype == torch.float32 else None
-                )
+                self.headers[name] = computed(source, dtype)
 
     def read(self, name: str) -> Tensor:
         """One tensor: rotated in float64 and given as float32; or the source's if nothing turns."""

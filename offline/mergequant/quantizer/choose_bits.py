@@ -32,6 +32,7 @@ from mergequant.model.block import Block, LinearGradient
 from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
+from mergequant.quantizer.inputs.record import stacked_weights
 from mergequant.quantizer.inputs.static import StaticInputPlan, calibrate_channels
 from mergequant.quantizer.plan import BlockPlan, Plan, ReadersPlan
 from mergequant.quantizer.resolve import make_plan
@@ -185,7 +186,7 @@ class _InputRounding(NamedTuple):
 def _round_input(block: Block, readers: ReadersPlan, x: Tensor) -> _InputRounding:
     """Round an input [tokens, n] as the plan says."""
     names, plan = list(readers.weights), readers.input
-    weights = torch.cat([block.weight(name) for name in names])
+    weights = stacked_weights(block, names)
     zero = x.new_zeros(1)
     if isinstance(plan, StaticInputPlan):
         calibration = calibrate_channels(plan, block, names[0], [x], weights)
