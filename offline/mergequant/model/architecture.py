@@ -30,6 +30,11 @@ class Norm:
     writes: str
     multiplier: Literal["plain", "one_plus"] = "plain"
 
+    @property
+    def offset(self) -> float:
+        """What the norm adds to the multiplier that it stores."""
+        return 1.0 if self.multiplier == "one_plus" else 0.0
+
 
 @dataclass(frozen=True)
 class HeadNorm:
