@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mergequant.methods.correct import RoundedChannels
+
 _HELD_OUT = 8  # one token in so many
 # A product with its own transpose is made in so many strips, none narrower than this.
 _PARTS, _LEAST_COLUMNS = 6, 128
@@ -106,17 +108,48 @@ class Moments:
         return product if total is None else total.add_(product)
 
 
+class RoundingSums:
+    """What rounding does to each channel by itself, over tokens: sums in float64."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._sums: Tensor | None = None
+
+    def add(self, codes: Tensor, exact: Tensor) -> None:
+        """Count tokens, see `Moments.add`."""
+        terms = (codes, exact, codes * exact, exact.square())
+        sums = torch.stack([term.sum(dim=0, dtype=torch.float64) for term in terms])
+        self._sums = sums if self._sums is None else self._sums.add_(sums)
+        self._tokens += len(codes)
+
+    def channels(self) -> RoundedChannels:
+        """Means and covariances of each channel; at least one batch must have been added."""
+        codes, exact, product, square = _added(self._sums) / self._tokens
+        return RoundedChannels(
+            self._tokens, codes, exact, product - codes * exact, square - exact.square()
+        )
+
+
 class SplitMoments:
-    """Moments of the tokens that are fitted to, and of those held out: an eighth of each batch."""
+    """Moments of the tokens that are fitted to, and of those held out: an eighth of each batch.
+
+    Attributes:
+        fitted: without `lost`.
+        rounding: of the same tokens, where `exact` was given.
+        held_out: with `lost`, where `exact` was given.
+    """
 
     def __init__(self) -> None:
         self.fitted = Moments()
+        self.rounding = RoundingSums()
         self.held_out = Moments(torch.float32)  # they only choose: half the memory
 
     def add(self, codes: Tensor, exact: Tensor | None = None) -> None:
         """Count tokens, see `Moments.add`; the last of the batch are held out."""
         left = len(codes) - len(codes) // _HELD_OUT
-        self.fitted.add(codes[:left], None if exact is None else exact[:left])
+        self.fitted.add(codes[:left])
+        if exact is not None:
+            self.rounding.add(codes[:left], exact[:left])
         if left < len(codes):
             self.held_out.add(codes[left:], None if exact is None else exact[left:])
 

@@ -7,8 +7,9 @@ weight of C; the best one is
     H = C^T C, D = (U - C)^T C.
 
 Rounding adds noise of the same size in every direction, also where the input has next to none: V
-multiplies less by those. It is a regression, and with few tokens it fits their noise: tokens that
-were held out choose d, or that W stays.
+multiplies less by those. It is a regression, and with few tokens it fits their noise. D is not
+counted, therefore, but told from H and from what rounding does to each channel by itself, as if the
+input were Gaussian, as a rotation nearly makes it. Tokens held out choose d, or that W stays.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (0.003, 0.03, 0.3)
+_LEAST_GAIN = 0.5  # a channel that is mostly clipped away says nothing of others
 
 
 class InputMoments(NamedTuple):
@@ -30,6 +32,51 @@ class InputMoments(NamedTuple):
     def to(self, dtype: torch.dtype) -> "InputMoments":
         """Both in `dtype`."""
         return InputMoments(self.hessian.to(dtype), self.lost.to(dtype))
+
+
+class RoundedChannels(NamedTuple):
+    """What rounding does to each channel by itself, over `tokens` tokens: float64 [K] each.
+
+    Attributes:
+        mean: of C.
+        exact_mean: of U.
+        covariance: of U with C.
+        exact_variance: of U.
+    """
+
+    tokens: int
+    mean: Tensor
+    exact_mean: Tensor
+    covariance: Tensor
+    exact_variance: Tensor
+
+
+def gaussian_lost(products: Tensor, rounded: RoundedChannels) -> Tensor:
+    """D of a Gaussian input, of which only H was counted (Bussgang, 1952).
+
+    A rounded channel C_k of it is g_k U_k, with g_k = cov(U_k, C_k) / var(U_k), and a rest that no
+    channel of U is correlated with. As far as the rests of two channels are not correlated either,
+
+        cov(U_j, C_k) = g_k cov(U_j, U_k) = cov(C_j, C_k) / g_j    where j is not k.
+
+    On norm-fed inputs of SmolLM2-135M, and on down's, V of this D loses less on other tokens than V
+    of a D counted on 28,672 of them, which takes as many products as H twice over.
+
+    Args:
+        products: C^T C, [K, K].
+        rounded: of the same tokens.
+
+    Returns:
+        (U - C)^T C: float64 [K, K].
+    """
+    products = products.to(torch.float64)
+    gain = rounded.covariance / rounded.exact_variance.clamp(min=1e-300)
+    gain = torch.where(rounded.exact_variance > 0, gain, 1.0).clamp(min=_LEAST_GAIN)
+    means = torch.outer(rounded.mean, rounded.mean) * rounded.tokens
+    crossed = (products - means) / gain[:, None]
+    crossed.diagonal().copy_(rounded.covariance * rounded.tokens)
+    crossed += torch.outer(rounded.exact_mean, rounded.mean) * rounded.tokens
+    return crossed - products
 
 
 def correction(wanted: Tensor, hessian: Tensor, ridge: float) -> Tensor | None:

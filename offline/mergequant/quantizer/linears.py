@@ -11,7 +11,7 @@ from mergequant.calibration.statistics import SplitMoments
 from mergequant.errors import InputError
 from mergequant.layers.in_block import replace_by_served, replace_by_simulated
 from mergequant.layers.simulated_linear import FixedWeight
-from mergequant.methods.correct import InputMoments, best_correction
+from mergequant.methods.correct import InputMoments, best_correction, gaussian_lost
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -124,9 +124,9 @@ def _weights(
     }
     if not plan.corrected or moments.held_out.tokens == 0:
         return folded
-    fitted, held_out = (
-        InputMoments(x.products, x.lost) for x in (moments.fitted, moments.held_out)
-    )
+    products = moments.fitted.products
+    fitted = InputMoments(products, gaussian_lost(products, moments.rounding.channels()))
+    held_out = InputMoments(moments.held_out.products, moments.held_out.lost)
     stacked = torch.cat([weight.to(torch.float32) for weight in folded.values()])
     added = best_correction(stacked, fitted, held_out)
     del stacked
