@@ -95,7 +95,7 @@ def _moments(
     inputs: Sequence[Tensor],
     batches: Sequence[Tensor],
 ) -> SplitMoments:
-    """Moments of what the linears' products really read.
+    """Moments of what the linears' products really read, of each token in units of its size.
 
     Args:
         inputs: what the linears read of the first batches, where that is known already.
@@ -105,7 +105,11 @@ def _moments(
     moments = SplitMoments()
 
     def add(x: Tensor) -> None:
-        moments.add(source.dequantized(x), source.unrounded(x) if plan.corrected else None)
+        codes, sizes = source.dequantized(x), source.token_sizes(x)
+        exact = source.unrounded(x) if plan.corrected else None
+        if sizes is not None:
+            codes, exact = codes / sizes, None if exact is None else exact / sizes
+        moments.add(codes, exact)
 
     known = inputs[: len(batches)]
     for x in known:

@@ -48,6 +48,9 @@ class CalibratedInput(Protocol):
     def relaxed(self, x: Tensor) -> Tensor:
         """The same without its rounding: clamped, differentiable."""
 
+    def token_sizes(self, x: Tensor) -> Tensor | None:
+        """What tokens [..., n] are divided by before they count: [..., 1]; None: all count alike."""
+
     def folded_weight(self, weight: Tensor) -> Tensor:
         """W as its codes are chosen, steps and columns in it: [out, n] to [out, K]."""
 
