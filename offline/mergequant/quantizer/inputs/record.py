@@ -49,7 +49,7 @@ class CalibratedInput(Protocol):
         """The same without its rounding: clamped, differentiable."""
 
     def token_sizes(self, x: Tensor) -> Tensor | None:
-        """What tokens [..., n] are divided by before they count: [..., 1]; None: all count alike."""
+        """What each token of x [..., n] is divided by before it counts: [..., 1]; None: nothing."""
 
     def folded_weight(self, weight: Tensor) -> Tensor:
         """W as its codes are chosen, steps and columns in it: [out, n] to [out, K]."""
