@@ -21,7 +21,7 @@ class ChannelMagnitudes:
     def add(self, x: Tensor) -> None:
         """Count tokens [t, n]."""
         lowest, highest = x.amin(dim=0), x.amax(dim=0)
-        energy = x.square().sum(dim=0, dtype=torch.float64)
+        energy = x.square().sum(dim=0).to(torch.float64)
         if self._lowest is not None and self._highest is not None and self._energy is not None:
             lowest = torch.minimum(self._lowest, lowest)
             highest = torch.maximum(self._highest, highest)
@@ -109,7 +109,10 @@ class Moments:
 
 
 class RoundingSums:
-    """What rounding does to each channel by itself, over tokens: sums in float64."""
+    """What rounding takes from each channel by itself, over tokens: float32 sums of a batch.
+
+    Sums are of what is lost, U - C: its products are small, and nothing large cancels in them.
+    """
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -117,16 +120,22 @@ class RoundingSums:
 
     def add(self, codes: Tensor, exact: Tensor) -> None:
         """Count tokens, see `Moments.add`."""
-        terms = (codes, exact, codes * exact, exact.square())
-        sums = torch.stack([term.sum(dim=0, dtype=torch.float64) for term in terms])
+        lost = exact - codes
+        terms = (codes, codes.square(), lost, lost * codes, lost.square())
+        sums = torch.stack([term.sum(dim=0) for term in terms]).to(torch.float64)
         self._sums = sums if self._sums is None else self._sums.add_(sums)
         self._tokens += len(codes)
 
     def channels(self) -> RoundedChannels:
         """Means and covariances of each channel; at least one batch must have been added."""
-        codes, exact, product, square = _added(self._sums) / self._tokens
+        mean, square, lost, product, lost_square = _added(self._sums) / self._tokens
         return RoundedChannels(
-            self._tokens, codes, exact, product - codes * exact, square - exact.square()
+            tokens=self._tokens,
+            mean=mean,
+            variance=square - mean.square(),
+            lost_mean=lost,
+            lost_covariance=product - lost * mean,
+            lost_variance=lost_square - lost.square(),
         )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (0.003, 0.03, 0.3)
-_LEAST_GAIN = 0.5  # a channel that is mostly clipped away says nothing of others
+_LARGEST_REST = 1.0
 
 
 class InputMoments(NamedTuple):
@@ -39,16 +39,18 @@ class RoundedChannels(NamedTuple):
 
     Attributes:
         mean: of C.
-        exact_mean: of U.
-        covariance: of U with C.
-        exact_variance: of U.
+        variance: of C.
+        lost_mean: of what rounding takes away, U - C.
+        lost_covariance: of that with C.
+        lost_variance: of that.
     """
 
     tokens: int
     mean: Tensor
-    exact_mean: Tensor
-    covariance: Tensor
-    exact_variance: Tensor
+    variance: Tensor
+    lost_mean: Tensor
+    lost_covariance: Tensor
+    lost_variance: Tensor
 
 
 def gaussian_lost(products: Tensor, rounded: RoundedChannels) -> Tensor:
@@ -69,14 +71,15 @@ def gaussian_lost(products: Tensor, rounded: RoundedChannels) -> Tensor:
     Returns:
         (U - C)^T C: float64 [K, K].
     """
-    products = products.to(torch.float64)
-    gain = rounded.covariance / rounded.exact_variance.clamp(min=1e-300)
-    gain = torch.where(rounded.exact_variance > 0, gain, 1.0).clamp(min=_LEAST_GAIN)
+    both = rounded.variance + rounded.lost_covariance  # of U with C
+    exact = both + rounded.lost_covariance + rounded.lost_variance  # of U
+    # 1 / g - 1; a channel that is nearly all clipped away says nothing of others.
+    rest = ((exact - both) / both.clamp(min=1e-300)).clamp(-_LARGEST_REST, _LARGEST_REST)
+    rest = torch.where(both > 0, rest, 0.0)
     means = torch.outer(rounded.mean, rounded.mean) * rounded.tokens
-    crossed = (products - means) / gain[:, None]
-    crossed.diagonal().copy_(rounded.covariance * rounded.tokens)
-    crossed += torch.outer(rounded.exact_mean, rounded.mean) * rounded.tokens
-    return crossed - products
+    lost = (products.to(torch.float64) - means) * rest[:, None]
+    lost.diagonal().copy_(rounded.lost_covariance * rounded.tokens)
+    return lost + torch.outer(rounded.lost_mean, rounded.mean) * rounded.tokens
 
 
 def correction(wanted: Tensor, hessian: Tensor, ridge: float) -> Tensor | None:

@@ -7,11 +7,13 @@ seen, a channel's codes are spent where almost no token is. What leaves the ends
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 _BINS, _BINS_A_LEVEL = 1024, 16  # so many at least, and so many a code
+_APART = 3  # positions of the grid, in the first look
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ChannelHistogram:
         centers = lowest[:, None] + width[:, None] * numbers
         return cls(counts.reshape(channels, bins).to(torch.float32), lowest, width, centers)
 
-    @property
+    @cached_property
     def median(self) -> Tensor:
         """float64 [n], the center of the bin that holds the middle token."""
         passed = self.counts.cumsum(dim=1)
@@ -75,7 +77,10 @@ def rounding_error(histogram: ChannelHistogram, low: Tensor, high: Tensor, bits:
 
 
 def trim_ends(histogram: ChannelHistogram, grid: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The ends of least rounding error, each drawn towards the median, of all pairs.
+    """The ends of least rounding error, each drawn towards the median.
+
+    Of all pairs of ratios those of every third are tried, then the neighbours of a channel's best:
+    the error falls and rises once along a grid whose points are as near as a clip's.
 
     Args:
         grid: [G], ascending to 1: how far from the median an end may stay.
@@ -83,15 +88,40 @@ def trim_ends(histogram: ChannelHistogram, grid: Tensor, bits: int) -> tuple[Ten
     Returns:
         low and high: float64 [n].
     """
-    median = histogram.median
-    lowest = histogram.lowest
+    last = len(grid) - 1
+    best = torch.full((2, len(histogram.lowest)), last, device=histogram.lowest.device)
+    least = torch.full_like(histogram.lowest, torch.inf)
+    coarse = range(last, -1, -_APART)
+    for pair in itertools.product(coarse, coarse):
+        best, least = _better(histogram, grid, bits, torch.tensor(pair)[:, None], best, least)
+    middle = best
+    near = range(-(_APART - 1), _APART)
+    for move in itertools.product(near, near):
+        tried = (middle + torch.tensor(move, device=middle.device)[:, None]).clamp(0, last)
+        best, least = _better(histogram, grid, bits, tried, best, least)
+    return _ends(histogram, grid, best)
+
+
+def _better(
+    histogram: ChannelHistogram,
+    grid: Tensor,
+    bits: int,
+    tried: Tensor,
+    best: Tensor,
+    least: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`best` and its error, or what is `tried` where that has less: positions int64 [2, n]."""
+    tried = tried.to(best.device).expand_as(best)
+    error = rounding_error(histogram, *_ends(histogram, grid, tried), bits)
+    less = error < least
+    return torch.where(less, tried, best), torch.where(less, error, least)
+
+
+def _ends(histogram: ChannelHistogram, grid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends at `positions` in the grid, int64 [2, n]: float64 [n] each."""
+    lowest, median = histogram.lowest, histogram.median
     highest = lowest + histogram.width * histogram.counts.shape[1]
-    low, high = lowest, highest
-    least = rounding_error(histogram, low, high, bits)
-    for below, above in itertools.product(grid.tolist(), grid.tolist()):
-        ends = median + (lowest - median) * below, median + (highest - median) * above
-        error = rounding_error(histogram, *ends, bits)
-        better = error < least
-        least = torch.where(better, error, least)
-        low, high = torch.where(better, ends[0], low), torch.where(better, ends[1], high)
-    return low, high
+    below, above = grid.to(lowest)[positions.to(lowest.device)]
+    low, high = median + (lowest - median) * below, median + (highest - median) * above
+    # A ratio of 1 leaves an end as it was seen.
+    return torch.where(below == 1, lowest, low), torch.where(above == 1, highest, high)

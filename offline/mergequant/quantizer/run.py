@@ -11,7 +11,7 @@ from mergequant.layers.in_block import load_stored
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
-from mergequant.model.decoder import Decoder
+from mergequant.model.decoder import Decoder, frozen_heap
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.fingerprint import fingerprint
@@ -60,7 +60,7 @@ def quantize(
     options = options or Options()
     folder, architecture = open_folder(model)
     blocks = int(folder.config["num_hidden_layers"])
-    with Writer(Path(output), shards=blocks + 1) as writer:
+    with Writer(Path(output), shards=blocks + 1) as writer, frozen_heap():
         windows = calibration_of(folder, calibration, options)
         text = sha256_of(windows)
         device = find_device(options.device)

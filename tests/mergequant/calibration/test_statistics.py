@@ -39,13 +39,14 @@ def test_channels_are_told_by_means_and_covariances() -> None:
     for codes, exact in zip(CODES.split(7), EXACT.split(7), strict=True):
         sums.add(codes, exact)
     channels = sums.channels()
-    c, u = CODES.double(), EXACT.double()
-    both = ((c - c.mean(0)) * (u - u.mean(0))).mean(0)
+    c, lost = CODES.double(), (EXACT - CODES).double()
+    both = ((c - c.mean(0)) * (lost - lost.mean(0))).mean(0)
     for given, expected, scale in (
         (channels.mean, c.mean(0), 8.0),
-        (channels.exact_mean, u.mean(0), 20.0),
-        (channels.covariance, both, 160.0),
-        (channels.exact_variance, u.var(0, unbiased=False), 400.0),
+        (channels.variance, c.var(0, unbiased=False), 64.0),
+        (channels.lost_mean, lost.mean(0), 28.0),
+        (channels.lost_covariance, both, 8.0 * 28.0),
+        (channels.lost_variance, lost.var(0, unbiased=False), 28.0**2),
     ):
         # The sums are exact; what is made of them rounds a few times, at the size of its terms.
         assert float((given - expected).abs().max()) < 8 * torch.finfo(torch.float64).eps * scale

@@ -103,7 +103,8 @@ class DynamicInput:
         Nothing else divides a massive token by its size, as a norm does before static steps, and
         the weights would be fitted to a few of those alone.
         """
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+        sizes: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+        return sizes
 
     def folded_weight(self, weight: Tensor) -> Tensor:
         """The weight as it is: nothing migrates."""
