@@ -14,7 +14,7 @@ from mergequant.options import Options
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
     "rotation": "none, offline, online, or auto: what measures best.",
-    "residual_rotation": "full, or graded: only channels that are alike are mixed.",
+    "residual_rotation": "full, or graded: channels of like variance only are mixed.",
     "equalization": "o's and down's channels are brought to like size by v's and up's rows.",
     "hadamard_block": "Largest block of the online rotation.",
     "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",

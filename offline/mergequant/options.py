@@ -57,7 +57,7 @@ class Options(BaseModel):
             weights (R1, R2); `online`: also down's input, by the server (R4); `auto`: `online` or
             `none`, what measures best, see `choose_rotation`.
         residual_rotation: which channels R1 mixes: `full`, all with all; `graded`, like with like,
-            in a few groups by what they carry against what reads them, with static activations.
+            in a few groups by their variance on calibration text, with static activations.
         equalization: o's and down's channels are brought to like size by v's and up's rows, which
             costs the server nothing, see `methods.equalize`.
         hadamard_block: largest block of R4; smaller ones let tensor parallelism cut finer shards.

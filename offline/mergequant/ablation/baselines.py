@@ -134,9 +134,6 @@ class TensorInput:
             smallest_code(self.bits) * self.step, largest_code(self.bits) * self.step
         )
 
-    def token_sizes(self, x: Tensor) -> None:
-        """Return None: every token has the same step."""
-
     def folded_weight(self, weight: Tensor) -> Tensor:
         """The weight as it is."""
         return weight

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from mergequant.methods.correct import RoundedChannels
-
 _HELD_OUT = 8  # one token in so many
 # A product with its own transpose is made in so many strips, none narrower than this.
 _PARTS, _LEAST_COLUMNS = 6, 128
@@ -108,57 +106,17 @@ class Moments:
         return product if total is None else total.add_(product)
 
 
-class RoundingSums:
-    """What rounding takes from each channel by itself, over tokens: float32 sums of a batch.
-
-    Sums are of what is lost, U - C: its products are small, and nothing large cancels in them.
-    """
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._sums: Tensor | None = None
-
-    def add(self, codes: Tensor, exact: Tensor) -> None:
-        """Count tokens, see `Moments.add`."""
-        lost = exact - codes
-        terms = (codes, codes.square(), lost, lost * codes, lost.square())
-        sums = torch.stack([term.sum(dim=0) for term in terms]).to(torch.float64)
-        self._sums = sums if self._sums is None else self._sums.add_(sums)
-        self._tokens += len(codes)
-
-    def channels(self) -> RoundedChannels:
-        """Means and covariances of each channel; at least one batch must have been added."""
-        mean, square, lost, product, lost_square = _added(self._sums) / self._tokens
-        return RoundedChannels(
-            tokens=self._tokens,
-            mean=mean,
-            variance=square - mean.square(),
-            lost_mean=lost,
-            lost_covariance=product - lost * mean,
-            lost_variance=lost_square - lost.square(),
-        )
-
-
 class SplitMoments:
-    """Moments of the tokens that are fitted to, and of those held out: an eighth of each batch.
-
-    Attributes:
-        fitted: without `lost`.
-        rounding: of the same tokens, where `exact` was given.
-        held_out: with `lost`, where `exact` was given.
-    """
+    """Moments of the tokens that are fitted to, and of those held out: an eighth of each batch."""
 
     def __init__(self) -> None:
         self.fitted = Moments()
-        self.rounding = RoundingSums()
         self.held_out = Moments(torch.float32)  # they only choose: half the memory
 
     def add(self, codes: Tensor, exact: Tensor | None = None) -> None:
         """Count tokens, see `Moments.add`; the last of the batch are held out."""
         left = len(codes) - len(codes) // _HELD_OUT
-        self.fitted.add(codes[:left])
-        if exact is not None:
-            self.rounding.add(codes[:left], exact[:left])
+        self.fitted.add(codes[:left], None if exact is None else exact[:left])
         if left < len(codes):
             self.held_out.add(codes[left:], None if exact is None else exact[left:])
 

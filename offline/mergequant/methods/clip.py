@@ -137,7 +137,7 @@ def choose_token_clip(
     *,
     zero_points: bool = False,
 ) -> float:
-    """The ratio of per-token steps that leaves the least relative error at the linears' output.
+    """The ratio of per-token steps that leaves the least error at the linears' output.
 
     Args:
         inputs: [t, n] each, the linears' input, in batches; tokens at even distances are looked at.
@@ -166,22 +166,18 @@ def token_clip_losses(
 ) -> Tensor:
     """Output error of per-token quantization at each ratio, for one batch of tokens.
 
-    Each token's error is relative to its output: a few massive ones (Sun et al., 2024) would else
-    own the sum, and their ratio is not that of the others.
-
     Args:
         x: [t, n], the linear's input.
         weights: [out, n], the space's readers stacked.
         grid: [G].
 
     Returns:
-        float64 [G], sum over tokens of ||(x - step * codes) W^T||^2 / ||x W^T||^2.
+        float64 [G], ||(X - step * codes) W^T||^2.
     """
-    size = (x @ weights.T).square().sum(dim=-1).clamp(min=1e-30)
     losses = []
     for ratio in grid.tolist():
         clip = x.new_tensor([ratio])
         codes, step, zero = token_codes(x, clip, bits, CodeLayout.FLOAT32, zero_points=zero_points)
         error = (x - (codes if zero is None else codes - zero) * step) @ weights.T
-        losses.append((error.square().sum(dim=-1) / size).sum(dtype=torch.float64))
+        losses.append(error.square().sum(dtype=torch.float64))
     return torch.stack(losses)

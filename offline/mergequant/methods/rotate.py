@@ -109,7 +109,7 @@ def graded(order: Tensor, seed: int) -> Orthogonal:
     one is mixed into it; within a group of like channels the mixing takes the outliers away.
 
     Args:
-        order: int64 [n], the channels, like beside like; it is cut into groups of equal size.
+        order: int64 [n], the channels by falling variance, cut into groups of equal size.
     """
     size, groups = len(order), group_count(len(order))
     each = torch.eye(groups, dtype=torch.float64)

@@ -13,7 +13,7 @@ class Channels:
     """Statistics of channels, on the CPU; nothing by default.
 
     Attributes:
-        order: int64 [n], the residual's channels, like beside like; None: R1 mixes all with all.
+        order: int64 [n], the residual's channels by falling variance; None: R1 mixes them all.
         scales: float32 [K] by full name of a linear: what its input is divided by, and its weight's
             columns multiplied.
     """

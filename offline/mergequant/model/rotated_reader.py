@@ -67,7 +67,7 @@ class RotatedReader(ModelReader):
         seed: of the signs of R1; R2 has the next.
         most: largest Hadamard block; a smaller one lets the server cut finer shards.
         heads: mixed together at o's input by the server; 0: none are.
-        order: int64 [n], the residual's channels, like beside like: R1 mixes neighbours only.
+        order: int64 [n], the residual's channels by falling variance: R1 mixes like ones only.
             None: all with all.
         unquantized: whether the linear of a full name stays in 16 bits.
         dtype: of what is rotated; float64 for proofs.

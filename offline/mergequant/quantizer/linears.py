@@ -11,7 +11,7 @@ from mergequant.calibration.statistics import SplitMoments
 from mergequant.errors import InputError
 from mergequant.layers.in_block import replace_by_served, replace_by_simulated
 from mergequant.layers.simulated_linear import FixedWeight
-from mergequant.methods.correct import InputMoments, best_correction, gaussian_lost
+from mergequant.methods.correct import InputMoments, best_correction
 from mergequant.methods.gptq import (
     InverseHessian,
     NotPositiveDefiniteError,
@@ -95,7 +95,7 @@ def _moments(
     inputs: Sequence[Tensor],
     batches: Sequence[Tensor],
 ) -> SplitMoments:
-    """Moments of what the linears' products really read, of each token in units of its size.
+    """Moments of what the linears' products really read.
 
     Args:
         inputs: what the linears read of the first batches, where that is known already.
@@ -105,11 +105,7 @@ def _moments(
     moments = SplitMoments()
 
     def add(x: Tensor) -> None:
-        codes, sizes = source.dequantized(x), source.token_sizes(x)
-        exact = source.unrounded(x) if plan.corrected else None
-        if sizes is not None:
-            codes, exact = codes / sizes, None if exact is None else exact / sizes
-        moments.add(codes, exact)
+        moments.add(source.dequantized(x), source.unrounded(x) if plan.corrected else None)
 
     known = inputs[: len(batches)]
     for x in known:
@@ -128,9 +124,9 @@ def _weights(
     }
     if not plan.corrected or moments.held_out.tokens == 0:
         return folded
-    products = moments.fitted.products
-    fitted = InputMoments(products, gaussian_lost(products, moments.rounding.channels()))
-    held_out = InputMoments(moments.held_out.products, moments.held_out.lost)
+    fitted, held_out = (
+        InputMoments(x.products, x.lost) for x in (moments.fitted, moments.held_out)
+    )
     stacked = torch.cat([weight.to(torch.float32) for weight in folded.values()])
     added = best_correction(stacked, fitted, held_out)
     del stacked

@@ -50,28 +50,14 @@ def test_a_channel_with_one_spike_is_clipped_and_a_uniform_one_is_not() -> None:
     assert float(clips[1]) >= 0.9
 
 
-def test_token_losses_are_the_relative_output_errors() -> None:
+def test_token_losses_are_the_output_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 12, generator=generator)
     weight = torch.randn(6, 12, generator=generator)
     losses = token_clip_losses(x, weight, GRID, 4)
     step = x.abs().amax(1, keepdim=True) * float(GRID[6]) / 7
     error = (x - round_to_codes(x / step, 4) * step) @ weight.T
-    relative = error.square().sum(1) / (x @ weight.T).square().sum(1)
-    assert torch.allclose(losses[6], relative.sum().double(), rtol=1e-4)
-
-
-def test_a_massive_token_does_not_choose_for_all() -> None:
-    """One token with a spike, thousands of times as long as the others, is one of them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 256, generator=generator)
-    weight = torch.randn(64, 256, generator=generator)
-    massive = torch.zeros(1, 256)
-    massive[0, 3] = 1e5  # alone it asks for a ratio of 1
-    alone = choose_token_clip([massive], weight, GRID, 4)
-    without = choose_token_clip([x], weight, GRID, 4)
-    assert without < alone == 1.0
-    assert choose_token_clip([torch.cat((x, massive))], weight, GRID, 4) == without
+    assert torch.allclose(losses[6], error.square().sum().double(), rtol=1e-4)
 
 
 def test_long_tails_prefer_a_clip_below_1() -> None:

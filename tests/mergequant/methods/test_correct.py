@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mergequant.methods import correct
-from mergequant.methods.correct import InputMoments, RoundedChannels, best_correction, gaussian_lost
+from mergequant.methods.correct import InputMoments, best_correction
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -107,44 +107,3 @@ def test_a_singular_input_leaves_the_weight() -> None:
     nothing = InputMoments(torch.zeros(12, 12), torch.zeros(12, 12))
     assert correction(weight(), nothing, 0.01) is None
     assert best_correction(weight(), nothing, nothing) is None
-
-
-def gaussian_pair(count: int, step: float) -> tuple[Tensor, Tensor]:
-    """A Gaussian input of 12 correlated channels with means, and its clipped 4-bit codes."""
-    generator = torch.Generator().manual_seed(5)
-    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
-    exact = torch.randn(count, 12, generator=generator, dtype=torch.float64) @ mixing
-    exact = exact / exact.std(dim=0) / step + torch.linspace(-1, 1, 12, dtype=torch.float64)
-    return exact, exact.round().clamp(-8, 7)
-
-
-def channels_of(exact: Tensor, codes: Tensor) -> RoundedChannels:
-    lost = exact - codes
-    both = ((lost - lost.mean(0)) * (codes - codes.mean(0))).mean(0)
-    variance, lost_variance = (x.var(0, unbiased=False) for x in (codes, lost))
-    return RoundedChannels(len(codes), codes.mean(0), variance, lost.mean(0), both, lost_variance)
-
-
-def test_of_a_gaussian_input_the_loss_is_told_without_being_counted() -> None:
-    count = 400_000
-    exact, codes = gaussian_pair(count, 0.35)  # about the steps of least error
-    told = gaussian_lost(codes.T @ codes, channels_of(exact, codes)) / count
-    counted = (exact - codes).T @ codes / count
-    # One element of `counted` is a mean over tokens of (U - C) C: its standard deviation, times 5.
-    noise = ((exact - codes).square().T @ codes.square() / count).sqrt() * 5 / count**0.5
-    assert bool(((told - counted).abs() < noise).all())
-    others = ~torch.eye(12, dtype=torch.bool)
-    assert float((counted.abs() / noise)[others].max()) > 5  # there was something to tell
-
-
-def test_what_rounding_leaves_as_it_is_loses_nothing() -> None:
-    _, codes = gaussian_pair(1000, 0.45)
-    lost = gaussian_lost(codes.T @ codes, channels_of(codes, codes))
-    assert torch.equal(lost, torch.zeros(12, 12, dtype=torch.float64))
-
-
-def test_channels_that_never_change_lose_their_mean() -> None:
-    exact = torch.full((10, 2), 0.25, dtype=torch.float64)
-    codes = torch.zeros(10, 2, dtype=torch.float64) + torch.tensor([0.0, 1.0])
-    lost = gaussian_lost(codes.T @ codes, channels_of(exact, codes))
-    assert torch.equal(lost, (exact - codes).T @ codes)

@@ -17,12 +17,7 @@ from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
 from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
-from mergequant.quantizer.measure_channels import (
-    channel_order,
-    column_shares,
-    measure_channels,
-    variance_shares,
-)
+from mergequant.quantizer.measure_channels import measure_channels, variance_shares
 from mergequant.quantizer.prepare import calibration_of, open_model
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -54,32 +49,7 @@ def test_shares_are_of_tokens_divided_by_their_size() -> None:
     assert torch.equal(variance_shares([torch.zeros(1, 3, 8)]), torch.zeros(8).double())
 
 
-def test_column_shares_are_of_the_readers_of_each_norm(llama: Path) -> None:
-    reader, architecture, _ = open_model(llama, SMALL)
-    expected = torch.zeros(64, dtype=torch.float64)
-    for norm, names in (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ):
-        gain = reader.read(f"model.layers.0.{norm}.weight").double()
-        squares = sum(
-            (reader.read(f"model.layers.0.{name}.weight").double() * gain).square().sum(0)
-            for name in names
-        )
-        expected += squares / squares.sum()
-    with Decoder(reader, architecture, CPU).block(0) as block:
-        torch.testing.assert_close(column_shares(block, architecture), expected, rtol=1e-12, atol=0)
-
-
-def test_channels_come_by_falling_ratio_of_variance_to_columns() -> None:
-    variance = torch.tensor([4.0, 1.0, 9.0, 1.0, 0.0], dtype=torch.float64)
-    columns = torch.tensor([4.0, 0.1, 1.0, 2.0, 1.0], dtype=torch.float64)
-    assert channel_order(variance, columns).tolist() == [1, 2, 0, 3, 4]
-    unread = channel_order(variance, torch.zeros(5, dtype=torch.float64))
-    assert sorted(unread.tolist()) == [0, 1, 2, 3, 4]  # nobody reads any: still an order
-
-
-def test_loud_channels_come_first(tmp_path: Path, text: Path) -> None:
+def test_channels_come_by_falling_variance(tmp_path: Path, text: Path) -> None:
     model = make_model(tmp_path / "model", "llama", blocks=1)
     large = [5, 40, 17]
     reader = Reader(model)

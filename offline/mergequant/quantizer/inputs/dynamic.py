@@ -97,15 +97,6 @@ class DynamicInput:
         step = (largest * self.clip / largest_code(self.bits)).clamp(min=SMALLEST_STEP)
         return z.clamp(smallest_code(self.bits) * step, largest_code(self.bits) * step)
 
-    def token_sizes(self, x: Tensor) -> Tensor:
-        """Return the length of each token, to which its rounding errors are proportional.
-
-        Nothing else divides a massive token by its size, as a norm does before static steps, and
-        the weights would be fitted to a few of those alone.
-        """
-        sizes: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
-        return sizes
-
     def folded_weight(self, weight: Tensor) -> Tensor:
         """The weight as it is: nothing migrates."""
         return weight

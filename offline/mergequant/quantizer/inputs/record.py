@@ -48,9 +48,6 @@ class CalibratedInput(Protocol):
     def relaxed(self, x: Tensor) -> Tensor:
         """The same without its rounding: clamped, differentiable."""
 
-    def token_sizes(self, x: Tensor) -> Tensor | None:
-        """What each token of x [..., n] is divided by before it counts: [..., 1]; None: nothing."""
-
     def folded_weight(self, weight: Tensor) -> Tensor:
         """W as its codes are chosen, steps and columns in it: [out, n] to [out, K]."""
 

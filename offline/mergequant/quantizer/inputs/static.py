@@ -234,9 +234,6 @@ class StaticInput:
         """Codes of x [..., n] before they are rounded, clamped: float32 [..., K]."""
         return self.unrounded(x).clamp(smallest_code(self.bits), largest_code(self.bits))
 
-    def token_sizes(self, x: Tensor) -> None:
-        """Return None: the norm has divided each token by its size."""
-
     def folded_weight(self, weight: Tensor) -> Tensor:
         """W times the steps, columns reconstructed: [out, n] to [out, K]."""
         if self.columns is None:
