@@ -54,15 +54,17 @@ def test_the_histogram_tells_the_error_of_the_tokens(bits: int) -> None:
     assert bool(((root - exact.sqrt()).abs() <= slack).all())
 
 
-def test_the_ends_are_those_of_least_error() -> None:
+@pytest.mark.parametrize("points", [5, 7, 13, 30])
+def test_the_ends_are_those_of_least_error_of_all_pairs(points: int) -> None:
     x, bits = skewed(), 4
+    grid = clip_grid(0.4, points)
     counted = histogram(x, bits)
-    low, high = trim_ends(counted, GRID, bits)
+    low, high = trim_ends(counted, grid, bits)
     chosen = error_of_tokens(x, low, high, bits)
     median, lowest, highest = counted.median, x.amin(dim=0).double(), x.amax(dim=0).double()
     tried = [
         error_of_tokens(x, median + (lowest - median) * a, median + (highest - median) * b, bits)
-        for a, b in itertools.product(GRID.tolist(), GRID.tolist())
+        for a, b in itertools.product(grid.tolist(), grid.tolist())
     ]
     best = torch.stack(tried).amin(dim=0)
     # Both errors are off by what the histogram does not tell.

@@ -1,5 +1,6 @@
 """Block by block, a model computes what transformers computes in one go."""
 
+import gc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import torch
 
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES, find
-from mergequant.model.decoder import Decoder
+from mergequant.model.decoder import Decoder, frozen_heap
 from mergequant.model.reader import Reader
 from mergequant.model.rotated_reader import RotatedReader
 from tests.tiny import make_model
@@ -70,3 +71,11 @@ def test_observing_stops_before_the_linear_is_computed(llama: Path) -> None:
         block.observe("mlp.down_proj", activations.batches, lambda x: shapes.append(x.shape))
         assert block.forward(activations.batches[0]).shape == (1, 20, 64)
     assert shapes == [torch.Size((20, 172))]
+
+
+def test_garbage_collections_leave_out_what_was_there_before() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(ValueError, match="stop"), frozen_heap():
+        assert gc.get_freeze_count() > before
+        raise ValueError("stop")
+    assert gc.get_freeze_count() == 0
