@@ -74,8 +74,27 @@ def test_observing_stops_before_the_linear_is_computed(llama: Path) -> None:
 
 
 def test_garbage_collections_leave_out_what_was_there_before() -> None:
-    before = gc.get_freeze_count()
-    with pytest.raises(ValueError, match="stop"), frozen_heap():
-        assert gc.get_freeze_count() > before
-        raise ValueError("stop")
     assert gc.get_freeze_count() == 0
+    with frozen_heap():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_heap_is_thawed_whatever_happens() -> None:
+    def fail() -> None:
+        with frozen_heap():
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_others_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with frozen_heap():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
