@@ -7,7 +7,6 @@ seen, a channel's codes are spent where almost no token is. What leaves the ends
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class ChannelHistogram:
         centers = lowest[:, None] + width[:, None] * numbers
         return cls(counts.reshape(channels, bins).to(torch.float32), lowest, width, centers)
 
-    @cached_property
+    @property
     def median(self) -> Tensor:
         """float64 [n], the center of the bin that holds the middle token."""
         passed = self.counts.cumsum(dim=1)
@@ -89,39 +88,46 @@ def trim_ends(histogram: ChannelHistogram, grid: Tensor, bits: int) -> tuple[Ten
         low and high: float64 [n].
     """
     last = len(grid) - 1
+    search = _Search(histogram, histogram.median, grid, bits)
     best = torch.full((2, len(histogram.lowest)), last, device=histogram.lowest.device)
-    least = torch.full_like(histogram.lowest, torch.inf)
+    least = search.error(best)
     coarse = range(last, -1, -_APART)
     for pair in itertools.product(coarse, coarse):
-        best, least = _better(histogram, grid, bits, torch.tensor(pair)[:, None], best, least)
+        tried = torch.tensor(pair, device=best.device)[:, None].expand_as(best)
+        best, least = search.better(tried, best, least)
     middle = best
     near = range(-(_APART - 1), _APART)
     for move in itertools.product(near, near):
-        tried = (middle + torch.tensor(move, device=middle.device)[:, None]).clamp(0, last)
-        best, least = _better(histogram, grid, bits, tried, best, least)
-    return _ends(histogram, grid, best)
+        moved = middle + torch.tensor(move, device=best.device)[:, None]
+        best, least = search.better(moved.clamp(0, last), best, least)
+    return search.ends(best)
 
 
-def _better(
-    histogram: ChannelHistogram,
-    grid: Tensor,
-    bits: int,
-    tried: Tensor,
-    best: Tensor,
-    least: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`best` and its error, or what is `tried` where that has less: positions int64 [2, n]."""
-    tried = tried.to(best.device).expand_as(best)
-    error = rounding_error(histogram, *_ends(histogram, grid, tried), bits)
-    less = error < least
-    return torch.where(less, tried, best), torch.where(less, error, least)
+@dataclass(frozen=True)
+class _Search:
+    """Pairs of ends of all channels, as positions in the grid: int64 [2, n]."""
 
+    histogram: ChannelHistogram
+    median: Tensor
+    grid: Tensor
+    bits: int
 
-def _ends(histogram: ChannelHistogram, grid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends at `positions` in the grid, int64 [2, n]: float64 [n] each."""
-    lowest, median = histogram.lowest, histogram.median
-    highest = lowest + histogram.width * histogram.counts.shape[1]
-    below, above = grid.to(lowest)[positions.to(lowest.device)]
-    low, high = median + (lowest - median) * below, median + (highest - median) * above
-    # A ratio of 1 leaves an end as it was seen.
-    return torch.where(below == 1, lowest, low), torch.where(above == 1, highest, high)
+    def ends(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """low and high: float64 [n] each."""
+        lowest = self.histogram.lowest
+        highest = lowest + self.histogram.width * self.histogram.counts.shape[1]
+        below, above = self.grid.to(lowest)[positions]
+        low = self.median + (lowest - self.median) * below
+        high = self.median + (highest - self.median) * above
+        # A ratio of 1 leaves an end as it was seen.
+        return torch.where(below == 1, lowest, low), torch.where(above == 1, highest, high)
+
+    def error(self, positions: Tensor) -> Tensor:
+        """Squared error of rounding between these ends: float64 [n]."""
+        return rounding_error(self.histogram, *self.ends(positions), self.bits)
+
+    def better(self, tried: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """`best` and its error, or what is `tried` where that has less."""
+        error = self.error(tried)
+        less = error < least
+        return torch.where(less, tried, best), torch.where(less, error, least)
