@@ -26,6 +26,7 @@ SEPARATOR = "<|endoftext|>"
 RTN = Options(
     activations="dynamic",
     rotation="none",
+    equalization=False,
     weights="rtn",
     clipping="none",
     weight_search="minmax",
