@@ -71,6 +71,13 @@ def where(device: Device) -> dict[str, Any]:
     return {**environment(), "device": device.name, "driver": device.driver}
 
 
+def headline(place: dict[str, Any]) -> str:
+    """Date, device, driver and versions of `where` in one line, as a table's file begins."""
+    versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
+    driver = f", driver {place['driver']}" if place["driver"] else ""
+    return f"{place['date']}, {place['device']}{driver}; Python {place['python']}, {versions}"
+
+
 def stamp(place: dict[str, Any], sources: tuple[Path, ...]) -> str:
     """Digest of what a finished figure depends on: device, driver, versions, sources.
 

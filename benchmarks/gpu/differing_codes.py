@@ -1,9 +1,10 @@
-"""How many weight codes of two checkpoints differ: one line, and exit status 1 if forms differ.
+"""Count the 4-bit weight codes that differ between two checkpoints of one model: one line.
 
     python -m benchmarks.gpu.differing_codes CHECKPOINT OTHER
 
 Products on a GPU are summed in another order than on a CPU. Of what is nearly halfway between two
-codes some goes to the other one, and what GPTQ makes of later columns follows.
+codes some goes to the other one, and GPTQ carries the difference on to later columns. Exit status
+1: the two do not hold the same linears.
 """
 
 import sys
@@ -17,7 +18,7 @@ BITS = 4
 
 
 def count(first: Path, second: Path) -> tuple[int, int]:
-    """Codes that differ, and all of them.
+    """Return how many codes differ, and how many there are.
 
     Raises:
         SystemExit: the checkpoints do not hold the same quantized linears.

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.common.device import find_device, where
+from benchmarks.common.device import find_device, headline, where
 from benchmarks.common.result_cells import write_atomically
 from benchmarks.gpu.__main__ import RESULTS
 
@@ -225,9 +225,8 @@ def write_outcomes(folder: Path, steps: Sequence[Step], known: Mapping[str, Outc
     rows = [known[step.name] for step in steps if step.name in known]
     record = {**place, "steps": [asdict(x) for x in rows]}
     write_atomically(folder / "first.json", json.dumps(record, indent=2) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
     questions = {step.name: step.question for step in steps}
-    lines = [f"{place['date']}, {place['device']}, driver {place['driver']}; {versions}", ""]
+    lines = [headline(place), ""]
     lines += ["| step | question | how it ended | seconds | message |", "|---|---|---|---:|---|"]
     for x in rows:
         message = x.message.replace("|", "\\|")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.device import find_device, kernel_sources, stamp, where
+from benchmarks.common.device import find_device, headline, kernel_sources, stamp, where
 from benchmarks.common.goals import lines
 from benchmarks.common.result_cells import Cells, DeadDeviceError, OutOfTime, write_atomically
 from benchmarks.gpu.context import Context
@@ -74,9 +74,7 @@ def run_part(part: str, results: Path, command: str, run: str, end: float, **opt
 def report(part: str, reporter: Any, cells: Cells) -> None:
     """Write `PART.md` from the cells and print the goals."""
     head = cells.head
-    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    driver = f", driver {head['driver']}" if head["driver"] else ""
-    text = [f"{head['date']}, {head['device']}{driver}; Python {head['python']}, {versions}"]
+    text = [headline(head)]
     text.append(f"`{head['command']}`")
     stale = sum(not cells.is_current(key) for key in cells.done)
     if stale:

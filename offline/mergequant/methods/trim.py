@@ -78,8 +78,8 @@ def rounding_error(histogram: ChannelHistogram, low: Tensor, high: Tensor, bits:
 def trim_ends(histogram: ChannelHistogram, grid: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The ends of least rounding error, each drawn towards the median.
 
-    Of all pairs of ratios those of every third are tried, then the neighbours of a channel's best:
-    the error falls and rises once along a grid whose points are as near as a clip's.
+    First the pairs of every third ratio are tried, then, for each channel, the pairs around its
+    best one. The error seldom has a second minimum between grid points as close as a clip's.
 
     Args:
         grid: [G], ascending to 1: how far from the median an end may stay.
