@@ -104,6 +104,7 @@ RESOLVES_OPTIONS |= {
         "decision",
         "forms",
         "in_memory",
+        "pilot_walk",
         "prepare",
         "resolve",
         "run",

@@ -15,6 +15,7 @@ from mergequant.model.decoder import Decoder
 from mergequant.options import Options
 from mergequant.output.durable_files import write_json
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
+from mergequant.quantizer.pilot_walk import walk_plain_model
 from mergequant.quantizer.prepare import calibration_of, find_device, open_model
 
 
@@ -55,8 +56,10 @@ def _decide(
 ) -> Mapping[str, Any]:
     reader, architecture, _ = open_model(model, options)
     windows = calibration_of(reader, calibration, options)
-    decoder = Decoder(reader, architecture, find_device(options.device))
-    decided = resolve_reconstruction(decoder, windows, options, progress)
+    device = find_device(options.device)
+    walked = walk_plain_model(model, windows, options, device, progress)
+    decoder = Decoder(reader, architecture, device)
+    decided = resolve_reconstruction(decoder, walked.inputs, options, progress)
     if decided.reconstruction == "none":  # the rows are then equal to those without
         return {"reconstruction": "none"}
     return decided.model_dump(exclude={"rotation", "bits"})  # the rows name them

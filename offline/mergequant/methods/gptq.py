@@ -122,16 +122,20 @@ def gptq_working_weight(weight: Tensor, grid: Grid, inverse: InverseHessian, blo
     # Transposed: what is read and written at each turn, a column of W, is contiguous.
     w = weight.T.index_select(0, inverse.order)
     u = inverse.factor
+    diagonal = u.diagonal().tolist()
     for start in range(0, len(w), block):
         stop = min(start + block, len(w))
         step, zero = (x.T.contiguous() for x in grid.columns(inverse.order[start:stop]))
+        shifted = bool(zero.any())  # most grids have no zero points: two passes less a turn
         errors = torch.empty_like(w[start:stop])
         for k in range(start, stop):
             i = k - start
-            code = round_to_codes(w[k] / step[i] + zero[i], grid.bits)
-            errors[i] = (w[k] - (code - zero[i]) * step[i]) / u[k, k]
-            w[k + 1 : stop] -= torch.outer(u[k, k + 1 : stop], errors[i])
-        w[stop:] -= u[start:stop, stop:].T @ errors
+            scaled = w[k] / step[i]
+            code = round_to_codes(scaled + zero[i] if shifted else scaled, grid.bits)
+            rounded = (code - zero[i] if shifted else code) * step[i]
+            torch.sub(w[k], rounded, out=errors[i]).div_(diagonal[k])
+            w[k + 1 : stop].addr_(u[k, k + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
     return _restore(w.T, inverse.order)
 
 

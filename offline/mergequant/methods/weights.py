@@ -29,7 +29,8 @@ from mergequant_vllm.rounding import (
 
 _SMALLEST_STEP = 2.0**-24  # smallest positive float16
 _LOWEST_RATIO, _RATIOS = 0.2, 81  # a ratio each hundredth
-_LOOKED_AT = 8  # ratios between two looks at which rows have seen their best
+_APART = 3  # hundredths between the ratios of the first look
+_LOOKED_AT = 3  # ratios between two looks at which rows have seen their best
 _SURELY = 1.05  # steps are rounded: a range that shrinks by a hundredth may grow by 2^-8 of itself
 _ELEMENTS_AT_ONCE = 2**18  # of the weight, in a search: its temporaries stay within a cache
 
@@ -160,22 +161,32 @@ def _search(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Ten
 
 
 def _best_ratio(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:
+    """Ratio of least error of each group: one of every `_APART` first, then those beside it."""
     ratios = torch.linspace(1.0, _LOWEST_RATIO, _RATIOS, dtype=low.dtype, device=low.device)
-    best, least = torch.ones_like(low), _error(grouped, low, high, form)
-    rows = torch.arange(len(low), device=low.device)
-    for number, ratio in enumerate(ratios[1:], start=1):
-        if number % _LOOKED_AT == 0:
+    best = torch.zeros_like(low, dtype=torch.int64)  # its place among `ratios`
+    least = _error(grouped, low, high, form)
+    every, rows = (grouped, low, high), torch.arange(len(low), device=low.device)
+    for look, number in enumerate(range(_APART, _RATIOS, _APART), start=1):
+        if look % _LOOKED_AT == 0:
             # What a range cuts off only grows as it shrinks: such rows have seen their best.
-            cut = _cut_off(grouped, low * ratio, high * ratio, form)
+            cut = _cut_off(grouped, low * ratios[number], high * ratios[number], form)
             left = ~(cut > _SURELY * least[rows]).all(dim=1)
             rows, grouped, low, high = rows[left], grouped[left], low[left], high[left]
             if len(rows) == 0:
                 break
-        error = _error(grouped, low * ratio, high * ratio, form)
+        error = _error(grouped, low * ratios[number], high * ratios[number], form)
         better = error < least[rows]
-        best[rows] = torch.where(better, ratio, best[rows])
+        best[rows] = torch.where(better, number, best[rows])
         least[rows] = torch.where(better, error, least[rows])
-    return best
+    grouped, low, high = every
+    coarse = best
+    for aside in range(1 - _APART, _APART):
+        if aside != 0:
+            beside = (coarse + aside).clamp(0, _RATIOS - 1)
+            error = _error(grouped, low * ratios[beside], high * ratios[beside], form)
+            best = torch.where(error < least, beside, best)
+            least = torch.minimum(error, least)
+    return ratios[best]
 
 
 def _cut_off(grouped: Tensor, low: Tensor, high: Tensor, form: WeightForm) -> Tensor:

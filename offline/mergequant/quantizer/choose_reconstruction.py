@@ -1,18 +1,19 @@
 """Which reconstruction to use, measured on calibration text before anything is quantized.
 
-One pass of the full-precision model. At each norm, each candidate's steps, columns and rounded
-weights are tried, and the error at the linears' outputs is taken relative to those outputs, the
-mean over all norms. A longer K costs time and memory in proportion, so what is minimised is the
+At each norm of a few blocks of the full-precision model, each candidate's steps, columns and
+rounded weights are tried, and the error at the linears' outputs is taken relative to those outputs,
+the mean over the norms. A longer K costs time and memory in proportion, so what is minimised is the
 error times K / n: a candidate that makes K grow by 12.5% must lower the error by more than that.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mergequant.calibration.statistics import Moments
 from mergequant.errors import InputError
@@ -48,8 +49,6 @@ _ALPHAS: dict[str, tuple[float, ...]] = {"none": (), "prune": (1.0,), "pad": (0.
 # An error that no columns are spent on: W4A4's is twenty times as large, and costs 0.3 nats.
 _NEGLIGIBLE = 1e-3
 _TOKENS_AT_ONCE = 512
-_TOKENS = 8192  # about so many tell candidates apart
-_BLOCKS = 4  # at most so many are tried, evenly spaced
 
 
 @dataclass
@@ -90,12 +89,12 @@ class _Site:
 
 
 def resolve_reconstruction(
-    decoder: Decoder, windows: Tensor, options: Options, progress: bool
+    decoder: Decoder, inputs: Mapping[int, list[Tensor]], options: Options, progress: bool
 ) -> Decision:
     """Decide on a mode, a threshold and a K.
 
     Args:
-        windows: token ids int64 [samples, length]; the first are used.
+        inputs: by number of block, what the plain model's reads, see `PilotWalk`.
         options: with the rotation decided.
     """
     if options.reconstruction == "none" or options.activations == "dynamic":
@@ -108,7 +107,7 @@ def resolve_reconstruction(
     candidates = list(_candidates(decoder, options))
     channels = widths(dict(decoder.reader.config))["hidden"]
     if len(candidates) > 1 or candidates[0].options.reconstruction == "pad":
-        _measure(decoder, windows, candidates, progress)
+        _measure(decoder, inputs, candidates, progress)
         for candidate in candidates:
             growth = _growth(candidate, channels)
             logger.info("%s: error %.4g, K%+.1f%%", _name(candidate), candidate.error, growth)
@@ -144,20 +143,18 @@ def _candidates(decoder: Decoder, options: Options) -> Iterator[Candidate]:
 
 def _measure(
     decoder: Decoder,
-    windows: Tensor,
+    inputs: Mapping[int, list[Tensor]],
     candidates: list[Candidate],
     progress: bool,
 ) -> None:
-    """Run the full-precision model and try every candidate at every norm."""
-    used = windows[: max(1, _TOKENS // windows.shape[1])]
-    batches = decoder.embed(used, len(used), 0).batches
-    blocks = int(decoder.reader.config["num_hidden_layers"])
-    tried = {round(x) for x in torch.linspace(0, blocks - 1, min(blocks, _BLOCKS)).tolist()}
-    for block in decoder.walk(batches, max(tried) + 1, "Pilot", progress):
-        for readers in decoder.architecture.readers():
-            if readers.norm is not None and block.number in tried:
-                names = [linear.name for linear in readers.linears]
-                _try_all(block, names, readers.norm, batches, candidates)
+    """Try every candidate at every norm of the blocks."""
+    for number in tqdm(inputs, desc="Pilot, reconstruction", unit="block", disable=not progress):
+        batches = [decoder.reader.residual(hidden) for hidden in inputs[number]]
+        with decoder.block(number) as block:
+            for readers in decoder.architecture.readers():
+                if readers.norm is not None:
+                    names = [linear.name for linear in readers.linears]
+                    _try_all(block, names, readers.norm, batches, candidates)
 
 
 def _try_all(

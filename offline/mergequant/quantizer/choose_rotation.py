@@ -20,41 +20,32 @@ from mergequant.model.decoder import Activations, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.decision import possible_rotations
+from mergequant.quantizer.pilot_walk import PilotWalk
 from mergequant.quantizer.plan import BlockPlan, Plan
 from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan
 
 logger = logging.getLogger("mergequant")
 
-_BLOCKS = 3  # at most so many are tried, evenly spaced
-_TOKENS = 8192  # about so many are enough to tell rotations apart
-
 
 def resolve_rotation(
-    model: str | Path,
-    windows: Tensor,
-    options: Options,
-    channels: Channels,
-    device: torch.device,
-    progress: bool,
+    model: str | Path, walked: PilotWalk, options: Options, device: torch.device, progress: bool
 ) -> Rotation:
     """The rotation of least error among those that the model allows.
 
     Args:
         model: folder or hub id.
-        windows: token ids int64 [samples, length]; the first are used.
-        channels: what calibration says of them.
+        walked: what the plain model's blocks read, and what calibration says of channels.
     """
     reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
     candidates = possible_rotations(architecture, reader.config, options)
     if len(candidates) == 1:
         return candidates[0]
-    used = windows[: max(1, _TOKENS // windows.shape[1])]
     candidates_options = {
         rotation: options.plain().model_copy(update={"rotation": rotation})
         for rotation in candidates
     }
-    errors = _errors(model, used, candidates_options, channels, device, progress)
+    errors = _errors(model, walked, candidates_options, device, progress)
     for rotation, error in errors.items():
         logger.info("Rotation %s: error %.4g", rotation, error)
     return min(errors, key=errors.__getitem__)
@@ -94,34 +85,27 @@ class _Candidate:
 
 def _errors(
     model: str | Path,
-    windows: Tensor,
+    walked: PilotWalk,
     options: Mapping[Rotation, Options],
-    channels: Channels,
     device: torch.device,
     progress: bool,
 ) -> dict[Rotation, float]:
     """Mean error of the blocks that are tried, for each rotation."""
-    candidates = {key: _Candidate.of(model, of, channels, device) for key, of in options.items()}
+    candidates = {
+        key: _Candidate.of(model, of, walked.channels, device) for key, of in options.items()
+    }
     plain = open_model(model, next(iter(options.values())).model_copy(update={"rotation": "none"}))
     decoder = Decoder(plain[0], plain[1], device)
     blocks = next(iter(candidates.values())).plan.blocks
-    tried = [number for number in _spread(len(blocks)) if blocks[number].readers]
-    batches = decoder.embed(windows, len(windows), len(windows)).batches
+    tried = [number for number in walked.inputs if blocks[number].readers]
     sums = dict.fromkeys(candidates, 0.0)
-    numbers = range(max(tried, default=-1) + 1)
-    for number in tqdm(numbers, desc="Pilot, rotation", unit="block", disable=not progress):
+    for number in tqdm(tried, desc="Pilot, rotation", unit="block", disable=not progress):
+        inputs = walked.inputs[number]
         with decoder.block(number) as block:
-            outputs = [block.forward(hidden) for hidden in batches]
-        if number in tried:
-            for rotation, candidate in candidates.items():
-                sums[rotation] += candidate.error(number, batches, outputs)
-        batches = outputs
+            outputs = [block.forward(hidden) for hidden in inputs]
+        for rotation, candidate in candidates.items():
+            sums[rotation] += candidate.error(number, inputs, outputs)
     return {rotation: total / max(len(tried), 1) for rotation, total in sums.items()}
-
-
-def _spread(count: int) -> list[int]:
-    """At most `_BLOCKS` numbers below `count`, evenly spaced."""
-    return sorted({count * (2 * number + 1) // (2 * _BLOCKS) for number in range(_BLOCKS)})
 
 
 def _block_error(

@@ -12,7 +12,7 @@ from mergequant.quantizer.choose_bits import resolve_bits
 from mergequant.quantizer.choose_reconstruction import resolve_reconstruction
 from mergequant.quantizer.choose_rotation import resolve_rotation
 from mergequant.quantizer.decision import Decision, with_bits
-from mergequant.quantizer.measure_channels import measure_channels
+from mergequant.quantizer.pilot_walk import walk_plain_model
 from mergequant.quantizer.prepare import open_model
 
 
@@ -25,12 +25,12 @@ def decide(
         model: folder or hub id.
         windows: token ids int64 [samples, length].
     """
-    channels = measure_channels(model, windows, options, device, progress)
-    rotation = resolve_rotation(model, windows, options, channels, device, progress)
+    walked = walk_plain_model(model, windows, options, device, progress)
+    rotation = resolve_rotation(model, walked, options, device, progress)
     rotated = options.model_copy(update={"rotation": rotation})
-    reader, architecture, _ = open_model(model, rotated, channels)
+    reader, architecture, _ = open_model(model, rotated, walked.channels)
     decoder = Decoder(reader, architecture, device)
     bits = resolve_bits(decoder, windows, rotated, progress)
     widened = rotated.model_copy(update={"overrides": with_bits(rotated.overrides, bits)})
-    decision = resolve_reconstruction(decoder, windows, widened, progress)
-    return decision.model_copy(update={"bits": bits}), channels
+    decision = resolve_reconstruction(decoder, walked.inputs, widened, progress)
+    return decision.model_copy(update={"bits": bits}), walked.channels

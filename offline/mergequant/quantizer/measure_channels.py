@@ -6,77 +6,91 @@ which no channel's rounding costs more than another's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mergequant.methods.equalize import channel_scales, relative_energy
 from mergequant.methods.rotate import group_count
-from mergequant.model.architecture import Linear, widths
+from mergequant.model.architecture import Architecture, Linear, widths
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
-from mergequant.model.decoder import Decoder
 from mergequant.model.equalized_reader import equalized, shared_channels
 from mergequant.options import Options
 from mergequant.quantizer.decision import possible_rotations
-from mergequant.quantizer.prepare import open_model
-
-_TOKENS = 4096  # about so many tell a channel's variance to a few percent
 
 
-def measure_channels(
-    model: str | Path, windows: Tensor, options: Options, device: torch.device, progress: bool
-) -> Channels:
-    """What `options` ask for, from one walk through the blocks.
+class ChannelMeter:
+    """Measures what `options` ask for, block by block of the plain model.
 
     Args:
-        model: folder or hub id.
-        windows: token ids int64 [samples, length]; the first are used.
+        config: of the model.
     """
-    reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
-    width = widths(reader.config)["hidden"]
-    rotated = set(possible_rotations(architecture, reader.config, options)) - {"none"}
-    graded = options.residual_rotation == "graded" and options.activations == "static"
-    graded = graded and bool(rotated) and group_count(width) > 1
-    if not graded and not options.equalization:
-        return Channels()
-    used = windows[: min(options.statistics_samples, max(1, _TOKENS // windows.shape[1]))]
-    decoder = Decoder(reader, architecture, device)
-    batches = decoder.embed(used, len(used), len(used)).batches
-    shares = torch.zeros(width, dtype=torch.float64)
-    scales: dict[str, Tensor] = {}
-    blocks = range(int(reader.config["num_hidden_layers"]))
-    for number in tqdm(blocks, desc="Pilot, channels", unit="block", disable=not progress):
-        shares += variance_shares(batches).cpu()
-        with decoder.block(number) as block:
-            scaled = [
-                linear
-                for linear, _ in equalized(architecture)
-                if options.equalization and not options.ignores(block.name_of(linear.name))
-            ]
-            for name, scale in _scales_and_advance(block, scaled, reader.config, batches):
-                scales[block.name_of(name)] = scale.to("cpu", torch.float32)
-    order = shares.argsort(descending=True, stable=True) if graded else None
-    return Channels(order, scales)
+
+    def __init__(
+        self, architecture: Architecture, config: Mapping[str, Any], options: Options
+    ) -> None:
+        self._architecture, self._config, self._options = architecture, config, options
+        width = widths(config)["hidden"]
+        rotated = set(possible_rotations(architecture, config, options)) - {"none"}
+        graded = options.residual_rotation == "graded" and options.activations == "static"
+        self._graded = graded and bool(rotated) and group_count(width) > 1
+        self._shares = torch.zeros(width, dtype=torch.float64)
+        self._scales: dict[str, Tensor] = {}
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is to be measured."""
+        return self._graded or self._options.equalization
+
+    def advance(self, block: Block, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Measure what `block` reads and does; returns what it emits.
+
+        Args:
+            batches: hidden states [windows, length, n] each.
+        """
+        if self._graded:
+            self._shares += variance_shares(batches).cpu()
+        scaled = [
+            linear
+            for linear, _ in equalized(self._architecture)
+            if self._options.equalization and not self._options.ignores(block.name_of(linear.name))
+        ]
+        outputs, energy = _energy_and_outputs(block, scaled, batches)
+        for name, scale in self._channel_scales(block, scaled, energy):
+            self._scales[block.name_of(name)] = scale.to("cpu", torch.float32)
+        return outputs
+
+    def channels(self) -> Channels:
+        """What was measured at the blocks so far."""
+        order = self._shares.argsort(descending=True, stable=True) if self._graded else None
+        return Channels(order, self._scales)
+
+    def _channel_scales(
+        self, block: Block, linears: Sequence[Linear], energy: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Scales of the block's `linears`, by name."""
+        for linear in linears:
+            weight = block.weight(linear.name)
+            columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
+            parts = (energy[linear.name], columns.square())
+            shared = (shared_channels(x, self._config, linear) for x in parts)
+            yield linear.name, channel_scales(*shared)
 
 
-def _scales_and_advance(
-    block: Block, linears: Sequence[Linear], config: Mapping[str, Any], batches: list[Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Scales of the block's `linears`, by name; `batches` become what the block emits."""
+def _energy_and_outputs(
+    block: Block, linears: Sequence[Linear], batches: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the block emits, and the relative energy of its `linears`' inputs, by name."""
+    outputs: list[Tensor] = []
     energy: dict[str, Tensor] = {}
-    for index, hidden in enumerate(batches):
-        batches[index], inputs = block.forward_with_inputs(hidden, [x.name for x in linears])
+    for hidden in batches:
+        output, inputs = block.forward_with_inputs(hidden, [x.name for x in linears])
+        outputs.append(output)
         for name, x in inputs.items():
             energy[name] = energy.get(name, 0.0) + relative_energy(x)
-    for linear in linears:
-        weight = block.weight(linear.name)
-        columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
-        parts = (energy[linear.name], columns.square())
-        yield linear.name, channel_scales(*(shared_channels(x, config, linear) for x in parts))
+    return outputs, energy
 
 
 def variance_shares(batches: Sequence[Tensor]) -> Tensor:

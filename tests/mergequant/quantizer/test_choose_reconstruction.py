@@ -18,6 +18,7 @@ from mergequant.quantizer.choose_reconstruction import (
     Decision,
     resolve_reconstruction,
 )
+from mergequant.quantizer.pilot_walk import walk_plain_model
 from mergequant.quantizer.prepare import calibration_of, find_device, open_model
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
@@ -30,8 +31,10 @@ def _resolve(model: Path, text: Path, **changes: Any) -> Decision:
     options = Options.model_validate({**SMALL.model_dump(), **WIDE, **changes})
     reader, architecture, _ = open_model(model, options)
     windows = calibration_of(reader, [text], options)
-    decoder = Decoder(reader, architecture, find_device("cpu"))
-    return resolve_reconstruction(decoder, windows, options, progress=False)
+    device = find_device("cpu")
+    inputs = walk_plain_model(model, windows, options, device, progress=False).inputs
+    decoder = Decoder(reader, architecture, device)
+    return resolve_reconstruction(decoder, inputs, options, progress=False)
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], columns: int) -> None:

@@ -12,11 +12,11 @@ from mergequant.errors import InputError
 from mergequant.model.architecture import Norm
 from mergequant.model.architectures import find
 from mergequant.model.architectures.llama import LLAMA
-from mergequant.model.channels import Channels
 from mergequant.model.reader import Reader
 from mergequant.quantizer import choose_rotation
 from mergequant.quantizer.choose_rotation import resolve_rotation
 from mergequant.quantizer.decision import possible_rotations
+from mergequant.quantizer.pilot_walk import PilotWalk, walk_plain_model
 from mergequant.quantizer.prepare import calibration_of
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
@@ -31,23 +31,24 @@ def possible(source: Path, options: Options = AUTO) -> tuple[str, ...]:
 
 
 def test_the_rotation_of_least_error_is_chosen(
-    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = {"online": 0.5, "none": 0.4}
     monkeypatch.setattr(choose_rotation, "_errors", lambda *_: errors)
-    windows = calibration_of(Reader(llama), [text], AUTO)
-    assert resolve_rotation(llama, windows, AUTO, Channels(), CPU, False) == "none"
+    assert resolve_rotation(llama, PilotWalk(), AUTO, CPU, False) == "none"
     errors["none"] = 0.6
-    assert resolve_rotation(llama, windows, AUTO, Channels(), CPU, False) == "online"
+    assert resolve_rotation(llama, PilotWalk(), AUTO, CPU, False) == "online"
 
 
 def test_the_error_is_that_of_the_quantized_blocks(llama: Path, text: Path) -> None:
     windows = calibration_of(Reader(llama), [text], AUTO)
+    inputs = walk_plain_model(llama, windows, AUTO, CPU, False).inputs
+    assert inputs
 
     def error(**changes: object) -> float:
         options = SMALL.model_copy(update={"alpha": 0.0, **changes})
         return choose_rotation._errors(
-            llama, windows, {options.decided_rotation: options}, Channels(), CPU, False
+            llama, PilotWalk(inputs=inputs), {options.decided_rotation: options}, CPU, False
         )[options.decided_rotation]
 
     eight = error(weight_bits=8, static_bits=8, dynamic_bits=8)

@@ -17,7 +17,8 @@ from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
 from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
-from mergequant.quantizer.measure_channels import measure_channels, variance_shares
+from mergequant.quantizer.measure_channels import variance_shares
+from mergequant.quantizer.pilot_walk import walk_plain_model
 from mergequant.quantizer.prepare import calibration_of, open_model
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -34,7 +35,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def order_of(model: Path, text: Path, **changes: object) -> list[int] | None:
     options = ROTATED.model_copy(update=changes)
     windows = calibration_of(Reader(model), [text], options)
-    order = measure_channels(model, windows, options, CPU, False).order
+    order = walk_plain_model(model, windows, options, CPU, False).channels.order
     return None if order is None else order.tolist()
 
 
@@ -99,7 +100,7 @@ def test_what_is_decided_is_what_the_checkpoint_is_rotated_by(
 
 def test_scales_are_of_the_inputs_of_o_and_down(llama: Path, text: Path) -> None:
     windows = calibration_of(Reader(llama), [text], ROTATED)
-    scales = measure_channels(llama, windows, ROTATED, CPU, False).scales
+    scales = walk_plain_model(llama, windows, ROTATED, CPU, False).channels.scales
     reader, architecture, _ = open_model(llama, SMALL)
     decoder = Decoder(reader, architecture, CPU)
     used = windows[: SMALL.statistics_samples]
@@ -121,10 +122,10 @@ def test_scales_are_of_the_inputs_of_o_and_down(llama: Path, text: Path) -> None
 def test_a_linear_that_is_ignored_is_not_scaled(llama: Path, text: Path) -> None:
     options = ROTATED.model_copy(update={"ignore": ("re:.*down_proj",)})
     windows = calibration_of(Reader(llama), [text], options)
-    scales = measure_channels(llama, windows, options, CPU, False).scales
+    scales = walk_plain_model(llama, windows, options, CPU, False).channels.scales
     assert scales and not any("down" in name for name in scales)
     off = options.model_copy(update={"equalization": False})
-    assert not measure_channels(llama, windows, off, CPU, False).scales
+    assert not walk_plain_model(llama, windows, off, CPU, False).channels.scales
 
 
 def interrupted(output: Path, model: Path, text: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_run_that_continues_has_the_same_channels(
 ) -> None:
     whole = quantize(llama, tmp_path / "whole", [text], ROTATED, progress=False)
     interrupted(tmp_path / "cut", llama, text)
-    monkeypatch.setattr("mergequant.quantizer.decide.measure_channels", None)  # not again
+    monkeypatch.setattr("mergequant.quantizer.decide.walk_plain_model", None)  # not again
     cut = quantize(llama, tmp_path / "cut", [text], ROTATED, progress=False)
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (cut / file.name).read_bytes()

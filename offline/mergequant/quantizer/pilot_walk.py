@@ -1,0 +1,72 @@
+"""The walk that pilots share: the full-precision model once, on the first of the calibration text.
+
+At every block channels are measured, where `Options` ask for it; at a few, what the block reads is
+kept, for the pilots that try candidates there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergequant.model.channels import Channels
+from mergequant.model.decoder import Decoder
+from mergequant.options import Options
+from mergequant.quantizer.decision import possible_rotations
+from mergequant.quantizer.measure_channels import ChannelMeter
+from mergequant.quantizer.prepare import open_model
+
+_BLOCKS = 3  # at most so many are tried, evenly spaced
+_TOKENS = 4096  # about so many tell candidates apart, and a channel's variance to a few percent
+
+
+@dataclass(frozen=True)
+class PilotWalk:
+    """What the walk found.
+
+    Attributes:
+        channels: what was measured of them.
+        inputs: by number, what the blocks that are to be tried read: hidden states of the plain
+            model, float32 [windows, length, n] each. Empty if no pilot tries anything.
+    """
+
+    channels: Channels = field(default_factory=Channels)
+    inputs: Mapping[int, list[Tensor]] = field(default_factory=dict)
+
+
+def walk_plain_model(
+    model: str | Path, windows: Tensor, options: Options, device: torch.device, progress: bool
+) -> PilotWalk:
+    """Walk through the plain model as far as anything is to be measured.
+
+    Args:
+        model: folder or hub id.
+        windows: token ids int64 [samples, length]; the first are used.
+    """
+    reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
+    meter = ChannelMeter(architecture, reader.config, options)
+    rotations = possible_rotations(architecture, reader.config, options)
+    reconstructed = options.reconstruction != "none" and options.activations == "static"
+    count = int(reader.config["num_hidden_layers"])
+    tried = _spread(count) if len(rotations) > 1 or reconstructed else []
+    last = count if meter.is_wanted else max(tried, default=-1) + 1
+    if last == 0:
+        return PilotWalk()
+    used = windows[: min(options.statistics_samples, max(1, _TOKENS // windows.shape[1]))]
+    decoder = Decoder(reader, architecture, device)
+    batches = decoder.embed(used, len(used), len(used)).batches
+    inputs: dict[int, list[Tensor]] = {}
+    for number in tqdm(range(last), desc="Pilot, channels", unit="block", disable=not progress):
+        if number in tried:
+            inputs[number] = list(batches)
+        with decoder.block(number) as block:
+            batches = meter.advance(block, batches)
+    return PilotWalk(meter.channels(), inputs)
+
+
+def _spread(count: int) -> list[int]:
+    """At most `_BLOCKS` numbers below `count`, evenly spaced."""
+    return sorted({count * (2 * number + 1) // (2 * _BLOCKS) for number in range(_BLOCKS)})
