@@ -1,14 +1,15 @@
 """The first minutes on a GPU: the most important questions in order, whatever breaks on the way.
 
     python -m benchmarks.gpu.first [--minutes 9] [--model FOLDER] [--checkpoint FOLDER]
-        [--text FILE] [--calibration FILE] [--again STEP ...] [--results FOLDER]
+        [--text FILE] [--calibration FILE] [--again STEP ...] [--results FOLDER] [--rehearse]
 
 Each step runs in a process of its own with a time limit; what it measures it writes as it goes, and
 FOLDER/DEVICE/first.json and first.md say after each step how all of them ended. A step that breaks,
 hangs or is killed is written down with its message, and the next one runs. What has ended well is
 not run again by a second command, which begins with what broke; MODEL is a 16-bit model,
-CHECKPOINT the same one quantized on a CPU with the options of `QUANTIZED`. Exit status 0: every
-step that could run ended well; 1: one did not.
+CHECKPOINT the same one quantized on a CPU with the options of `QUANTIZED`. With --rehearse every
+step runs without a GPU, at tiny sizes: kernels in Triton's interpreter, engines of vLLM for CPUs.
+Exit status 0: every step that could run ended well; 1: one did not.
 """
 
 import argparse
@@ -40,7 +41,9 @@ class Step:
         name: in results and on the command line.
         question: what its figures say.
         command: words between spaces, in which {python}, {model}, {checkpoint}, {text},
-            {calibration}, {results} and {scratch} stand for files and folders.
+            {calibration}, {results} and {scratch} stand for files and folders, and the names of
+            `ON_A_GPU` for what a rehearsal does otherwise; a word that stands for nothing is left
+            out.
         seconds: it may take at most; {minutes} in the command is a little less.
     """
 
@@ -50,7 +53,22 @@ class Step:
     seconds: float
 
 
-PART = "{python} -m benchmarks.gpu %s --minutes {minutes} --results {results}"
+# What differs between a GPU and a rehearsal: one engine of vLLM takes half a minute on a CPU.
+ON_A_GPU = {
+    "smoke": "",
+    "device": "cuda",
+    "quantized": QUANTIZED,
+    "engine": "--no-enforce-eager --window 1024 --windows 16",
+    "one": "",
+}
+REHEARSED = {
+    "smoke": "--smoke",
+    "device": "cpu",
+    "quantized": "--fast --sequence-length 32 --statistics-samples 2 --gptq-samples 2",
+    "engine": "--enforce-eager --window 64 --windows 2",
+    "one": "--variants mergequant",
+}
+PART = "{python} -m benchmarks.gpu %s --minutes {minutes} --results {results} {smoke}"
 COMMAND = "{python} -m mergequant.cli"
 STEPS = (
     Step("imports", "Do the wheel, the plugin and vLLM load?", f"{COMMAND} doctor", 60),
@@ -65,7 +83,7 @@ STEPS = (
         "quantize",
         "Does quantizing on the GPU give a checkpoint?",
         f"{COMMAND} quantize {{model}} {{scratch}}/quantized --calibration {{calibration}} "
-        f"--device cuda --quiet {QUANTIZED}",
+        "--device {device} --quiet {quantized}",
         80,
     ),
     Step(
@@ -77,15 +95,14 @@ STEPS = (
     Step(
         "loss",
         "Does vLLM serve it with CUDA graphs, and at what loss?",
-        f"{COMMAND} perplexity {{checkpoint}} --text {{text}} --window 1024 --windows 16 "
-        "--dtype bfloat16 --no-enforce-eager --json",
+        f"{COMMAND} perplexity {{checkpoint}} --text {{text}} --dtype bfloat16 --json {{engine}}",
         110,
     ),
-    Step("trace", "Which kernels run in a block?", PART % "trace", 100),
+    Step("trace", "Which kernels run in a block?", PART % "trace {one}", 100),
     Step(
         "serve",
         "How fast are prefill and decode of a 7B model, beside bf16, W4A16 and FP8?",
-        PART % "serve",
+        PART % "serve {one}",
         170,
     ),
 )
@@ -176,11 +193,14 @@ def in_order(steps: Sequence[Step], known: Mapping[str, Outcome]) -> list[Step]:
 def filled(step: Step, given: Mapping[str, str | None], seconds: float) -> list[str] | str:
     """The step's command with names replaced by what they stand for, or why it cannot run."""
     minutes = f"{max(0.1, (seconds - 10) / 60):.2f}"
-    names = {"python": sys.executable, "minutes": minutes, **given}
+    names = {"python": sys.executable, "minutes": minutes, **ON_A_GPU, **given}
     missing = [x for x, value in names.items() if value is None and f"{{{x}}}" in step.command]
     if missing:
         return "needs " + " and ".join(f"--{name}" for name in missing)
-    return [word.format(**names) for word in step.command.split()]
+    command = step.command
+    for name in ON_A_GPU:  # any number of words each; a file's name stays one, whatever is in it
+        command = command.replace(f"{{{name}}}", names[name] or "")
+    return [word.format(**names) for word in command.split()]
 
 
 def run_all(
@@ -249,12 +269,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", help="to quantize with")
     parser.add_argument("--again", nargs="+", default=[], choices=[x.name for x in STEPS])
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rehearse", action="store_true", help="on stand-ins, without a GPU")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.rehearse and options.results == RESULTS:
+        parser.error("--rehearse measures nothing: give --results a folder of its own.")
     folder = options.results / find_device().folder
     known = read_outcomes(folder)
     kept = {name: x for name, x in known.items() if name not in options.again}
@@ -266,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("model", "checkpoint", "text", "calibration")
     given = {name: getattr(options, name) for name in names}
     given |= {"results": str(options.results), "scratch": str(scratch)}
+    given |= REHEARSED if options.rehearse else {}
     outcomes = run_all(STEPS, given, folder, options.minutes)
     ended = [x for x in outcomes.values() if x.status != "left out"]
     print(f"{sum(not x.is_open for x in ended)} of {len(ended)} steps ended well", flush=True)

@@ -101,7 +101,7 @@ class Options(BaseModel):
         statistics_samples: windows of text for steps and clip ratios (paper B: 32).
         gptq_samples: windows of text for Hessians (paper B: 256); None: as many as make 21 tokens
             for each channel of the widest input, with which the error on other text is a tenth
-            above that on this one, see `Samples`.
+            above that on this one; half of them where nothing is trained. See `Samples`.
         sequence_length: tokens in a window (paper B: 2048).
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         gptq_block: columns that GPTQ updates at once.

@@ -15,7 +15,7 @@ from mergequant.ablation.reconstruction import describe, kept_shapes
 from mergequant.ablation.records import Record, Shelf, open_shelf
 from mergequant.ablation.results import Results, as_json, as_markdown
 from mergequant.ablation.rows import FULL, Row, Shapes
-from mergequant.ablation.study import Subject, note_of, study_of, subject_of
+from mergequant.ablation.study import Subject, note_of, study_of, subject_of, with_samples
 from mergequant.ablation.survey import kept_survey
 from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
 from mergequant.ablation.tasks import Tasks
@@ -92,6 +92,7 @@ def ablate(
     if plots:
         require_matplotlib()
     subject = subject_of(model, calibration)
+    base = with_samples(base, subject)
     rough = chosen_tables(paper, plots, base, subject.widths)
     bench = open_bench(
         subject.folder,

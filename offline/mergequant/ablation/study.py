@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
-from mergequant.calibration.text import calibration_sources, sha256_of
+from mergequant.calibration.text import calibration_sources, sha256_of, window_length
 from mergequant.model.architecture import Architecture, widths
 from mergequant.model.reader import Reader
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.quantizer.prepare import open_folder
+from mergequant.quantizer.resolve import samples_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ def subject_of(model: str | Path, calibration: Sequence[str | Path]) -> Subject:
             source.name: hashlib.sha256(source.text().encode()).hexdigest() for source in sources
         },
     )
+
+
+def with_samples(base: Options, subject: Subject) -> Options:
+    """`base` with as many windows for GPTQ in each row as its whole method would take by default.
+
+    What is trained and what is not would differ in them too.
+    """
+    if base.gptq_samples is not None:
+        return base
+    config = subject.reader.config
+    length = window_length(base.sequence_length, config.get("max_position_embeddings"))
+    samples = samples_of(base, subject.architecture, config, length)
+    return base.model_copy(update={"gptq_samples": samples.hessians})
 
 
 class Study(BaseModel):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from mergequant import Options
 from mergequant.ablation import paper
 from mergequant.ablation.rows import FULL, Row, RowMaker, key_of
+from mergequant.ablation.study import subject_of, with_samples
 from mergequant.ablation.tables import NAMES, Table, distinct, tables
 
 WIDTHS = {"hidden": 4096, "queries": 4096, "intermediate": 11008}
@@ -159,3 +161,14 @@ def test_every_method_that_a_row_names_is_in_the_paper() -> None:
         for row in table.rows:
             if row.paper and model:
                 assert paper.figures(table.name, model, row.paper) is not None, row
+
+
+def test_all_rows_have_the_windows_that_the_whole_method_would_take(
+    llama: Path, text: Path
+) -> None:
+    subject = subject_of(llama, [text])
+    base = Options(statistics_samples=2, sequence_length=32, compensation_rank=2)
+    widest = 172  # of down
+    assert with_samples(base, subject).gptq_samples == -(-21 * widest // 32)
+    given = base.model_copy(update={"gptq_samples": 3})
+    assert with_samples(given, subject) == given

@@ -17,7 +17,7 @@ from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.static import StaticInputPlan
 from mergequant.quantizer.plan import Plan
 from mergequant.quantizer.prepare import open_model
-from mergequant.quantizer.resolve import make_plan
+from mergequant.quantizer.resolve import make_plan, samples_of
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
 from tests.tiny import make_model
@@ -42,6 +42,21 @@ def test_overrides_reach_the_layers_that_they_name_and_no_other(llama: Path) -> 
     (source,) = (x.input for x in made.blocks[1].readers if "mlp.up_proj" in x.weights)
     assert isinstance(source, StaticInputPlan) and (source.bits, source.weight_bits) == (8, 8)
     assert len(made.checkpoint.targets) == 3
+
+
+def test_windows_for_gptq_are_by_the_widest_input_and_half_where_nothing_is_trained(
+    llama: Path,
+) -> None:
+    def windows(**changes: object) -> int:
+        options = Options.model_validate({"statistics_samples": 2, **changes})
+        return samples_of(options, find("llama"), Reader(llama).config, length=32).hessians
+
+    widest = 172  # of down
+    assert windows() == -(-21 * widest // 32)
+    assert windows(compensation_rank=0) == -(-21 * widest // 64)
+    assert windows(statistics_samples=500) == 500
+    assert windows(gptq_samples=3, statistics_samples=500) == 3
+    assert windows(weights="rtn") == 2
 
 
 def test_of_several_overrides_the_later_one_counts(llama: Path) -> None:
