@@ -39,6 +39,7 @@ from mergequant.quantizer.inputs.static import (
     columns_of,
     static_input,
 )
+from mergequant.quantizer.pilot_walk import HOPELESS
 from mergequant.quantizer.plan import WeightPlan
 from mergequant.quantizer.resolve import static_input_plan, weight_plan
 
@@ -147,14 +148,17 @@ def _measure(
     candidates: list[Candidate],
     progress: bool,
 ) -> None:
-    """Try every candidate at every norm of the blocks."""
+    """Try every candidate at every norm of the blocks; a hopeless one not to the end."""
+    left = list(candidates)
     for number in tqdm(inputs, desc="Pilot, reconstruction", unit="block", disable=not progress):
         batches = [decoder.reader.residual(hidden) for hidden in inputs[number]]
         with decoder.block(number) as block:
             for readers in decoder.architecture.readers():
                 if readers.norm is not None:
                     names = [linear.name for linear in readers.linears]
-                    _try_all(block, names, readers.norm, batches, candidates)
+                    _try_all(block, names, readers.norm, batches, left)
+        least = min(candidate.error for candidate in left)
+        left = [candidate for candidate in left if candidate.error <= HOPELESS * least]
 
 
 def _try_all(

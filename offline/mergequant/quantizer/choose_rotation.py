@@ -5,6 +5,7 @@ them, and what is compared is the error of a block's output, relative to what th
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from mergequant.model.decoder import Activations, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.decision import possible_rotations
-from mergequant.quantizer.pilot_walk import PilotWalk
+from mergequant.quantizer.pilot_walk import HOPELESS, PilotWalk
 from mergequant.quantizer.plan import BlockPlan, Plan
 from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan
@@ -90,7 +91,7 @@ def _errors(
     device: torch.device,
     progress: bool,
 ) -> dict[Rotation, float]:
-    """Mean error of the blocks that are tried, for each rotation."""
+    """Mean error of the blocks that are tried, for each rotation; infinite for a hopeless one."""
     candidates = {
         key: _Candidate.of(model, of, walked.channels, device) for key, of in options.items()
     }
@@ -99,13 +100,19 @@ def _errors(
     blocks = next(iter(candidates.values())).plan.blocks
     tried = [number for number in walked.inputs if blocks[number].readers]
     sums = dict.fromkeys(candidates, 0.0)
+    left = set(candidates)
     for number in tqdm(tried, desc="Pilot, rotation", unit="block", disable=not progress):
         inputs = walked.inputs[number]
         with decoder.block(number) as block:
             outputs = [block.forward(hidden) for hidden in inputs]
-        for rotation, candidate in candidates.items():
-            sums[rotation] += candidate.error(number, inputs, outputs)
-    return {rotation: total / max(len(tried), 1) for rotation, total in sums.items()}
+        for rotation in left:
+            sums[rotation] += candidates[rotation].error(number, inputs, outputs)
+        least = min(sums[rotation] for rotation in left)
+        left = {rotation for rotation in left if sums[rotation] <= HOPELESS * least}
+    return {
+        rotation: total / max(len(tried), 1) if rotation in left else math.inf
+        for rotation, total in sums.items()
+    }
 
 
 def _block_error(

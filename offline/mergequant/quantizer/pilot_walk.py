@@ -21,6 +21,8 @@ from mergequant.quantizer.prepare import open_model
 
 _BLOCKS = 3  # at most so many are tried, evenly spaced
 _TOKENS = 4096  # about so many tell candidates apart, and a channel's variance to a few percent
+# What errs so many times as much as the best at the blocks so far is not tried at the others.
+HOPELESS = 2.0
 
 
 @dataclass(frozen=True)

@@ -78,3 +78,19 @@ def test_nothing_is_measured_where_there_is_no_choice(tmp_path: Path, llama: Pat
         possible(llama, AUTO.model_copy(update={"mix_heads": 3}))
     sandwich = dataclasses.replace(LLAMA, norms=(*LLAMA.norms, Norm("after", "mixed", "residual")))
     assert possible_rotations(sandwich, Reader(llama).config, AUTO) == ("none",)
+
+
+def test_a_hopeless_rotation_is_not_tried_to_the_end(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, int]] = []
+
+    def error(candidate: choose_rotation._Candidate, number: int, *_: object) -> float:
+        rotation = "online" if candidate.decoder.reader.online else "none"
+        tried.append((rotation, number))
+        return {"online": 1.0, "none": 2.5 if number == 0 else 0.1}[rotation]
+
+    monkeypatch.setattr(choose_rotation._Candidate, "error", error)
+    inputs = {number: [torch.zeros(1, 4, 64)] for number in (0, 1)}
+    assert resolve_rotation(llama, PilotWalk(inputs=inputs), AUTO, CPU, False) == "online"
+    assert sorted(tried) == [("none", 0), ("online", 0), ("online", 1)]
