@@ -68,7 +68,8 @@ def _driver() -> str | None:
 
 def where(device: Device) -> dict[str, Any]:
     """Date, device, driver and versions, as they stand at the head of each file of results."""
-    return {**environment(), "device": device.name, "driver": device.driver}
+    found = {"device": device.name, "capability": device.capability, "driver": device.driver}
+    return {**environment(), **found}
 
 
 def headline(place: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ STEPS = (
     Step(
         "loss",
         "Does vLLM serve it with CUDA graphs, and at what loss?",
-        f"{COMMAND} perplexity {{checkpoint}} --text {{text}} --dtype bfloat16 --json {{engine}}",
+        f"{COMMAND} perplexity {{checkpoint}} --text {{text}} --dtype bfloat16 {{engine}}",
         110,
     ),
     Step("trace", "Which kernels run in a block?", PART % "trace {one}", 100),

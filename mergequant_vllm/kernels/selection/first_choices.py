@@ -38,24 +38,24 @@ class Row(NamedTuple):
 
 CPU = ("cpu-int4", "cpu-fp32", "reference")
 
-_UNMEASURED = "unmeasured"
+UNMEASURED = "unmeasured"
 GPUS: tuple[Row, ...] = (
     # Turing: INT4 tensor cores; Marlin's and Triton's INT8 products need 8.0.
-    Row(75, 79, Kind.INT4, ("humming-int4", "humming-int8", "reference"), _UNMEASURED),
-    Row(75, 79, Kind.INT4_BY_INT8, ("humming-int8", "reference"), _UNMEASURED),
-    Row(75, 79, Kind.OTHER, ("humming-int8", "reference"), _UNMEASURED),
+    Row(75, 79, Kind.INT4, ("humming-int4", "humming-int8", "reference"), UNMEASURED),
+    Row(75, 79, Kind.INT4_BY_INT8, ("humming-int8", "reference"), UNMEASURED),
+    Row(75, 79, Kind.OTHER, ("humming-int8", "reference"), UNMEASURED),
     # Ampere and Ada: INT4 tensor cores at twice the INT8 rate.
-    Row(80, 89, Kind.INT4, ("humming-int4", "marlin-int8", "triton", "reference"), _UNMEASURED),
-    Row(80, 89, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), _UNMEASURED),
-    Row(80, 89, Kind.OTHER, ("humming-int8", "triton", "reference"), _UNMEASURED),
+    Row(80, 89, Kind.INT4, ("humming-int4", "marlin-int8", "triton", "reference"), UNMEASURED),
+    Row(80, 89, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), UNMEASURED),
+    Row(80, 89, Kind.OTHER, ("humming-int8", "triton", "reference"), UNMEASURED),
     # Hopper: no INT4 tensor cores. Marlin is precompiled; Humming's wgmma may be faster.
-    Row(90, 99, Kind.INT4, ("marlin-int8", "humming-int8", "triton", "reference"), _UNMEASURED),
-    Row(90, 99, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), _UNMEASURED),
-    Row(90, 99, Kind.OTHER, ("humming-int8", "triton", "reference"), _UNMEASURED),
+    Row(90, 99, Kind.INT4, ("marlin-int8", "humming-int8", "triton", "reference"), UNMEASURED),
+    Row(90, 99, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), UNMEASURED),
+    Row(90, 99, Kind.OTHER, ("humming-int8", "triton", "reference"), UNMEASURED),
     # Blackwell.
-    Row(100, 129, Kind.INT4, ("marlin-int8", "triton", "reference"), _UNMEASURED),
-    Row(100, 129, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), _UNMEASURED),
-    Row(100, 129, Kind.OTHER, ("humming-int8", "triton", "reference"), _UNMEASURED),
+    Row(100, 129, Kind.INT4, ("marlin-int8", "triton", "reference"), UNMEASURED),
+    Row(100, 129, Kind.INT4_BY_INT8, ("marlin-int8", "triton", "reference"), UNMEASURED),
+    Row(100, 129, Kind.OTHER, ("humming-int8", "triton", "reference"), UNMEASURED),
 )
 
 # GPUs that no row knows: newer than the table, or not NVIDIA's.
