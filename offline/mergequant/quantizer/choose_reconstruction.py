@@ -39,7 +39,7 @@ from mergequant.quantizer.inputs.static import (
     columns_of,
     static_input,
 )
-from mergequant.quantizer.pilot_walk import HOPELESS
+from mergequant.quantizer.pilot_walk import contenders
 from mergequant.quantizer.plan import WeightPlan
 from mergequant.quantizer.resolve import static_input_plan, weight_plan
 
@@ -108,10 +108,12 @@ def resolve_reconstruction(
     candidates = list(_candidates(decoder, options))
     channels = widths(dict(decoder.reader.config))["hidden"]
     if len(candidates) > 1 or candidates[0].options.reconstruction == "pad":
-        _measure(decoder, inputs, candidates, progress)
+        left = _measure(decoder, inputs, candidates, progress)
         for candidate in candidates:
-            growth = _growth(candidate, channels)
-            logger.info("%s: error %.4g, K%+.1f%%", _name(candidate), candidate.error, growth)
+            growth, given_up = _growth(candidate, channels), candidate not in left
+            told = "%s: error %.4g, K%+.1f%%" + ", given up" * given_up
+            logger.info(told, _name(candidate), candidate.error, growth)
+        candidates = left
     if len(candidates) == 1:
         return _decided(candidates[0], channels)
     return _decided(min(candidates, key=lambda x: _price(x, channels)), channels)
@@ -119,7 +121,11 @@ def resolve_reconstruction(
 
 def _price(candidate: Candidate, channels: int) -> float:
     """Error times K: a hundredth more columns must take a hundredth of the error away."""
-    return max(candidate.error, _NEGLIGIBLE) * (1 + _growth(candidate, channels) / 100)
+    return _counted_error(candidate) * (1 + _growth(candidate, channels) / 100)
+
+
+def _counted_error(candidate: Candidate) -> float:
+    return max(candidate.error, _NEGLIGIBLE)
 
 
 def _candidates(decoder: Decoder, options: Options) -> Iterator[Candidate]:
@@ -147,9 +153,9 @@ def _measure(
     inputs: Mapping[int, list[Tensor]],
     candidates: list[Candidate],
     progress: bool,
-) -> None:
-    """Try every candidate at every norm of the blocks; a hopeless one not to the end."""
-    left = list(candidates)
+) -> list[Candidate]:
+    """Try every candidate at every norm of the blocks; returns those that were to the end."""
+    left = candidates
     for number in tqdm(inputs, desc="Pilot, reconstruction", unit="block", disable=not progress):
         batches = [decoder.reader.residual(hidden) for hidden in inputs[number]]
         with decoder.block(number) as block:
@@ -157,8 +163,8 @@ def _measure(
                 if readers.norm is not None:
                     names = [linear.name for linear in readers.linears]
                     _try_all(block, names, readers.norm, batches, left)
-        least = min(candidate.error for candidate in left)
-        left = [candidate for candidate in left if candidate.error <= HOPELESS * least]
+        left = contenders(left, _counted_error)
+    return left
 
 
 def _try_all(

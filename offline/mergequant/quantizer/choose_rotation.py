@@ -5,7 +5,6 @@ them, and what is compared is the error of a block's output, relative to what th
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from mergequant.model.decoder import Activations, Decoder
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.block import quantize_block
 from mergequant.quantizer.decision import possible_rotations
-from mergequant.quantizer.pilot_walk import HOPELESS, PilotWalk
+from mergequant.quantizer.pilot_walk import PilotWalk, contenders
 from mergequant.quantizer.plan import BlockPlan, Plan
 from mergequant.quantizer.prepare import open_model
 from mergequant.quantizer.resolve import make_plan
@@ -91,7 +90,7 @@ def _errors(
     device: torch.device,
     progress: bool,
 ) -> dict[Rotation, float]:
-    """Mean error of the blocks that are tried, for each rotation; infinite for a hopeless one."""
+    """Mean error of the blocks that are tried, for each rotation that was tried to the end."""
     candidates = {
         key: _Candidate.of(model, of, walked.channels, device) for key, of in options.items()
     }
@@ -100,19 +99,17 @@ def _errors(
     blocks = next(iter(candidates.values())).plan.blocks
     tried = [number for number in walked.inputs if blocks[number].readers]
     sums = dict.fromkeys(candidates, 0.0)
-    left = set(candidates)
     for number in tqdm(tried, desc="Pilot, rotation", unit="block", disable=not progress):
         inputs = walked.inputs[number]
         with decoder.block(number) as block:
             outputs = [block.forward(hidden) for hidden in inputs]
-        for rotation in left:
+        for rotation in sums:
             sums[rotation] += candidates[rotation].error(number, inputs, outputs)
-        least = min(sums[rotation] for rotation in left)
-        left = {rotation for rotation in left if sums[rotation] <= HOPELESS * least}
-    return {
-        rotation: total / max(len(tried), 1) if rotation in left else math.inf
-        for rotation, total in sums.items()
-    }
+        left = contenders(sums, sums.__getitem__)
+        for rotation in sums.keys() - left:
+            logger.info("Rotation %s: errs twice as much as another", rotation)
+            del sums[rotation]
+    return {rotation: total / max(len(tried), 1) for rotation, total in sums.items()}
 
 
 def _block_error(

@@ -4,9 +4,10 @@ At every block channels are measured, where `Options` ask for it; at a few, what
 kept, for the pilots that try candidates there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from mergequant.quantizer.decision import possible_rotations
 from mergequant.quantizer.measure_channels import ChannelMeter
 from mergequant.quantizer.prepare import open_model
 
+Kind = TypeVar("Kind")
+
 _BLOCKS = 3  # at most so many are tried, evenly spaced
 _TOKENS = 4096  # about so many tell candidates apart, and a channel's variance to a few percent
-# What errs so many times as much as the best at the blocks so far is not tried at the others.
-HOPELESS = 2.0
+_HOPELESS = 2.0  # times the least error
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,23 @@ def walk_plain_model(
     decoder = Decoder(reader, architecture, device)
     batches = decoder.embed(used, len(used), len(used)).batches
     inputs: dict[int, list[Tensor]] = {}
-    for number in tqdm(range(last), desc="Pilot, channels", unit="block", disable=not progress):
+    for number in tqdm(range(last), desc="Pilot, plain model", unit="block", disable=not progress):
         if number in tried:
             inputs[number] = list(batches)
         with decoder.block(number) as block:
             batches = meter.advance(block, batches)
     return PilotWalk(meter.channels(), inputs)
+
+
+def contenders(candidates: Iterable[Kind], error: Callable[[Kind], float]) -> list[Kind]:
+    """Those that are tried further and may be chosen: their error is at most twice the least.
+
+    Args:
+        error: of a candidate at the blocks so far, which must be the same for all of them.
+    """
+    errors = [(candidate, error(candidate)) for candidate in candidates]
+    limit = _HOPELESS * min(value for _, value in errors)
+    return [candidate for candidate, value in errors if value <= limit]
 
 
 def _spread(count: int) -> list[int]:

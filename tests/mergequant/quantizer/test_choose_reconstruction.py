@@ -130,3 +130,17 @@ def test_too_many_copies_to_prune_for_is_said(tmp_path: Path, text: Path) -> Non
         with pytest.raises(InputError, match="--reconstruction prune --alpha 0: 9 copies"):
             quantize(model, tmp_path / "out", [text], options, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_given_up_is_not_chosen_for_its_few_easy_blocks(
+    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mean is over fewer norms than the others'."""
+
+    def error(_: Any, candidate: Candidate) -> float:
+        if len(candidate.errors) >= 2:  # two norms a block: the second block is hard
+            return 10.0
+        return {"none": 0.1, "prune": 0.3, "pad": 0.3}[candidate.options.reconstruction]
+
+    monkeypatch.setattr(pilot, "_error", error)
+    assert _resolve(llama, text).reconstruction == "none"
