@@ -9,13 +9,12 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
-from mergequant.calibration.text import calibration_sources, sha256_of, window_length
+from mergequant.calibration.text import calibration_sources, sha256_of
 from mergequant.model.architecture import Architecture, widths
 from mergequant.model.reader import Reader
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
-from mergequant.quantizer.prepare import open_folder
-from mergequant.quantizer.resolve import samples_of
+from mergequant.quantizer.prepare import open_folder, windows_of
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,7 @@ def with_samples(base: Options, subject: Subject) -> Options:
     """
     if base.gptq_samples is not None:
         return base
-    config = subject.reader.config
-    length = window_length(base.sequence_length, config.get("max_position_embeddings"))
-    samples = samples_of(base, subject.architecture, config, length)
+    samples, _ = windows_of(subject.reader, base)
     return base.model_copy(update={"gptq_samples": samples.hessians})
 
 

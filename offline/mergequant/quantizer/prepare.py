@@ -22,6 +22,7 @@ from mergequant.model.rotated_reader import RotatedReader
 from mergequant.model.untied_reader import UntiedReader
 from mergequant.options import Options
 from mergequant.quantizer.head import BITS
+from mergequant.quantizer.plan import Samples
 from mergequant.quantizer.resolve import samples_of
 
 
@@ -74,10 +75,7 @@ def calibration_of(
         InputError: there is no text, or too little.
     """
     sources = calibration_sources(calibration)
-    context = reader.config.get("max_position_embeddings")
-    length = window_length(options.sequence_length, context)
-    architecture = find(reader.config.get("model_type"))
-    samples = samples_of(options, architecture, reader.config, length)
+    samples, length = windows_of(reader, options)
     return calibration_windows(
         sources,
         load_tokenizer(reader.folder),
@@ -85,6 +83,13 @@ def calibration_of(
         length=length,
         seed=options.seed,
     )
+
+
+def windows_of(reader: ModelReader, options: Options) -> tuple[Samples, int]:
+    """How many calibration windows each use of them takes, and their length in tokens."""
+    length = window_length(options.sequence_length, reader.config.get("max_position_embeddings"))
+    architecture = find(reader.config.get("model_type"))
+    return samples_of(options, architecture, reader.config, length), length
 
 
 def find_device(wanted: str) -> torch.device:
