@@ -29,6 +29,7 @@ from benchmarks.common.result_cells import write_atomically
 from benchmarks.gpu.__main__ import RESULTS
 
 QUANTIZED = "--fast --sequence-length 512 --statistics-samples 16 --gptq-samples 32"
+WINDOWS = "--window 1024 --windows 16"  # of the text that a loss is taken on
 GRACE = 3.0  # seconds between being asked to end and being killed
 LONGEST_MESSAGE = 300
 
@@ -58,7 +59,7 @@ ON_A_GPU = {
     "smoke": "",
     "device": "cuda",
     "quantized": QUANTIZED,
-    "engine": "--no-enforce-eager --window 1024 --windows 16",
+    "engine": f"--no-enforce-eager {WINDOWS}",
     "one": "",
 }
 REHEARSED = {

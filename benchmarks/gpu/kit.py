@@ -26,28 +26,26 @@ ROOT = Path(__file__).parents[2]
 ARCHIVE = "mergequant.tar.xz"
 MIB = 2**20
 TEXT_BYTES, CALIBRATION_BYTES = 200_000, 400_000  # of 16 windows of 1024 tokens; of 32 of 512
-WINDOWS = ("--window", "1024", "--windows", "16")
 
 
 def cut_model(model: Path, folder: Path, blocks: int) -> None:
-    """Write the first `blocks` blocks of a model of one or more safetensors files as a model."""
-    from safetensors import safe_open
+    """Write the first `blocks` blocks of a model as a model."""
     from safetensors.torch import save_file
 
+    from mergequant.quantizer.prepare import open_folder
+
+    reader, architecture = open_folder(model)
+    count = int(reader.config["num_hidden_layers"])
+    config = {**reader.config, "num_hidden_layers": blocks}
+    if config.get("layer_types"):  # an entry for each block
+        config["layer_types"] = config["layer_types"][:blocks]
     folder.mkdir(parents=True)
-    config = json.loads((model / "config.json").read_text())
-    config["num_hidden_layers"] = blocks
-    config.pop("layer_types", None)  # a list with an entry for each block
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for file in sorted(model.glob("*token*.json")):
         shutil.copy(file, folder)
-    tensors = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118  # it is no dict
-                words = name.split(".")
-                if words[:2] != ["model", "layers"] or int(words[2]) < blocks:
-                    tensors[name] = source.get_tensor(name)
+    left_out = tuple(f"{architecture.block.format(block=x)}." for x in range(blocks, count))
+    kept = [name for name in reader.headers if not name.startswith(left_out)]
+    tensors = {name: reader.read(name) for name in kept}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -58,7 +56,7 @@ def make_wheel(folder: Path) -> None:
 
 def make_content(folder: Path, given: argparse.Namespace) -> None:
     """Make everything that is to be brought, under `folder`."""
-    from benchmarks.gpu.first import COMMAND, QUANTIZED
+    from benchmarks.gpu.first import COMMAND, QUANTIZED, WINDOWS
 
     make_wheel(folder)
     cut_model(given.model, folder / "model", given.blocks)
@@ -74,7 +72,7 @@ def make_content(folder: Path, given: argparse.Namespace) -> None:
     quantize = [*mergequant, "quantize", folder / "model", checkpoint, "--calibration", calibration]
     run([*quantize, "--device", "cpu", "--quiet", *QUANTIZED.split()])
     measure = [*mergequant, "perplexity", checkpoint, "--text", next(folder.glob("text.*"))]
-    loss = run([*measure, "--engine", "transformers", "--json", *given.windows])
+    loss = run([*measure, "--engine", "transformers", "--json", *WINDOWS.split()])
     (folder / "cpu.json").write_text(loss)
 
 
@@ -92,19 +90,24 @@ def build(given: argparse.Namespace) -> list[Path]:
     """
     if given.out.exists():
         raise SystemExit(f"{given.out} exists: remove it, or choose another folder.")
+    server: list[Path | None] = list(given.server) or [None]
+    room = [given.limit * MIB - (size_of(x) if x else 0) for x in server]
+    if min(room) < 0:
+        raise SystemExit(
+            f"{server[room.index(min(room))]} is larger than a part of {given.limit} MiB: "
+            "split it, or give a larger --limit."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         content, archive = Path(scratch) / "content", Path(scratch) / ARCHIVE
         content.mkdir()
         make_content(content, given)
         with tarfile.open(archive, "w:xz", preset=6) as made:
             made.add(content, ".")
-        server: list[Path | None] = list(given.server) or [None]
-        room = [given.limit * MIB - (size_of(x) if x else 0) for x in server]
-        if archive.stat().st_size > sum(max(x, 0) for x in room):
+        if archive.stat().st_size > sum(room):
             raise SystemExit(
                 f"{archive.stat().st_size / MIB:.0f} MiB of ours do not fit into the "
-                f"{sum(max(x, 0) for x in room) / MIB:.0f} that {len(server)} parts of "
-                f"{given.limit} MiB leave: give fewer --blocks."
+                f"{sum(room) / MIB:.0f} that {len(server)} parts of {given.limit} MiB leave: "
+                "give fewer --blocks."
             )
         return list(write_parts(given.out, server, room, archive))
 
@@ -118,7 +121,7 @@ def write_parts(
         for number, (files, size) in enumerate(zip(server, room, strict=True), start=1):
             part = out / str(number)
             shutil.copytree(files, part) if files else part.mkdir(parents=True)
-            (part / f"{ARCHIVE}.{number}").write_bytes(source.read(max(size, 0)))
+            (part / f"{ARCHIVE}.{number}").write_bytes(source.read(size))
             (part / f"{ARCHIVE}.sha256").write_text(whole)
             yield part
 
@@ -134,10 +137,11 @@ def unpack(parts: Sequence[Path], target: Path) -> str:
     Raises:
         SystemExit: a part is missing, or a transfer broke one.
     """
-    pieces = sorted(x for part in parts for x in part.glob(f"{ARCHIVE}.[0-9]*"))
+    pieces = [piece for part in parts for piece in part.glob(f"{ARCHIVE}.[0-9]*")]
+    pieces.sort(key=lambda piece: int(piece.suffix[1:]))
     data = b"".join(piece.read_bytes() for piece in pieces)
-    (wanted,) = {x.read_text() for part in parts for x in part.glob(f"{ARCHIVE}.sha256")} or {""}
-    if hashlib.sha256(data).hexdigest() != wanted:
+    wanted = {x.read_text() for part in parts for x in part.glob(f"{ARCHIVE}.sha256")}
+    if wanted != {hashlib.sha256(data).hexdigest()}:
         raise SystemExit("A part is missing or damaged: give all of them, in one kit.")
     target.mkdir(parents=True, exist_ok=True)
     archive = target / ARCHIVE
@@ -166,7 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
     make.add_argument("--blocks", type=int, default=5, help="of the model, from the first")
     make.add_argument("--server", type=Path, nargs="+", default=[], help="a folder for each part")
     make.add_argument("--limit", type=int, default=60, help="MiB of a part")
-    make.set_defaults(windows=WINDOWS)
     take = commands.add_parser("unpack")
     take.add_argument("parts", type=Path, nargs="+")
     take.add_argument("--to", type=Path, required=True)

@@ -20,6 +20,7 @@ WHEEL = "mergequant_vllm-0.1.0-py3-none-linux_x86_64.whl"
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setattr(first, "QUANTIZED", first.REHEARSED["quantized"])
+    monkeypatch.setattr(first, "WINDOWS", "--window 64 --windows 2")
     # pip would fetch what builds it.
     monkeypatch.setattr(kit, "make_wheel", lambda folder: (folder / WHEEL).write_bytes(b"wheel"))
     text = tmp_path / "given.txt"
@@ -36,7 +37,6 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
         blocks=2,
         server=server,
         limit=60,
-        windows=("--window", "64", "--windows", "2"),
     )
 
 
@@ -79,7 +79,17 @@ def test_a_kit_that_does_not_fit_is_refused(
     monkeypatch.setattr(
         kit, "make_content", lambda folder, _: (folder / "model").write_bytes(bytes(range(256)))
     )
-    given.limit = 0
+    given.server, given.limit = [], 0
     with pytest.raises(SystemExit, match="give fewer --blocks"):
+        kit.build(given)
+    assert not given.out.exists()
+
+
+def test_a_server_that_is_larger_than_a_part_is_refused_at_once(
+    given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kit, "make_content", None)  # nothing is made
+    given.limit = 0
+    with pytest.raises(SystemExit, match=r"server/a is larger than a part of 0 MiB: split it"):
         kit.build(given)
     assert not given.out.exists()
