@@ -36,6 +36,8 @@ def cut_model(model: Path, folder: Path, blocks: int) -> None:
 
     reader, architecture = open_folder(model)
     count = int(reader.config["num_hidden_layers"])
+    if not 0 < blocks <= count:
+        raise SystemExit(f"{model} has {count} blocks: give --blocks of 1 to {count}.")
     config = {**reader.config, "num_hidden_layers": blocks}
     if config.get("layer_types"):  # an entry for each block
         config["layer_types"] = config["layer_types"][:blocks]
@@ -58,7 +60,6 @@ def make_content(folder: Path, given: argparse.Namespace) -> None:
     """Make everything that is to be brought, under `folder`."""
     from benchmarks.gpu.first import COMMAND, QUANTIZED, WINDOWS
 
-    make_wheel(folder)
     cut_model(given.model, folder / "model", given.blocks)
     for source, name, size in (
         (given.text, "text", TEXT_BYTES),
@@ -66,7 +67,9 @@ def make_content(folder: Path, given: argparse.Namespace) -> None:
     ):
         begin = source.read_bytes()[:size].decode(errors="ignore")
         # The last line may be cut off in the middle: a JSON line would be none.
-        (folder / f"{name}{source.suffix}").write_text(begin[: begin.rindex("\n") + 1])
+        lines = begin[: begin.rfind("\n") + 1] or begin
+        (folder / f"{name}{source.suffix}").write_text(lines)
+    make_wheel(folder)
     mergequant = COMMAND.format(python=sys.executable).split()
     checkpoint, calibration = folder / "checkpoint", next(folder.glob("calibration.*"))
     quantize = [*mergequant, "quantize", folder / "model", checkpoint, "--calibration", calibration]
@@ -177,7 +180,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "unpack":
         print(unpack(given.parts, given.to))
         return
-    for part in build(given):
+    from mergequant.errors import InputError  # what unpacks has no mergequant
+
+    try:
+        parts = build(given)
+    except (InputError, FileNotFoundError) as error:
+        raise SystemExit(f"No kit was made: {error}") from error
+    for part in parts:
         print(f"{part}: {size_of(part) / MIB:.1f} MiB")
 
 

@@ -93,3 +93,21 @@ def test_a_server_that_is_larger_than_a_part_is_refused_at_once(
     with pytest.raises(SystemExit, match=r"server/a is larger than a part of 0 MiB: split it"):
         kit.build(given)
     assert not given.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"model": "missing"}, "No kit was made: Model folder '.*missing' does not exist"),
+        ({"text": "missing.txt"}, r"No kit was made: .*missing\.txt"),
+        ({"blocks": "4"}, "has 3 blocks: give --blocks of 1 to 3"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_built(
+    given: argparse.Namespace, flags: dict[str, str], said: str
+) -> None:
+    files = {x: str(getattr(given, x)) for x in ("model", "calibration", "text")}
+    words = [word for name, value in {**files, **flags}.items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit, match=said):
+        kit.main(["build", str(given.out), *words])
+    assert not given.out.exists()
