@@ -99,7 +99,7 @@ def test_a_server_that_is_larger_than_a_part_is_refused_at_once(
     ("flags", "said"),
     [
         ({"model": "missing"}, "No kit was made: Model folder '.*missing' does not exist"),
-        ({"text": "missing.txt"}, r"No kit was made: .*missing\.txt"),
+        ({"text": "missing.txt", "blocks": "2"}, r"No kit was made: .*missing\.txt"),
         ({"blocks": "4"}, "has 3 blocks: give --blocks of 1 to 3"),
     ],
 )
