@@ -126,7 +126,7 @@ def gptq_working_weight(weight: Tensor, grid: Grid, inverse: InverseHessian, blo
     for start in range(0, len(w), block):
         stop = min(start + block, len(w))
         step, zero = (x.T.contiguous() for x in grid.columns(inverse.order[start:stop]))
-        shifted = bool(zero.any())  # most grids have no zero points: two passes less a turn
+        shifted = bool(zero.any())  # without zero points, two operations fewer for each column
         errors = torch.empty_like(w[start:stop])
         for k in range(start, stop):
             i = k - start
