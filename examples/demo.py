@@ -13,14 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo_model import HERE, DemoModel, default_model, given_model
-from demo_server import NotServedError, Served, dtype, measure, prompts
+from demo_server import NotServedError, Served, dtype, measure, on_a_gpu, prompts
 
 CACHE = HERE.parent / ".demo"
 MERGEQUANT = str(Path(sys.executable).parent / "mergequant")  # of this very environment
+SMALL = 1000.0  # MB of 16-bit weights, of which a few copies fit into any machine's memory
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,28 @@ def quantize(model: DemoModel, calibration: Path) -> Path:
     return output
 
 
-def perplexity(model: Path, text: Path) -> float:
-    """Return a folder's perplexity on a text, by the reference forward."""
-    arguments = map(str, (model, "--text", text, "--engine", "transformers", "--json"))
-    measured = subprocess.run(
-        [MERGEQUANT, "perplexity", *arguments], check=True, stdout=subprocess.PIPE
-    )
-    return float(json.loads(measured.stdout)["perplexity"])
+class Perplexity:
+    """A folder's perplexity on a text by the reference forward, in a process of its own."""
+
+    def __init__(self, model: Path, text: Path) -> None:
+        """Start the process."""
+        arguments = map(str, (model, "--text", text, "--engine", "transformers", "--json"))
+        self.command = [MERGEQUANT, "perplexity", *arguments]
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        self.said = ""
+
+    def result(self) -> float:
+        """Wait for the figure; raises CalledProcessError."""
+        if self.process.returncode is None:
+            self.said, _ = self.process.communicate()
+        if self.process.returncode:
+            raise subprocess.CalledProcessError(self.process.returncode, self.command)
+        return float(json.loads(self.said)["perplexity"])
+
+    def stop(self) -> None:
+        """End the process, if it still runs."""
+        self.process.kill()
+        self.process.wait()
 
 
 def megabytes(model: Path) -> float:
@@ -58,18 +75,43 @@ def megabytes(model: Path) -> float:
     return sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e6
 
 
-def serve_both(before: Path, after: Path, number: str) -> tuple[Served | None, Served]:
+def serve_both(
+    before: Path, after: Path, number: str, wait: Callable[[], object]
+) -> tuple[Served | None, Served]:
     """Serve one folder after the other; the first is None if it does not even start.
 
-    A model that is too large to be served may fit once it is quantized.
+    A model that is too large to be served may fit once it is quantized. `wait` is called before
+    anything is timed.
     """
     first: Served | None = None
     try:
-        first = measure(before, CACHE / "vllm-before.log", "--dtype", number)
+        first = measure(before, CACHE / "vllm-before.log", wait, "--dtype", number)
     except NotServedError as error:
         print(f"{error}\nGoing on with the quantized model alone.", flush=True)
     flags = ("--dtype", number, "--quantization", "mergequant")
-    return first, measure(after, CACHE / "vllm-after.log", *flags)
+    return first, measure(after, CACHE / "vllm-after.log", wait, *flags)
+
+
+def measure_both(
+    before: Path, after: Path, text: Path, number: str
+) -> tuple[tuple[float, float], tuple[Served | None, Served]]:
+    """Return the perplexities and what was served, each of the 16-bit folder and the other.
+
+    A server that starts keeps one core busy. While the first does, the perplexities of small models
+    are taken on the others; those of large ones, and those on a GPU, before it, for the memory.
+    """
+    at_once = not on_a_gpu() and megabytes(before) < SMALL
+    running: list[Perplexity] = []
+    try:
+        for folder in (before, after):
+            running.append(Perplexity(folder, text))
+            if not at_once:
+                running[-1].result()
+        served = serve_both(before, after, number, lambda: [x.result() for x in running])
+        return (running[0].result(), running[1].result()), served
+    finally:
+        for measurement in running:
+            measurement.stop()
 
 
 def show_answers(asked: tuple[str, ...], before: Served | None, after: Served) -> None:
@@ -114,11 +156,9 @@ def demo(chosen: str | None, calibration: Path | None, text: Path | None) -> Non
     CACHE.mkdir(exist_ok=True)
     model = given_model(chosen, CACHE) if chosen else default_model(CACHE)
     both = model.folder, quantize(model, calibration or model.calibration)
-    print("Measuring perplexity before and after", flush=True)
-    held_out = text or model.held_out
-    perplexities = perplexity(both[0], held_out), perplexity(both[1], held_out)
+    print("Measuring perplexity before and after, and starting vLLM", flush=True)
     number = dtype()
-    before, after = serve_both(*both, number)
+    perplexities, (before, after) = measure_both(*both, text or model.held_out, number)
     show_answers(prompts(model.folder), before, after)
     speeds = (before.speed if before else None, after.speed)
     figures = Figures((megabytes(both[0]), megabytes(both[1])), speeds, perplexities)

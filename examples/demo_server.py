@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,23 +53,29 @@ def has_chat_template(model: Path) -> bool:
     return file.exists() and bool(json.loads(file.read_text()).get("chat_template"))
 
 
+def on_a_gpu() -> bool:
+    """Whether vLLM will serve on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def dtype() -> str:
     """Return vLLM's --dtype for both models: the model's own, or float32 where that is faster.
 
     A CPU without instructions for bfloat16 takes many times as long in it as in float32.
     """
-    import torch
-
-    if torch.cuda.is_available():
+    if on_a_gpu():
         return "auto"
     described = Path("/proc/cpuinfo")
     words = set(described.read_text().split()) if described.exists() else set()
     return "auto" if words & SIXTEEN_BIT else "float32"
 
 
-def measure(model: Path, log: Path, *flags: str) -> Served:
-    """Serve a folder, ask it and time it; raises NotServedError."""
+def measure(model: Path, log: Path, wait: Callable[[], object], *flags: str) -> Served:
+    """Serve a folder, ask it and time it once `wait` has returned; raises NotServedError."""
     with serving(model, log, *flags) as url:
+        wait()
         chat = has_chat_template(model)
         answers = [(ask if chat else go_on)(url, prompt) for prompt in prompts(model)]
         return Served(answers, speed(url))

@@ -329,7 +329,7 @@ def test_a_model_that_is_only_served_once_it_is_quantized_is_shown_alone(
         return after
 
     monkeypatch.setattr(demo, "measure", measure)
-    assert demo.serve_both(tmp_path, tmp_path / "small", "auto") == (None, after)
+    assert demo.serve_both(tmp_path, tmp_path / "small", "auto", list) == (None, after)
     demo.show_answers(("Where?",), None, after)
     said = capsys.readouterr().out
     assert "did not start" in said and "after:  Paris." in said and "before:" not in said
@@ -337,6 +337,62 @@ def test_a_model_that_is_only_served_once_it_is_quantized_is_shown_alone(
     speed = demo.table(figures).splitlines()[2]
     assert speed.split()[-3:] == ["-", "15.0", "-"]
     assert "smaller and WORSE" in demo.verdict(figures)
+
+
+@pytest.fixture
+def measured(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Perplexities from a stand-in for the command, and servers that note what they waited for."""
+    command = tmp_path / "mergequant"
+    command.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys, time\nfolder = pathlib.Path(sys.argv[2])\n"
+        "time.sleep(0.5)\n(folder / 'measured').touch()\n"
+        "print((folder / 'said').read_text())\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setattr(demo, "MERGEQUANT", str(command))
+    for name, value in (("before", 10.0), ("after", 20.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "said").write_text(json.dumps({"perplexity": value}))
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(10**6))
+    events: list[str] = []
+
+    def measure(model: Path, log: Path, wait: Any, *flags: str) -> Any:
+        events.append("late" if (tmp_path / "before" / "measured").exists() else "early")
+        wait()
+        assert (tmp_path / "after" / "measured").exists()
+        return demo.Served([model.name], 1.0)
+
+    monkeypatch.setattr(demo, "measure", measure)
+    return events
+
+
+@pytest.mark.parametrize(("small", "first"), [(10.0, "early"), (0.1, "late")])
+def test_small_models_are_measured_while_the_first_server_starts(
+    demo: ModuleType,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    small: float,
+    first: str,
+) -> None:
+    monkeypatch.setattr(demo, "on_a_gpu", lambda: False)
+    monkeypatch.setattr(demo, "SMALL", small)
+    folders = tmp_path / "before", tmp_path / "after"
+    perplexities, served = demo.measure_both(*folders, tmp_path / "text", "float32")
+    assert perplexities == (10.0, 20.0)
+    assert [x.answers for x in served] == [["before"], ["after"]]
+    assert measured == [first, "late"]
+
+
+def test_a_perplexity_that_fails_ends_the_demo_with_its_command(
+    demo: ModuleType, measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "on_a_gpu", lambda: False)
+    (tmp_path / "before" / "said").unlink()
+    folders = tmp_path / "before", tmp_path / "after"
+    with pytest.raises(subprocess.CalledProcessError, match="perplexity") as caught:
+        demo.measure_both(*folders, tmp_path / "text", "float32")
+    assert str(folders[0]) in caught.value.cmd
 
 
 def test_what_the_figures_rest_on_is_said(demo: ModuleType, tmp_path: Path) -> None:
