@@ -1,14 +1,15 @@
 """What `benchmarks.gpu.first` needs on a GPU machine without network, in parts of a bounded size.
 
     python -m benchmarks.gpu.kit build OUT --model FOLDER --calibration FILE --text FILE
-        [--blocks 5] [--server FOLDER ...] [--limit 60]
+        [--blocks 5] [--vocabulary 16384] [--server FOLDER ...] [--limit 60]
     python -m benchmarks.gpu.kit unpack PART [PART ...] --to FOLDER
 
 `build` runs where there are a compiler and a network: it makes this project's wheel, the first
-BLOCKS blocks of a 16-bit model, the same quantized on a CPU with the options of
-`first.QUANTIZED`, its loss there, and enough of the texts. SERVER is a folder of files that bring
-vLLM, one for each part; they are copied as they are, and what is ours fills the parts up to LIMIT
-MiB. `unpack` needs nothing but Python; it prints the command that is to be run next.
+BLOCKS blocks of a 16-bit model with the first VOCABULARY of its tokens, the same quantized on a CPU
+with the options of `first.QUANTIZED`, its loss there, and enough of the texts. SERVER is a folder
+of files that bring vLLM, one for each part; they are copied as they are, and what is ours fills the
+parts up to LIMIT MiB. `unpack` needs nothing but Python; it prints the command that is to be run
+next.
 """
 
 import argparse
@@ -28,29 +29,6 @@ MIB = 2**20
 TEXT_BYTES, CALIBRATION_BYTES = 200_000, 400_000  # of 16 windows of 1024 tokens; of 32 of 512
 
 
-def cut_model(model: Path, folder: Path, blocks: int) -> None:
-    """Write the first `blocks` blocks of a model as a model."""
-    from safetensors.torch import save_file
-
-    from mergequant.quantizer.prepare import open_folder
-
-    reader, architecture = open_folder(model)
-    count = int(reader.config["num_hidden_layers"])
-    if not 0 < blocks <= count:
-        raise SystemExit(f"{model} has {count} blocks: give --blocks of 1 to {count}.")
-    config = {**reader.config, "num_hidden_layers": blocks}
-    if config.get("layer_types"):  # an entry for each block
-        config["layer_types"] = config["layer_types"][:blocks]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for file in sorted(model.glob("*token*.json")):
-        shutil.copy(file, folder)
-    left_out = tuple(f"{architecture.block.format(block=x)}." for x in range(blocks, count))
-    kept = [name for name in reader.headers if not name.startswith(left_out)]
-    tensors = {name: reader.read(name) for name in kept}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def make_wheel(folder: Path) -> None:
     """Build this project's wheel into `folder`, with the native kernels."""
     run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT])
@@ -58,9 +36,10 @@ def make_wheel(folder: Path) -> None:
 
 def make_content(folder: Path, given: argparse.Namespace) -> None:
     """Make everything that is to be brought, under `folder`."""
+    from benchmarks.gpu.cut_model import cut_model
     from benchmarks.gpu.first import COMMAND, QUANTIZED, WINDOWS
 
-    cut_model(given.model, folder / "model", given.blocks)
+    cut_model(given.model, folder / "model", given.blocks, given.vocabulary)
     for source, name, size in (
         (given.text, "text", TEXT_BYTES),
         (given.calibration, "calibration", CALIBRATION_BYTES),
@@ -110,7 +89,7 @@ def build(given: argparse.Namespace) -> list[Path]:
             raise SystemExit(
                 f"{archive.stat().st_size / MIB:.0f} MiB of ours do not fit into the "
                 f"{sum(room) / MIB:.0f} that {len(server)} parts of {given.limit} MiB leave: "
-                "give fewer --blocks."
+                "give fewer --blocks, or a smaller --vocabulary."
             )
         return list(write_parts(given.out, server, room, archive))
 
@@ -171,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("model", "calibration", "text"):
         make.add_argument(f"--{name}", type=Path, required=True)
     make.add_argument("--blocks", type=int, default=5, help="of the model, from the first")
+    make.add_argument("--vocabulary", type=int, default=16384, help="tokens of it, from the first")
     make.add_argument("--server", type=Path, nargs="+", default=[], help="a folder for each part")
     make.add_argument("--limit", type=int, default=60, help="MiB of a part")
     take = commands.add_parser("unpack")

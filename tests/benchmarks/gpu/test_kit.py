@@ -35,6 +35,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
         calibration=text,
         text=text,
         blocks=2,
+        vocabulary=10**6,
         server=server,
         limit=60,
     )
