@@ -288,6 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     scratch = folder / "first" / "scratch"
     if "quantize" in options.again:
         shutil.rmtree(scratch, ignore_errors=True)
+    if options.rehearse:  # an engine in a process of its own takes twice as long to start
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     names = ("model", "checkpoint", "text", "calibration")
     given = {name: getattr(options, name) for name in names}
     given |= {"results": str(options.results), "scratch": str(scratch)}

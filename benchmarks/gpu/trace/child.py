@@ -1,4 +1,4 @@
-"""One engine of part `trace` in a process of its own; prints `CELL depth json`.
+"""Engines of part `trace`, one after the other, in a process; prints `CELL depth json` for each.
 
 Counts of kernels: of a prefill alone, and of a prefill and `STEPS` further tokens.
 """
@@ -20,20 +20,26 @@ PROMPT, STEPS = 16, 8
 
 
 def main() -> None:
-    """Start, warm up, trace twice."""
+    """Trace at every depth."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--variant", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--blocks", type=int, required=True)
+    parser.add_argument("--blocks", type=int, nargs="+", required=True)
     parser.add_argument("--attention")
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
+    for blocks in options.blocks:
+        print(f"CELL {blocks} {json.dumps(counted(options, blocks))}", flush=True)
+
+
+def counted(options: argparse.Namespace, blocks: int) -> dict[str, Any]:
+    """Start an engine of so many blocks, warm up, trace twice; the engine is gone afterwards."""
     with tempfile.TemporaryDirectory() as scratch:
         llm = start(
             options.variant,
             options.model,
             Path(scratch),
-            blocks=options.blocks,
+            blocks=blocks,
             context=128,
             attention_backend=options.attention,
             enforce_eager=options.eager,
@@ -49,7 +55,8 @@ def main() -> None:
         counts: dict[str, Any] = {"kernels": linear_kernels(llm), "steps": STEPS}
         counts["prefill"] = traced(llm, inputs, 1)
         counts["all"] = traced(llm, inputs, 1 + STEPS)
-        print(f"CELL {options.blocks} {json.dumps(counts)}", flush=True)
+        llm.llm_engine.engine_core.shutdown()
+    return counts
 
 
 def traced(llm: Any, inputs: list[Any], tokens: int) -> dict[str, int]:

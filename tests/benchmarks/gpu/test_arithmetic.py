@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common.device import find_device
 from benchmarks.common.goals import Goal, worst
 from benchmarks.common.result_cells import Cells
 from benchmarks.common.served_variants import VARIANTS, find_variant, write_checkpoint
 from benchmarks.common.shapes import MODELS, Linear, distinct
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.exact.error_bounds import Product, check
 from benchmarks.gpu.gemm import table as gemm_table
 from benchmarks.gpu.gemm.measure import cost
@@ -19,6 +21,7 @@ from benchmarks.gpu.plots import draw_all
 from benchmarks.gpu.quantize import table as quantize_table
 from benchmarks.gpu.serve import table as serve_table
 from benchmarks.gpu.serve.child import speeds
+from benchmarks.gpu.trace import measure as trace_measure
 from benchmarks.gpu.trace import table as trace_table
 from benchmarks.gpu.trace.measure import per_block
 from mergequant_vllm.format import parse
@@ -124,6 +127,37 @@ def test_serve_speeds_and_goals(tmp_path: Path) -> None:
     assert by_name["decode speed over marlin-w4a16, batch 32 on"].reached is None
     assert by_name["prefill speed over marlin-w4a16"].reached
     assert "2.305x" in serve_table.table(make_cells(tmp_path, records))
+
+
+@pytest.mark.parametrize(
+    ("fails", "asked"),
+    [((), [[2, 4]]), ((4,), [[2, 4], [4]]), ((2, 4), [[2, 4]])],
+)
+def test_a_depth_that_fails_after_another_is_traced_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: tuple[int, ...], asked: list[list[int]]
+) -> None:
+    began: list[list[int]] = []
+
+    def run_child(module: str, words: list[str], on_cell: Any, left: float, log: Path) -> Any:
+        assert Path(*module.split(".")).with_suffix(".py").exists()
+        blocks = [int(x) for x in words[words.index("--blocks") + 1 :] if x.isdigit()]
+        began.append(blocks)
+        for depth in blocks:
+            if depth in fails and (depth == blocks[0]) == (depth == fails[0] == 2):
+                return "no memory"
+            record = {"steps": 1, "kernels": {}, "prefill": {"a": depth}, "all": {"a": 2 * depth}}
+            on_cell(str(depth), record)
+        return None
+
+    monkeypatch.setattr(trace_measure, "run_child", run_child)
+    context = Context(find_device(), make_cells(tmp_path, {}), True, tmp_path)
+    if 2 in fails:
+        with pytest.raises(RuntimeError, match="no memory"):
+            trace_measure._trace(context, "mergequant", "eager")
+    else:
+        record = trace_measure._trace(context, "mergequant", "eager")
+        assert record["prefill"] == {"a": 1.0}
+    assert began == asked
 
 
 def test_kernels_a_block_are_half_the_difference(tmp_path: Path) -> None:
