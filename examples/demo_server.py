@@ -23,7 +23,7 @@ QUESTIONS = ("What is the capital of France?", "Write two sentences about the se
 BEGINNINGS = ('The "for" statement is used to',)  # for a model without a chat template
 ANSWER_TOKENS = 80  # at most
 TIMED_TOKENS = 64  # exactly, in each of the rounds
-ROUNDS = 3
+ROUNDS = 5
 # Instructions of CPUs for products of 16-bit numbers, as Linux names them.
 SIXTEEN_BIT = {"avx512_bf16", "amx_bf16", "bf16"}
 
