@@ -105,7 +105,7 @@ def quantize_row(model: Path, folder: Path, changes: str, calibration: list[Path
 
 def serve_row(folder: Path, texts: list[Path], length: int, windows: int) -> None:
     """Serve in this process and print the loss on each text as JSON."""
-    from mergequant.calibration.text import load_tokenizer
+    from mergequant.calibration.tokenizer import load_tokenizer
     from mergequant.evaluate.perplexity import prompt_logprobs, text_windows, vllm_engine
 
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": length + 1}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergequant import Options
-from mergequant.calibration.text import load_tokenizer
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logprobs, text_windows
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.quantizer.in_memory import quantize_in_memory

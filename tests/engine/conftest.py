@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mergequant import Options, quantize
-from mergequant.calibration.text import evaluation_windows, load_tokenizer, read_source
+from mergequant.calibration.sources import read_source
+from mergequant.calibration.text import evaluation_windows
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logits, reference_logprobs, vllm_engine
 from mergequant.evaluate.reference_forward import load_model
 

@@ -73,11 +73,9 @@ class Row:
 
 def write_tokens(file: Path, given: argparse.Namespace) -> None:
     """Write the windows of calibration and of each text, the same for every row."""
-    from mergequant.calibration.text import (
-        calibration_sources,
-        calibration_windows,
-        load_tokenizer,
-    )
+    from mergequant.calibration.sources import calibration_sources
+    from mergequant.calibration.text import calibration_windows
+    from mergequant.calibration.tokenizer import load_tokenizer
     from mergequant.evaluate.perplexity import text_windows
 
     tokenizer = load_tokenizer(given.model)

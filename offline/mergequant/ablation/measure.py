@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mergequant.ablation.tasks import Tasks
-from mergequant.calibration.text import load_tokenizer, window_length
+from mergequant.calibration.text import window_length
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.errors import InputError
 from mergequant.evaluate.perplexity import (
     ENGINES,

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
-from mergequant.calibration.text import calibration_sources, sha256_of
+from mergequant.calibration.sources import calibration_sources
+from mergequant.calibration.text import sha256_of
 from mergequant.model.architecture import Architecture, widths
 from mergequant.model.reader import Reader
 from mergequant.options import Options

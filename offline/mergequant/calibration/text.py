@@ -1,154 +1,28 @@
-"""Calibration and evaluation text: files or data sets to token windows."""
+"""Calibration and evaluation text to token windows."""
 
 import hashlib
-import io
-import json
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from mergequant.calibration.sources import LONGEST_TEXT, Source
+from mergequant.calibration.tokenizer import leading_tokens, written
 from mergequant.errors import InputError
 
 SHORTEST_WINDOW = 16
-_WIKITEXT_HEADING = re.compile(r"^ = [^=].* = $", re.MULTILINE)
-_LONGEST_TEXT = 16 * 2**20  # characters of one source that are tokenized
 
 logger = logging.getLogger("mergequant")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One text source: `rows` in order, and the separator that published numbers join them with."""
-
-    name: str
-    rows: tuple[str, ...]
-    separator: str
-
-    def text(self) -> str:
-        """The rows as one text."""
-        return self.separator.join(self.rows)
-
-
-def read_source(name: str, default_split: str = "train") -> Source:
-    """A `.txt` file, a `.jsonl` file with `text` in each line, or a data set `PATH[:NAME[:SPLIT]]`.
-
-    WikiText's lines are joined by a blank line and C4's documents by a space, as the published
-    perplexities do.
-    """
-    path = Path(name)
-    if path.is_dir():
-        raise InputError(f"{name!r} is a folder: give a text file in it.")
-    if path.is_file():
-        source = _read_file(path)
-    elif path.suffix in (".txt", ".jsonl", ".json"):
-        raise InputError(f"Text file {name!r} does not exist: check the path.")
-    else:
-        source = _read_data_set(name, default_split)
-    if not source.text().strip():
-        raise InputError(f"Text source {name!r} is empty: give a file with text in it.")
-    return source
-
-
-def calibration_sources(names: Sequence[str | Path]) -> list[Source]:
-    """The sources to calibrate on; raises InputError if none is named."""
-    if not names:
-        raise InputError("No calibration text: give --calibration FILE (.txt or .jsonl).")
-    return [read_source(str(name)) for name in names]
-
-
-def _read_file(path: Path) -> Source:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}): convert it first.") from error
-    return _read_jsonl(path, text) if path.suffix in (".jsonl", ".json") else _read_txt(path, text)
-
-
-def _read_txt(path: Path, text: str) -> Source:
-    if not _WIKITEXT_HEADING.search(text[:10_000]):
-        return Source(str(path), (text,), "")
-    logger.info("%s is WikiText: its lines are joined by a blank line", path)
-    # The published data set has an empty row for each blank line.
-    rows = (row if row.strip() else "" for row in io.StringIO(text))
-    return Source(str(path), tuple(rows), "\n\n")
-
-
-def _read_jsonl(path: Path, text: str) -> Source:
-    rows = []
-    # Not splitlines(): it also cuts at separators that JSON allows inside a string.
-    for number, line in enumerate(io.StringIO(text), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            row = None
-        if not isinstance(row, str):
-            raise InputError(
-                f"Line {number} of {path} is not a JSON object with a 'text' field: mend the file."
-            )
-        rows.append(row)
-    return Source(str(path), tuple(rows), " ")
-
-
-def _read_data_set(name: str, default_split: str) -> Source:
-    path, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(
-            f"{name!r} is not a file, and data sets need the package 'datasets': "
-            'pip install "mergequant-vllm[datasets]", or give a file.'
-        ) from error
-    try:
-        rows: Any = load_dataset(path, config or None, split=split or default_split)["text"]
-    except Exception as error:  # the library raises many types, all meaning: not to be had
-        raise InputError(
-            f"{name!r} is neither a file nor a data set with a 'text' column that can be loaded "
-            f"({type(error).__name__}): check the name and the network."
-        ) from error
-    return Source(name, tuple(rows), "\n\n" if "wikitext" in path else " ")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; never runs code that the folder brings."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many types for a missing or broken tokenizer
-        raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({type(error).__name__}): "
-            "copy the model's tokenizer files into it."
-        ) from error
-    return tokenizer
-
-
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text (BOS, for Llama; nothing, for Qwen2)."""
-    probe = "a"
-    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    full = tokenizer(probe)["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return list(full[:start])
-    return []
-
-
 def token_stream(source: Source, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """int64 [tokens] of a source, without special tokens."""
-    text = source.text()
-    if len(text) > _LONGEST_TEXT:
-        logger.warning("%s: only the first %d MiB are used", source.name, _LONGEST_TEXT // 2**20)
-        text = text[:_LONGEST_TEXT]
+    text = written(source, tokenizer)
+    if len(text) > LONGEST_TEXT:
+        logger.warning("%s: only the first %d MiB are used", source.name, LONGEST_TEXT // 2**20)
+        text = text[:LONGEST_TEXT]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -221,7 +95,8 @@ def evaluation_windows(source: Source, tokenizer: PreTrainedTokenizerBase, lengt
     Returns:
         int64 [windows, length].
     """
-    ids = torch.tensor(tokenizer(source.text(), verbose=False)["input_ids"], dtype=torch.int64)
+    text = written(source, tokenizer)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     count = len(ids) // length
     if count == 0:
         raise InputError(

@@ -14,12 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mergequant.calibration.text import (
-    evaluation_windows,
-    load_tokenizer,
-    read_source,
-    window_length,
-)
+from mergequant.calibration.sources import read_source
+from mergequant.calibration.text import evaluation_windows, window_length
+from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architecture import widths
@@ -76,7 +73,7 @@ def perplexity(
 
     Args:
         model: folder or hub id.
-        text: file or data set, see `mergequant.calibration.text.read_source`.
+        text: file or data set, see `mergequant.calibration.sources.read_source`.
         engine: `vllm` serves the model; `transformers` is the reference forward.
         window: tokens in a window; windows do not overlap, the tail is dropped.
         most_windows: use only the first so many.
@@ -90,7 +87,9 @@ def perplexity(
     if is_mergequant(reader.config):
         check_tensors(parse(reader.config["quantization_config"]), reader.headers)
     length = window_length(window, reader.config.get("max_position_embeddings"))
-    windows = text_windows(text, load_tokenizer(folder), length, most_windows)
+    tokenizer = load_tokenizer(folder)
+    windows = text_windows(text, tokenizer, length, most_windows)
+    refuse_unknown_tokens(windows, tokenizer, widths(reader.config)["vocabulary"])
     if engine == "vllm":
         with vllm_engine(
             folder,

@@ -6,14 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergequant.calibration.text import (
-    calibration_sources,
-    calibration_windows,
-    load_tokenizer,
-    window_length,
-)
+from mergequant.calibration.sources import calibration_sources
+from mergequant.calibration.text import calibration_windows, window_length
+from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
 from mergequant.errors import InputError
-from mergequant.model.architecture import Architecture, validate
+from mergequant.model.architecture import Architecture, validate, widths
 from mergequant.model.architectures import find
 from mergequant.model.channels import Channels
 from mergequant.model.equalized_reader import EqualizedReader
@@ -72,17 +69,20 @@ def calibration_of(
     """Token ids int64 [samples, length]: as many windows as any use of them asks for.
 
     Raises:
-        InputError: there is no text, or too little.
+        InputError: there is no text, too little, or of tokens that the model does not know.
     """
     sources = calibration_sources(calibration)
     samples, length = windows_of(reader, options)
-    return calibration_windows(
+    tokenizer = load_tokenizer(reader.folder)
+    windows = calibration_windows(
         sources,
-        load_tokenizer(reader.folder),
+        tokenizer,
         samples=max(samples.statistics, samples.hessians, samples.training),
         length=length,
         seed=options.seed,
     )
+    refuse_unknown_tokens(windows, tokenizer, widths(reader.config)["vocabulary"])
+    return windows
 
 
 def windows_of(reader: ModelReader, options: Options) -> tuple[Samples, int]:

@@ -14,7 +14,9 @@ from benchmarks.method.model_rows import FULL, known, with_excess
 from benchmarks.method.peers import __main__ as peers
 from benchmarks.method.peers.child import CALIBRATION, window_losses
 from benchmarks.method.peers.rows import ROWS, Peer
-from mergequant.calibration.text import calibration_sources, calibration_windows, load_tokenizer
+from mergequant.calibration.sources import calibration_sources
+from mergequant.calibration.text import calibration_windows
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import text_windows, token_logprobs
 from tests.tiny import make_model
 

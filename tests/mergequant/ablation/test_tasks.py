@@ -9,7 +9,7 @@ import pytest
 
 from mergequant import InputError
 from mergequant.ablation.tasks import Tasks
-from mergequant.calibration.text import load_tokenizer
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
 

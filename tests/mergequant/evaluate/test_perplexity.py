@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mergequant import InputError, perplexity
-from mergequant.calibration.text import load_tokenizer
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import refuse_no_window, require_vllm, text_windows, vllm_engine
 from mergequant.evaluate.reference_forward import load_model
 

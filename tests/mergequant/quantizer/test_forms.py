@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergequant import quantize
-from mergequant.calibration.text import load_tokenizer
+from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.reader import Reader
 from mergequant_vllm.format import CheckpointFormat, parse
