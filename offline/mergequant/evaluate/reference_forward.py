@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mergequant.errors import InputError
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.architectures import find
+from mergequant.model.hugging_face_config import load_config
 from mergequant.model.reader import Reader, is_mergequant
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 
@@ -38,7 +39,11 @@ def load_model(
 def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
     model: Any
     model, loading = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
+        str(folder),
+        config=load_config(folder),
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers
@@ -52,7 +57,7 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
 def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     checkpoint = parse(reader.config["quantization_config"])
     check_tensors(checkpoint, reader.headers)
-    config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
+    config = load_config(reader.folder)
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantized = checkpoint.quantized

@@ -6,7 +6,7 @@ diagonal T on the space behind a norm. Tables live in `architectures/`; they hol
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mergequant.errors import InputError
@@ -70,7 +70,11 @@ class Readers:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model type: its spaces, what is in a block in order of execution, and what is around."""
+    """One model type: its spaces, what is in a block in order of execution, and what is around.
+
+    `served_with` are fields of the configuration whose only value that vLLM's class serves is
+    given; `slides`: whether it serves a sliding window.
+    """
 
     model_type: str
     spaces: tuple[Space, ...]
@@ -82,6 +86,8 @@ class Architecture:
     final_norm: Norm = Norm("model.norm", reads="residual", writes="final_in")
     head: Linear = Linear("lm_head", reads="final_in", writes="tokens")
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
+    slides: bool = True
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts the linear's input: it writes the residual stream."""

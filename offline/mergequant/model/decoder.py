@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.block import Block
+from mergequant.model.hugging_face_config import load_config
 from mergequant.model.reader import ModelReader
 
 TOKENS_A_BATCH = 4096
@@ -88,7 +89,7 @@ class Decoder:
         self.reader = reader
         self.architecture = architecture
         self.device = device
-        self.config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
+        self.config = load_config(reader.folder)
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(
                 self.config, attn_implementation="sdpa", dtype=torch.float32

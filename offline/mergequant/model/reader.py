@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
+from mergequant.model.weight_files import DUPLICATES, find_weights
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# Some publishers store the same weights a second time under this name.
-DUPLICATES = "consolidated*"
 
 
 def locate(model: str | Path) -> Path:
@@ -106,13 +104,9 @@ class Reader(ModelReader):
     """A Hugging Face folder of safetensors files, in the dtype that they have."""
 
     def __init__(self, folder: Path) -> None:
-        self._file_of: dict[str, Path] = {}
-        headers: dict[str, StoredTensor] = {}
-        for file in _weight_files(folder):
-            for name, entry in read_header(file).items():
-                headers[name] = entry
-                self._file_of[name] = file
-        super().__init__(folder, _read_config(folder), headers)
+        stored = find_weights(folder)
+        self._file_of = stored.file_of
+        super().__init__(folder, _read_config(folder), stored.headers)
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, by name."""
@@ -155,48 +149,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): download the model again.") from error
     return config
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted(folder / name for name in set(_weight_map(index).values()))
-    else:
-        duplicates = set(folder.glob(f"{DUPLICATES}.safetensors"))
-        files = sorted(set(folder.glob("*.safetensors")) - duplicates)
-    if not files:
-        raise InputError(
-            f"{folder} holds no safetensors weights: convert the model with "
-            "save_pretrained(..., safe_serialization=True)."
-        )
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"Shard {file} is missing: download the model again.")
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is not an index of shards: download the model again.") from error
-    return weight_map
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Shape and dtype of each tensor of one safetensors file, by name."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {
-                name: StoredTensor(tuple(entry.get_shape()), entry.get_dtype())
-                for name, entry in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"Shard {file} cannot be read ({error}): it is truncated or not a safetensors "
-            "file; download it again."
-        ) from error
 
 
 def is_mergequant(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.model.reader import CONFIG, INDEX, ModelReader, read_header
+from mergequant.model.reader import CONFIG, ModelReader
+from mergequant.model.weight_files import INDEX, read_header
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.unfinished_run import FOLDER, UnfinishedRun

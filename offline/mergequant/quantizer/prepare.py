@@ -14,6 +14,7 @@ from mergequant.model.architecture import Architecture, validate, widths
 from mergequant.model.architectures import find
 from mergequant.model.channels import Channels
 from mergequant.model.equalized_reader import EqualizedReader
+from mergequant.model.hugging_face_config import load_config, refuse_unserved, settle_head
 from mergequant.model.reader import ModelReader, Reader, locate
 from mergequant.model.rotated_reader import RotatedReader
 from mergequant.model.untied_reader import UntiedReader
@@ -59,6 +60,9 @@ def open_folder(model: str | Path) -> tuple[Reader, Architecture]:
     folder = Reader(locate(model))
     folder.refuse_quantized()
     architecture = find(folder.config.get("model_type"))
+    load_config(folder.folder)
+    settle_head(folder, architecture)
+    refuse_unserved(architecture, folder.config)
     validate(architecture, folder.config, folder.shapes())
     return folder, architecture
 

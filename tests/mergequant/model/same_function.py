@@ -76,7 +76,6 @@ def model_folder(folder: Path, case: str, tied: bool) -> Path:
     model_type = case.removesuffix("-24")
     biases = {
         "llama": {"attention_bias": True, "mlp_bias": True},
-        "qwen3": {"attention_bias": True},
     }
     make_model(
         folder,

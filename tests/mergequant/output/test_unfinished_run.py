@@ -216,13 +216,21 @@ EVERY_TENSOR: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, EVERY_TENSOR], ids=["usual", "every tensor"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("qwen3", {}), ("qwen2", {}), ("qwen3", EVERY_TENSOR)],
+    ids=["usual", "biases", "every tensor"],
+)
 def test_hidden_states_are_computed_again_from_what_is_stored(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, changes: dict[str, object]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    text: Path,
+    kind: str,
+    changes: dict[str, object],
 ) -> None:
     """Also where that is 16 bits: biases, norms over heads, folded norms."""
     dtype = torch.bfloat16
-    model = make_model(tmp_path / "model", "qwen3", dtype=dtype, tied=True, attention_bias=True)
+    model = make_model(tmp_path / "model", kind, dtype=dtype, tied=True)
     options = Options.model_validate({**WHOLE.model_dump(), **changes})
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "load_stored", _load_and_compare)

@@ -24,6 +24,7 @@ NORMS = (
 
 LLAMA = Architecture(
     model_type="llama",
+    slides=False,
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -1,0 +1,98 @@
+"""A `config.json` as transformers and vLLM take it: refused early, or settled as loaders do."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from mergequant.errors import InputError
+from mergequant.model.architecture import Architecture
+from mergequant.model.reader import CONFIG, Reader
+
+TIED = "tie_word_embeddings"
+SLIDING = "sliding_attention"
+
+logger = logging.getLogger("mergequant")
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration object of transformers, from which a model can be built.
+
+    A padding token that has no row in the embedding is left out: transformers' models refuse it,
+    servers never look at it.
+
+    Raises:
+        InputError: transformers refuses it, and so would a server.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many types, all meaning: refused
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (lines[-1] if lines else type(error).__name__).removeprefix("TypeError: ")
+        raise InputError(
+            f"transformers, and so a server, refuses {folder / CONFIG} ({reason[:300]}): "
+            "correct that entry."
+        ) from error
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and not 0 <= padding < config.vocab_size:
+        config.pad_token_id = None
+    return config
+
+
+def settle_head(reader: Reader, architecture: Architecture) -> None:
+    """Make `tie_word_embeddings` say what the files hold, which is what loaders go by.
+
+    A head of its own that differs from the embedding is used though the configuration ties them;
+    where there is none, the embedding is used though it does not.
+    """
+    head, embedding = (f"{x.name}.weight" for x in (architecture.head, architecture.embedding))
+    tied = bool(reader.config.get(TIED, False))
+    if embedding not in reader.headers:
+        return
+    if not tied and head not in reader.headers:
+        logger.warning("The model has no %s: its embedding is the head, as loaders have it", head)
+        reader.config[TIED] = True
+    elif tied and head in reader.headers and not _equal(reader, head, embedding):
+        logger.warning("%s is stored and differs from the embedding: it is the head", head)
+        reader.config[TIED] = False
+
+
+def _equal(reader: Reader, one: str, other: str) -> bool:
+    if reader.headers[one].shape != reader.headers[other].shape:
+        return False
+    return torch.equal(reader.read(one), reader.read(other))
+
+
+def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> None:
+    """Raise InputError if vLLM's class of this architecture would not compute the same model.
+
+    It would refuse to start, or leave a part out, which is found after hours of quantizing.
+    """
+    kind = architecture.model_type
+    for field, served in architecture.served_with.items():
+        if config.get(field, served) != served:
+            raise InputError(
+                f"config.json has {field} {config[field]!r}, and vLLM serves {kind} only with "
+                f"{served!r}: such a model cannot be served as it is."
+            )
+    kinds = attention_kinds(config)
+    if len(kinds) > 1 or (SLIDING in kinds and not architecture.slides):
+        raise InputError(
+            f"config.json gives some blocks a sliding window ({', '.join(sorted(kinds))}), and "
+            f"vLLM does not serve that for {kind}: set use_sliding_window to false, or remove "
+            "layer_types, if the model works without."
+        )
+
+
+def attention_kinds(config: Mapping[str, Any]) -> set[str]:
+    """Which kinds of attention a model's blocks have, as far as config.json tells them apart."""
+    if config.get("layer_types"):
+        return set(config["layer_types"])
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+        return set()
+    count = int(config["num_hidden_layers"])
+    full = min(int(config.get("max_window_layers", 28)), count)  # 28: transformers' default
+    return ({"full_attention"} if full > 0 else set()) | ({SLIDING} if full < count else set())

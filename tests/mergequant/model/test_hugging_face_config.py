@@ -1,0 +1,158 @@
+"""Configurations that disagree with the weights, with transformers or with the server."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mergequant import Options, quantize
+from mergequant.errors import InputError
+from mergequant.evaluate.perplexity import perplexity
+from mergequant.model.architectures import ARCHITECTURES
+from mergequant.model.hugging_face_config import load_config, refuse_unserved
+from mergequant.model.reader import Reader
+from mergequant.quantizer.prepare import open_folder
+from tests.tiny import make_model
+
+FEW = Options(
+    sequence_length=32,
+    statistics_samples=2,
+    gptq_samples=2,
+    compensation_rank=0,
+    rotation="none",
+    reconstruction="none",
+)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def edit(model: Path, **fields: object) -> Path:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return model
+
+
+def with_tensors(model: Path, **tensors: torch.Tensor | None) -> Path:
+    file = model / "model.safetensors"
+    changed = {**load_file(file), **{name.replace("__", "."): x for name, x in tensors.items()}}
+    save_file({k: x for k, x in changed.items() if x is not None}, file, {"format": "pt"})
+    return model
+
+
+def logits(model: Path) -> Any:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return loaded(torch.arange(8)[None]).logits
+
+
+def test_a_stored_head_is_used_though_the_configuration_ties_it(
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(tmp_path / "model")
+    untied = logits(model)
+    edit(model, tie_word_embeddings=True)
+    assert torch.equal(logits(model), untied)  # transformers uses it
+    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    assert "is stored and differs from the embedding: it is the head" in caplog.text
+    stored = Reader(output)
+    assert stored.config["tie_word_embeddings"] is False
+    assert torch.equal(stored.read(HEAD), load_file(model / "model.safetensors")[HEAD])
+
+
+def test_a_stored_head_that_is_the_embedding_is_tied(tmp_path: Path, text: Path) -> None:
+    model = make_model(tmp_path / "model", tied=True)
+    table = load_file(model / "model.safetensors")[EMBEDDING]
+    with_tensors(model, lm_head__weight=table.clone())
+    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    stored = Reader(output)
+    assert stored.config["tie_word_embeddings"] is True and HEAD not in stored.headers
+
+
+def test_without_a_head_the_embedding_is_it_though_nothing_ties_them(
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = with_tensors(make_model(tmp_path / "model"), lm_head__weight=None)
+    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    assert "its embedding is the head" in caplog.text
+    assert Reader(output).config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_position_embeddings": 128.0}, "max_position_embeddings.*expected int, got float"),
+        ({"eos_token_id": "1"}, "eos_token_id"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers.*expected int, got str"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ],
+)
+def test_what_transformers_refuses_is_refused_by_name_and_first(
+    tmp_path: Path, text: Path, fields: dict[str, Any], message: str
+) -> None:
+    model = edit(make_model(tmp_path / "model"), **fields)
+    with pytest.raises(InputError, match=rf"refuses .*config\.json \(.*{message}"):
+        quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("padding", [258, 10_000, -1])
+def test_a_padding_token_without_a_row_is_left_out(
+    tmp_path: Path, text: Path, padding: int
+) -> None:
+    model = edit(make_model(tmp_path / "model"), pad_token_id=padding)
+    assert load_config(model).pad_token_id is None
+    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    losses = [
+        perplexity(x, text, engine="transformers", window=32, most_windows=2, progress=False).loss
+        for x in (model, output)
+    ]
+    assert abs(losses[0] - losses[1]) < 1
+    assert load_config(edit(model, pad_token_id=5)).pad_token_id == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', and vLLM serves llama only with"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True, and vLLM serves qwen3 only"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            r"some blocks a sliding window \(full_attention, sliding_attention\)",
+        ),
+        (
+            "mistral",
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "does not serve that for mistral",
+        ),
+        (
+            "llama",
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
+            "does not serve that for llama",
+        ),
+    ],
+)
+def test_what_the_server_cannot_do_is_found_before_quantizing(
+    tmp_path: Path, kind: str, fields: dict[str, Any], message: str
+) -> None:
+    model = edit(make_model(tmp_path / "model", kind, **fields), **fields)
+    with pytest.raises(InputError, match=message):
+        open_folder(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}),
+        ("qwen3", {"layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_what_the_server_can_do_is_taken(kind: str, fields: dict[str, Any]) -> None:
+    refuse_unserved(ARCHITECTURES[kind], {"num_hidden_layers": 2, **fields})
