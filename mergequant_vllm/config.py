@@ -33,7 +33,13 @@ logger = init_logger("vllm.mergequant")
 class MergeQuantConfig(QuantizationConfig):
     """`quant_method: mergequant` in a checkpoint's `quantization_config`."""
 
-    def __init__(self, checkpoint: CheckpointFormat) -> None:
+    def __init__(self, checkpoint: CheckpointFormat | None = None) -> None:
+        if checkpoint is None:  # vLLM makes it so for a model without a quantization_config
+            raise ValueError(
+                f"The model is not a {QUANT_METHOD} checkpoint: its config.json has no "
+                f"quantization_config. Serve it without --quantization {QUANT_METHOD}, or make a "
+                "checkpoint of it with `mergequant quantize`."
+            )
         super().__init__()
         self.checkpoint = checkpoint
         self.kernel = requested_kernel()
@@ -88,7 +94,7 @@ class MergeQuantConfig(QuantizationConfig):
         refuse_lora()
         refuse_offload()
         if isinstance(layer, ParallelLMHead):
-            head = self.checkpoint.quantized.get(prefix)
+            head = self._linear(prefix)
             return None if head is None else MergeQuantLinearMethod(prefix, [head], self.kernel)
         if not isinstance(layer, LinearBase):
             return None
@@ -97,12 +103,20 @@ class MergeQuantConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         return MergeQuantLinearMethod(prefix, merged, self.kernel)
 
+    def _linear(self, name: str) -> LinearFormat | None:
+        """A linear of the checkpoint by vLLM's name, which begins otherwise within other models.
+
+        The draft model of speculative decoding is called `draft_model.model...`.
+        """
+        while name not in self.checkpoint.quantized and "." in name:
+            name = name.partition(".")[2]
+        return self.checkpoint.quantized.get(name)
+
     def _linears_behind(self, prefix: str) -> list[LinearFormat]:
         """The checkpoint's linears that vLLM merges into the module `prefix`, in its order."""
         parent, _, module = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(module, [module])]
-        quantized = self.checkpoint.quantized
-        known = [quantized[name] for name in names if name in quantized]
+        known = [linear for name in names if (linear := self._linear(name)) is not None]
         if known and len(known) != len(names):
             raise FormatError(
                 f"vLLM merges {', '.join(names)} of {prefix!r} into one linear, and only some of "

@@ -23,7 +23,7 @@ from mergequant_vllm.kernels.selection.quantizers import (
     writer_for,
 )
 from mergequant_vllm.packing import codes_per_border
-from mergequant_vllm.parameters import STORED, check_loaded, create_parameters
+from mergequant_vllm.parameters import STORED, check_loaded, create_parameters, fill_dummy
 
 
 @register_weight_loader_v2_supported_method
@@ -81,6 +81,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             capability=current_capability(device),
         )
         self.kernel = select_linear(self.spec, self.requested)
+        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         record_in_compile_cache_key(self.kernel.name)
 
     def _refuse_cut_shards(self, shard: int, whole: int) -> None:
@@ -129,6 +130,8 @@ class MergeQuantLinearMethod(LinearMethodBase):
             )
         if layer.weight_packed.is_meta:  # a head in a server that embeds or classifies
             return
+        if self.dummy:
+            fill_dummy(layer, self.format)
         check_loaded(layer, self.format, self.prefix)
         zeros = getattr(layer, "weight_zero_point", None)
         bias = getattr(layer, "bias", None)

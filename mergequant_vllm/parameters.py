@@ -134,6 +134,25 @@ def _create_weight_steps(
         layer.register_parameter(name, parameter)
 
 
+def fill_dummy(layer: Any, form: LinearFormat) -> None:
+    """Fill the parameters with values that a quantizer might write, for `--load-format dummy`.
+
+    vLLM's own dummy weights leave integers as they are allocated and draw steps and clip ratios
+    that no checkpoint has.
+    """
+    codes = layer.weight_packed.data
+    generator = torch.Generator(device=codes.device).manual_seed(0)
+    codes.random_(-(2**31), 2**31 - 1, generator=generator)
+    values = {"weight_scale": 2.0**-8, "weight_zero_point": 0, "output_offset": 0.0}
+    values |= {"input_offset": 0.0, "input_clip": 1.0}
+    for name, value in values.items():
+        if hasattr(layer, name):
+            getattr(layer, name).data.fill_(value)
+    if hasattr(layer, "input_index"):
+        index = layer.input_index.data
+        index.copy_(torch.arange(len(index), device=index.device) % form.shape[1])
+
+
 def check_loaded(layer: Any, form: LinearFormat, prefix: str) -> None:
     """Find what the loader passed over, and values that no quantizer writes.
 

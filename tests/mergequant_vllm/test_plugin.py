@@ -18,7 +18,12 @@ from tests.tiny import make_model
 
 pytest.importorskip("vllm")
 
-from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    LoRAConfig,
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -255,3 +260,45 @@ def test_an_unknown_kernel_is_refused_at_once(
     monkeypatch.setenv("MERGEQUANT_KERNEL", "warp9")
     with pytest.raises(ValueError, match="'warp9' is not a kernel"):
         plugin_config(checkpoint)
+
+
+def test_a_model_in_16_bits_is_refused_by_what_to_do() -> None:
+    # vLLM makes the configuration so where config.json has none.
+    with pytest.raises(ValueError, match="without --quantization mergequant, or make"):
+        MergeQuantConfig()
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("prefix", ["", "draft_model.", "language_model."])
+def test_linears_are_found_within_another_model(checkpoint: Path, prefix: str) -> None:
+    plugin = plugin_config(checkpoint)
+    method = plugin.get_quant_method(
+        RowParallelLinear(64, 64, params_dtype=torch.float32), f"{prefix}{BLOCK}.self_attn.o_proj"
+    )
+    assert isinstance(method, MergeQuantLinearMethod) and method.format.dynamic is not None
+    assert [x.shape for x in plugin._linears_behind(f"{prefix}{BLOCK}.self_attn.qkv_proj")] == [
+        (64, 64),
+        (32, 64),
+        (32, 64),
+    ]
+    assert plugin._linear(f"{prefix}{BLOCK}.self_attn.norm") is None
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("form", ["static", "dynamic", "every tensor"])
+def test_dummy_weights_are_such_as_a_quantizer_writes(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    fields: dict[str, Any] = {"weight_bits": 4}
+    if form == "every tensor":
+        fields |= {"columns": 96, "offsets": True, "group_size": 32, "zero_points": True}
+    linear = linear_form((32, 64), "dynamic" if form == "dynamic" else "static", **fields)
+    monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+    layer = torch.nn.Module()
+    method = MergeQuantLinearMethod("x", [linear], "reference")
+    method.create_weights(
+        layer, 64, [32], 64, 32, torch.float32, weight_loader=lambda *_: None
+    )  # nothing is loaded
+    method.process_weights_after_loading(layer)
+    y = method.apply(layer, torch.randn(5, 64))
+    assert y.shape == (5, 32) and bool(torch.isfinite(y).all()) and float(y.abs().max()) > 0

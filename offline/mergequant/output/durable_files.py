@@ -4,10 +4,16 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mergequant.errors import InputError
+from safetensors import SafetensorError
+
+from mergequant.errors import DiskError, InputError
+
+_OF_THE_DISK = re.compile("I/O error|IoError")
 
 logger = logging.getLogger("mergequant")
 
@@ -70,13 +76,37 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise DiskError if what is done in this context fails for the disk of `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the system's errors, and has others of its own.
+        if isinstance(error, SafetensorError) and not _OF_THE_DISK.search(str(error)):
+            raise
+        raise DiskError(
+            f"{folder} cannot be written ({error}): free space there, or mend what is named, and "
+            "run the same command again; the blocks that are finished are kept."
+        ) from error
+
+
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file that is whole or not there, whenever the machine stops."""
+    """Have `write` make a file that is whole or not there, whenever the machine stops.
+
+    Raises:
+        DiskError: the disk is full or broken; nothing is left of the file.
+    """
     partial = path.with_name(f"{path.name}.tmp")
-    write(partial)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    try:
+        with writing(path.parent):
+            write(partial)
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+    except DiskError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:

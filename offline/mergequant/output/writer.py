@@ -12,10 +12,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergequant.errors import InputError
+from mergequant.errors import DiskError, InputError
 from mergequant.model.reader import CONFIG, ModelReader
 from mergequant.model.weight_files import INDEX, read_header
-from mergequant.output.durable_files import write_durably, write_json
+from mergequant.output.durable_files import write_durably, write_json, writing
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.unfinished_run import FOLDER, UnfinishedRun
 from mergequant_vllm.format import StoredTensor
@@ -85,10 +85,11 @@ class Writer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, InputError) and self._begun and not self.finished:
+        at_fault = isinstance(error, InputError) and not isinstance(error, DiskError)
+        if at_fault and self._begun and not self.finished:
             self._unfinished.discard()  # the same input would end there again
         finished = self._leave()
-        if finished and not isinstance(error, InputError):
+        if finished and not at_fault:
             logger.warning(
                 "%d of %d blocks are finished: run the same command again to continue, or remove "
                 "%s to give up.",
@@ -160,6 +161,11 @@ class Writer:
 
     def finish(self, source: ModelReader, quantization_config: Mapping[str, Any]) -> None:
         """Write the report, index and config, copy the tokenizer, and move all into place."""
+        with writing(self.output):
+            self._finish(source, quantization_config)
+        self._complete = True
+
+    def _finish(self, source: ModelReader, quantization_config: Mapping[str, Any]) -> None:
         folder = self._unfinished.folder
         records = (self._unfinished.record(number) for number in range(self._unfinished.shards - 1))
         lines = [json.dumps(line) + "\n" for record in records for line in record.report]
@@ -172,7 +178,6 @@ class Writer:
         # config.json makes the folder look finished: it is the last.
         files = [*self._shards(), folder / REPORT, folder / INDEX, *copied, folder / CONFIG]
         self._unfinished.publish([file.name for file in files])
-        self._complete = True
 
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

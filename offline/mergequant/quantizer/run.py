@@ -14,6 +14,7 @@ from mergequant.model.channels import Channels
 from mergequant.model.decoder import Decoder, frozen_heap
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
+from mergequant.output.disk_space import checkpoint_bytes, refuse_if_full
 from mergequant.output.fingerprint import fingerprint
 from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
@@ -68,7 +69,9 @@ def quantize(
         # A plan for the largest that a pilot may choose: what it refuses is refused now.
         largest = Decision.largest(here, architecture, folder.config)
         reader, _, files = open_model(model, largest)
-        make_plan(architecture, reader.config, largest, text)
+        whole = make_plan(architecture, reader.config, largest, text).checkpoint
+        plain = 4 if any(x.dtype == "F32" for x in folder.headers.values()) else 2
+        refuse_if_full(Path(output), checkpoint_bytes(whole, plain))
         refuse_if_short(needed_memory(architecture, reader.config, largest, *windows.shape), device)
         writer.begin(fingerprint(folder.config, files, options, text))
         if not writer.finished:  # else these very weights were checked before the first block
