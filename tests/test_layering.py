@@ -83,6 +83,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers", "output"),
     ("quantizer", "evaluate"),
     ("ablation",),
+    ("transformers_hook",),
     ("cli", "__init__"),
 )
 # Who may look at `Options`: what reads them, and what resolves them into the steps' own plans.

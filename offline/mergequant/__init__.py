@@ -1,10 +1,13 @@
 """MergeQuant: INT4 weights and static per-channel INT4 activations for vLLM.
 
 `quantize` makes a checkpoint; `perplexity` measures one. The command line is `mergequant`.
+Importing this package makes transformers know the checkpoint's format.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from mergequant.transformers_hook import install
 
 if TYPE_CHECKING:
     from mergequant.errors import InputError
@@ -28,3 +31,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mergequant' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mergequant.{_HOMES[name]}"), name)
+
+
+install()

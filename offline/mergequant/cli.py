@@ -37,7 +37,10 @@ def quantize(
     ],
     calibration: Annotated[
         list[str],
-        typer.Option(help="Text: .txt, .jsonl with 'text', or a data set's name. Repeatable."),
+        typer.Option(
+            help="Text: .txt, .jsonl, .csv, .parquet, rows with 'text' or 'messages', a data set's "
+            "name. Repeatable."
+        ),
     ],
     fast: Annotated[bool, typer.Option("--fast", help="Nothing is trained.")] = False,
     best: Annotated[
@@ -57,7 +60,9 @@ def quantize(
 @app.command()
 def perplexity(
     model: Annotated[str, typer.Argument(help="Folder or hub id, 16-bit or quantized.")],
-    text: Annotated[str, typer.Option(help="Text: .txt, .jsonl, or a data set's name.")],
+    text: Annotated[
+        str, typer.Option(help="Text: a file as for --calibration, or a data set's name.")
+    ],
     engine: Annotated[str, typer.Option(help="vllm, or transformers: the reference.")] = "vllm",
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,

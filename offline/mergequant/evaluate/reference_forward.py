@@ -63,7 +63,7 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     quantized = checkpoint.quantized
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
-        module = _served_linear(reader, name, linear, dtype, ranks)
+        module = served_module(reader, name, linear, dtype, ranks)
         setattr(model.get_submodule(parent), child, module)
     others = {
         name: reader.read(name).to(dtype)
@@ -75,9 +75,11 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     return model.eval()
 
 
-def _served_linear(
-    reader: Reader, name: str, linear: LinearFormat, dtype: torch.dtype, ranks: int
+def served_module(
+    reader: Reader, name: str, linear: LinearFormat, dtype: torch.dtype, ranks: int = 1
 ) -> nn.Module:
+    """The module of one quantized linear of a checkpoint, see `load_model`."""
+
     def read(suffix: str) -> Tensor:
         return reader.read(f"{name}.{suffix}")
 
