@@ -98,6 +98,50 @@ def perplexity(
 
 
 @app.command()
+def evaluate(
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of what was made of it.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for perplexity, as for --calibration. Repeatable."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks: piqa,arc_easy,...")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of task files.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or transformers: the reference.")] = "vllm",
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    at_least: Annotated[
+        float | None, typer.Option(help="Fail unless so much is left of every figure: 0.95.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How much of a model is left: both measured alike, and written into the model card."""
+    from mergequant.evaluate.compare import compare, refuse_below, refuse_no_fraction
+    from mergequant.output.model_card import evaluation_table
+
+    refuse_no_fraction(at_least)
+    figures = compare(
+        base,
+        checkpoint,
+        text or (),
+        tasks=[task for task in tasks.split(",") if task],
+        task_folder=task_folder,
+        engine=engine,  # type: ignore[arg-type]  # it checks
+        window=window,
+        most_windows=windows,
+        dtype=dtype,
+        progress=not as_json,
+    )
+    if as_json:
+        typer.echo(json.dumps([figure.as_json() for figure in figures], indent=2))
+    else:
+        typer.echo(evaluation_table([figure.as_row() for figure in figures]))
+    if at_least is not None:
+        refuse_below(figures, at_least)
+
+
+@app.command()
 @with_option_flags(*BASE_FLAGS)
 def ablate(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],

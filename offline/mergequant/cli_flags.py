@@ -181,3 +181,25 @@ def _type(name: str) -> Any:
         return annotation
     choice_of_numbers = isinstance(Options.model_fields[name].default, int)  # such as 4 or 8
     return int if choice_of_numbers else str
+
+
+def spelled(options: Mapping[str, Any]) -> list[str]:
+    """Words of the command line that ask for these options, where they are not the defaults."""
+    words: list[str] = []
+    for name, value in options.items():
+        default = Options.model_fields[name].get_default(call_default_factory=True)
+        if value == default or value is None:
+            continue
+        if name == "overrides":
+            for pattern, fields in value.items():
+                pairs = ",".join(
+                    f"{key}={json.dumps(x).strip(chr(34))}" for key, x in fields.items()
+                )
+                words += [_flag(name), f"{pairs}@{pattern}"]
+        elif isinstance(value, bool):
+            words.append(_flag(name) if value else f"--no-{_flag(name)[2:]}")
+        elif isinstance(value, list):
+            words += [word for entry in value for word in (_flag(name), str(entry))]
+        else:
+            words += [_flag(name), str(value)]
+    return words

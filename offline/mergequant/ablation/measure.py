@@ -10,7 +10,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mergequant.ablation.tasks import Tasks
 from mergequant.calibration.text import window_length
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.errors import InputError
@@ -26,6 +25,7 @@ from mergequant.evaluate.perplexity import (
     vllm_engine,
 )
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.evaluate.tasks import Tasks
 from mergequant.quantizer.prepare import find_device
 
 VLLM, REFERENCE = ENGINES

@@ -18,8 +18,8 @@ from mergequant.ablation.rows import FULL, Row, Shapes
 from mergequant.ablation.study import Subject, note_of, study_of, subject_of, with_samples
 from mergequant.ablation.survey import kept_survey
 from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
-from mergequant.ablation.tasks import Tasks
 from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
+from mergequant.evaluate.tasks import Tasks
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant.quantizer.prepare import find_device

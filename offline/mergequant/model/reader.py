@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
+from mergequant.model.other_kinds import refuse_other_kinds
 from mergequant.model.weight_files import DUPLICATES, find_weights
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
@@ -24,7 +25,11 @@ CONFIG = "config.json"
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of a model: a local one, or a hub id's snapshot (downloaded if need be)."""
+    """The folder of a model: a local one, or a hub id's snapshot (downloaded if need be).
+
+    A hub id may end with `@` and a branch, tag or commit. Cache, token and offline mode are those
+    of `huggingface_hub`: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
+    """
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -33,10 +38,15 @@ def locate(model: str | Path) -> Path:
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise InputError(f"Model folder {str(model)!r} does not exist: check the path.")
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md"]
+        patterns += ["LICENSE*", "LICENCE*", "NOTICE*"]
+        name, _, revision = str(model).partition("@")
         return Path(
             snapshot_download(
-                str(model), allow_patterns=patterns, ignore_patterns=f"{DUPLICATES}.safetensors"
+                name,
+                revision=revision or None,
+                allow_patterns=patterns,
+                ignore_patterns=f"{DUPLICATES}.safetensors",
             )
         )
     except Exception as error:  # the hub client raises many types, all meaning: not to be had
@@ -104,6 +114,7 @@ class Reader(ModelReader):
     """A Hugging Face folder of safetensors files, in the dtype that they have."""
 
     def __init__(self, folder: Path) -> None:
+        refuse_other_kinds(folder)
         stored = find_weights(folder)
         self._file_of = stored.file_of
         super().__init__(folder, _read_config(folder), stored.headers)

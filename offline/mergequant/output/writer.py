@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,14 @@ from torch import Tensor
 from mergequant.errors import DiskError, InputError
 from mergequant.model.reader import CONFIG, ModelReader
 from mergequant.model.weight_files import INDEX, read_header
+from mergequant.output.companions import README, copy_companions
 from mergequant.output.durable_files import write_durably, write_json, writing
 from mergequant.output.fingerprint import Fingerprint
+from mergequant.output.model_card import model_card
 from mergequant.output.unfinished_run import FOLDER, UnfinishedRun
-from mergequant_vllm.format import StoredTensor
+from mergequant_vllm.format import StoredTensor, parse
 
 REPORT = "quantization_report.jsonl"
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 logger = logging.getLogger("mergequant")
 
@@ -171,13 +160,12 @@ class Writer:
         lines = [json.dumps(line) + "\n" for record in records for line in record.report]
         (folder / REPORT).write_text("".join(lines))
         write_json(folder / INDEX, _index(self._shards()))
-        copied = list(_copied_files(source.folder))
-        for file in copied:
-            shutil.copyfile(file, folder / file.name)
+        copied = list(copy_companions(source.folder, folder))
+        (folder / README).write_text(model_card(source.folder, parse(quantization_config)))
         write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
         # config.json makes the folder look finished: it is the last.
-        files = [*self._shards(), folder / REPORT, folder / INDEX, *copied, folder / CONFIG]
-        self._unfinished.publish([file.name for file in files])
+        shards = [file.name for file in self._shards()]
+        self._unfinished.publish([*shards, REPORT, INDEX, *copied, README, CONFIG])
 
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -199,12 +187,6 @@ def _index(shards: Sequence[Path]) -> dict[str, Any]:
             header = int.from_bytes(opened.read(8), "little")
         size += file.stat().st_size - 8 - header
     return {"metadata": {"total_size": size}, "weight_map": weight_map}
-
-
-def _copied_files(folder: Path) -> Iterator[Path]:
-    for name in COPIED:
-        if (folder / name).is_file():
-            yield folder / name
 
 
 def _umask() -> int:

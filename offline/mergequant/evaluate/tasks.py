@@ -2,8 +2,10 @@
 
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,20 @@ from mergequant.errors import InputError
 # The paper's figures are lm-eval's normalized accuracy where a task has one: 74.5 for ARC-easy on
 # Llama-2-7B is acc_norm, and WinoGrande has acc alone.
 _METRICS = ("acc_norm,none", "acc,none")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy and its standard error, both in percent."""
+
+    percent: float
+    error: float
+
+
+def accuracy_of(percent: float, questions: int) -> Accuracy:
+    """An accuracy on so many questions: its error is that of a mean of zeros and ones."""
+    right = percent / 100
+    return Accuracy(percent, 100 * math.sqrt(right * (1 - right) / max(questions - 1, 1)))
 
 
 class Tasks:
@@ -66,6 +82,11 @@ class Tasks:
 
     def accuracies(self, model: Any, tokenizer: Any, progress: bool = False) -> dict[str, float]:
         """Zero-shot accuracy of a `transformers` model, percent, by task."""
+        measured = self.measure(model, tokenizer, progress)
+        return {name: accuracy.percent for name, accuracy in measured.items()}
+
+    def measure(self, model: Any, tokenizer: Any, progress: bool = False) -> dict[str, Accuracy]:
+        """Zero-shot accuracy of a `transformers` model with its standard error, by task."""
         from lm_eval import evaluate
 
         loaded = self._manager.load(self.names)
@@ -76,7 +97,11 @@ class Tasks:
             wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, batch_size=8)
             wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=not progress)
             results = evaluate(wrapped, loaded, bootstrap_iters=0, log_samples=False)
-        return {name: _percent(name, metrics) for name, metrics in results["results"].items()}
+        counts = {name: int(x["effective"]) for name, x in results["n-samples"].items()}
+        return {
+            name: accuracy_of(_percent(name, metrics), counts[name])
+            for name, metrics in results["results"].items()
+        }
 
 
 @contextmanager

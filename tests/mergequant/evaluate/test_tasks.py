@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mergequant import InputError
-from mergequant.ablation.tasks import Tasks
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.evaluate.tasks import Tasks, accuracy_of
 
 ITEMS = [
     {
@@ -75,6 +76,8 @@ def test_accuracy_is_the_normalized_one_where_there_is_one(llama: Path, folder: 
         "mergequant_both": pytest.approx(choices(model, tokenizer, normalized=True)),
     }
     assert tasks.accuracies(model, tokenizer) == accuracies
+    measured = tasks.measure(model, tokenizer)["mergequant_plain"]
+    assert measured == accuracy_of(measured.percent, len(ITEMS))
 
 
 def test_an_unknown_task_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +104,10 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(InputError, match=r'pip install "mergequant-vllm\[tasks\]"'):
         Tasks(["piqa"])
+
+
+def test_an_accuracys_error_is_that_of_a_mean() -> None:
+    answers = torch.tensor([1.0] * 30 + [0.0] * 10, dtype=torch.float64)
+    accuracy = accuracy_of(75.0, 40)
+    assert accuracy.error == pytest.approx(100 * float(answers.std()) / 40**0.5)
+    assert accuracy_of(100.0, 40).error == 0 == accuracy_of(0.0, 1).error

@@ -1,0 +1,69 @@
+"""What travels with the weights: files of the source that a server, a client or a lawyer reads."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+README, SOURCE_README = "README.md", "README.source.md"
+# Names and patterns of files and folders, see `fnmatch`.
+TAKEN = (
+    "generation_config.json",
+    "tokenizer*",
+    "tekken.json",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "*processor_config.json",
+    # Of embedding models: what is done with hidden states.
+    "modules.json",
+    "*sentence*.json",
+    "[0-9]*_[A-Z]*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+    README,
+)
+# Weights and what belongs to them, which the checkpoint has its own of.
+REPLACED = ("*.safetensors", "*.index.json", "config.json", "*.bin", "*.pth", "*.pt", "*.gguf")
+_OF_NO_USE = (".*", "__pycache__")
+
+logger = logging.getLogger("mergequant")
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files and folders of a source model that its checkpoint takes along."""
+    return sorted(x for x in folder.iterdir() if _matches(x, TAKEN) and not _matches(x, REPLACED))
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names of what is in a source model and neither replaced nor taken along."""
+    known = (*TAKEN, *REPLACED, *_OF_NO_USE)
+    return sorted(x.name for x in folder.iterdir() if not _matches(x, known))
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def copy_companions(source: Path, folder: Path) -> Iterator[str]:
+    """Copy what travels along into `folder`; yields its name there. What stays is logged."""
+    for path in companions(source):
+        name = SOURCE_README if path.name == README else path.name
+        if path.is_dir():
+            shutil.copytree(path, folder / name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / name)
+        yield name
+    if stays := left_behind(source):
+        code = " (code is never copied: a server would run it)" if _has_code(stays) else ""
+        logger.info("Not taken along: %s%s", ", ".join(stays), code)
+
+
+def _has_code(names: list[str]) -> bool:
+    return any(name.endswith(".py") for name in names)
