@@ -19,6 +19,7 @@ from mergequant_vllm.kernels.selection.linears import (
     LINEAR_KERNELS,
     requested_kernel,
 )
+from mergequant_vllm.kernels.slow_dtypes import slow_dtype
 from mergequant_vllm.version import unsupported_vllm
 
 # K = N = 4096 stands for any that kernels take.
@@ -66,6 +67,8 @@ def _device(device: str) -> Iterator[str]:
         yield f"GPU: {torch.cuda.get_device_name()}{known}"
     threads, cpu = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     yield f"CPU: {platform.machine()}, {cpu} as PyTorch sees it, {threads} threads"
+    if slow := slow_dtype(device, torch.bfloat16):
+        yield f"bfloat16, the default of most models: {slow}"
 
 
 def _native() -> Iterator[str]:

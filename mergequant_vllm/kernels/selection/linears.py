@@ -13,6 +13,7 @@ from mergequant_vllm.kernels.linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.linear.spec import LinearKernel, LinearSpec
 from mergequant_vllm.kernels.linear.triton.kernel import TritonLinear
 from mergequant_vllm.kernels.selection.first_choices import default_kernels, kind_of
+from mergequant_vllm.kernels.slow_dtypes import slow_dtype
 
 KERNEL_VARIABLE = "MERGEQUANT_KERNEL"
 
@@ -46,6 +47,8 @@ def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
     Raises:
         ValueError: the requested kernel refuses `spec`, or no default serves it.
     """
+    if slow := slow_dtype(spec.device, spec.dtype):
+        _log_once(slow, logging.WARNING)
     if requested is not None:
         reason = LINEAR_KERNELS[requested].refusal(spec)
         if reason is not None:
