@@ -79,6 +79,7 @@ def test_methods_are_pure_of_everything_but_torch_and_references(file: Path) -> 
 # The quantizer's folders and files, floor by floor: each imports from floors below its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "options", "methods"),
+    ("recipe",),
     ("calibration", "model", "cli_flags"),
     ("layers", "output"),
     ("quantizer", "evaluate"),
@@ -89,6 +90,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Who may look at `Options`: what reads them, and what resolves them into the steps' own plans.
 RESOLVES_OPTIONS = {
     "cli_flags.py",
+    "recipe.py",
     "__init__.py",
     "output/fingerprint.py",
     "output/checkpoint_plan.py",

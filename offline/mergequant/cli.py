@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergequant.cli_flags import BASE_FLAGS, at_price, with_option_flags
+from mergequant.cli_flags import BASE_FLAGS, at_price, over_recipe, with_option_flags
 from mergequant.errors import InputError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ def _every_command() -> None:
 @app.command()
 @with_option_flags()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the 16-bit model.")],
     output: Annotated[
         Path, typer.Argument(help="Folder to make, or one whose run was interrupted.")
@@ -46,15 +47,23 @@ def quantize(
     best: Annotated[
         bool, typer.Option("--best", help="8 bits where they save most: 5 on average.")
     ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="w4a4, w4a8, w8a8, w3a4 or a YAML file; other flags count over it."),
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
     """Quantize a model; writes a folder that `vllm serve` takes as it is."""
-    options = at_price(flags, fast=fast, best=best)
+    options = at_price(over_recipe(context, flags, recipe), fast=fast, best=best)
     from mergequant.quantizer.run import quantize as run
 
     run(model, output, calibration, options, progress=not quiet)
-    typer.echo(f"{output} is ready: vllm serve {output}")
+    from mergequant.evaluate.checkpoint_contents import sizes
+
+    typer.echo(f"{output} is ready: {sizes(output)}.")
+    typer.echo(f"Serve it: vllm serve {output}")
+    typer.echo(f"Measure what is left: mergequant evaluate {model} {output} --text FILE")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from mergequant.errors import InputError
 from mergequant.options import Options
+from mergequant.recipe import load_recipe
 
 HELP = {
     "activations": "static (steps folded into the norms) or dynamic (baseline).",
@@ -111,6 +112,28 @@ def read_options(flags: Mapping[str, Any], **changes: Any) -> Options:
         # A field of several types has a fault for each.
         messages = " or ".join(fault["msg"] for fault in faults if fault["loc"][:1] == field)
         raise InputError(f"{where} is wrong: {messages}.") from error
+
+
+def over_recipe(
+    context: typer.Context, flags: Mapping[str, Any], recipe: str | None
+) -> dict[str, Any]:
+    """The flags, those of a recipe in the place of those that the command line leaves out.
+
+    Args:
+        context: of the command, which knows where each flag is from.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if recipe is None:
+        return dict(flags)
+    options = load_recipe(recipe)
+    if "overrides" in options:  # as flags spell them
+        spelling = spelled({"overrides": options["overrides"]})
+        options["overrides"] = [word for word in spelling if word != _flag("overrides")]
+    sources = {name: context.get_parameter_source(name) for name in flags}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return {**flags, **{name: x for name, x in options.items() if name not in given}}
 
 
 BEST = {"average_bits": 5.0}  # what --best changes of the defaults

@@ -102,6 +102,13 @@ def inspect_checkpoint(checkpoint: str | Path) -> Contents:
     )
 
 
+def sizes(checkpoint: str | Path) -> str:
+    """How large a checkpoint is, and beside 16 bits, in words."""
+    contents = inspect_checkpoint(checkpoint)
+    total, plain = contents.bytes_total / 1e6, contents.bytes_16_bit / 1e6
+    return f"{total:.1f} MB, {total / plain:.2f} of the {plain:.1f} MB of 16 bits"
+
+
 def _linear(reader: Reader, name: str, linear: LinearFormat) -> LinearContents:
     stored = sum(_size(reader.headers[f"{name}.{suffix}"]) for suffix in stored_tensors(linear))
     clip = None

@@ -19,6 +19,7 @@ from mergequant.output.durable_files import write_durably, write_json, writing
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.model_card import model_card
 from mergequant.output.unfinished_run import FOLDER, UnfinishedRun
+from mergequant.recipe import FILE as RECIPE
 from mergequant_vllm.format import StoredTensor, parse
 
 REPORT = "quantization_report.jsonl"
@@ -148,24 +149,29 @@ class Writer:
     def _shards(self) -> list[Path]:
         return [self._unfinished.shard(number) for number in range(self._unfinished.shards)]
 
-    def finish(self, source: ModelReader, quantization_config: Mapping[str, Any]) -> None:
+    def finish(
+        self, source: ModelReader, quantization_config: Mapping[str, Any], recipe: str = ""
+    ) -> None:
         """Write the report, index and config, copy the tokenizer, and move all into place."""
         with writing(self.output):
-            self._finish(source, quantization_config)
+            self._finish(source, quantization_config, recipe)
         self._complete = True
 
-    def _finish(self, source: ModelReader, quantization_config: Mapping[str, Any]) -> None:
+    def _finish(
+        self, source: ModelReader, quantization_config: Mapping[str, Any], recipe: str
+    ) -> None:
         folder = self._unfinished.folder
         records = (self._unfinished.record(number) for number in range(self._unfinished.shards - 1))
         lines = [json.dumps(line) + "\n" for record in records for line in record.report]
         (folder / REPORT).write_text("".join(lines))
         write_json(folder / INDEX, _index(self._shards()))
         copied = list(copy_companions(source.folder, folder))
+        (folder / RECIPE).write_text(recipe)
         (folder / README).write_text(model_card(source.folder, parse(quantization_config)))
         write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
         # config.json makes the folder look finished: it is the last.
         shards = [file.name for file in self._shards()]
-        self._unfinished.publish([*shards, REPORT, INDEX, *copied, README, CONFIG])
+        self._unfinished.publish([*shards, REPORT, INDEX, *copied, RECIPE, README, CONFIG])
 
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

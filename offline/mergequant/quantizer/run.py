@@ -27,6 +27,7 @@ from mergequant.quantizer.prepare import calibration_of, find_device, open_folde
 from mergequant.quantizer.resolve import make_plan
 from mergequant.quantizer.result import LinearResult
 from mergequant.quantizer.walk import walk_blocks
+from mergequant.recipe import dump_recipe
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 from mergequant_vllm.packing import pack
 
@@ -87,7 +88,8 @@ def quantize(
         _quantize_blocks(decoder, windows, plan, writer, progress)
         writer.write_shard(blocks, _around_the_blocks(reader, architecture, plan.checkpoint))
         check_tensors(plan.checkpoint, writer.headers())
-        writer.finish(reader, plan.checkpoint.model_dump(mode="json"))
+        contract = plan.checkpoint.model_dump(mode="json")
+        writer.finish(reader, contract, dump_recipe(options))
     return Path(output)
 
 
