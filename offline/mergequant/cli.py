@@ -216,6 +216,25 @@ def inspect(
 
 
 @app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    name: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face hub."""
+    from mergequant.output.push import files_to_push
+    from mergequant.output.push import push as run
+
+    if dry_run:
+        for file in files_to_push(checkpoint):
+            size = file.stat().st_size / 1e6
+            typer.echo(f"{size:10.1f} MB  {file.relative_to(checkpoint)}")
+        return
+    typer.echo(run(checkpoint, name, private=private))
+
+
+@app.command()
 def doctor() -> None:
     """Which kernels would serve a checkpoint here, and why."""
     from mergequant_vllm.doctor import report

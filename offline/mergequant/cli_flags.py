@@ -57,6 +57,26 @@ HELP = {
     "device": "cpu, cuda, or auto.",
 }
 
+# In `--help`: what people use beside the arguments, what the method is about, and the rest.
+COMMON: tuple[str, ...] = (
+    "average_bits",
+    "within",
+    "weight_bits",
+    "static_bits",
+    "dynamic_bits",
+    "head_bits",
+)
+COMMON += ("ignore", "overrides", "seed", "device")
+METHOD: tuple[str, ...] = (
+    "activations",
+    "rotation",
+    "residual_rotation",
+    "equalization",
+    "mix_heads",
+)
+METHOD += ("static_zero_points", "dynamic_zero_points", "reconstruction", "alpha", "weights")
+METHOD += ("group_size", "segments", "asymmetric", "clipping", "compensation", "input_correction")
+
 # What the rows of an ablation take from the command line; the rest is what they are about.
 BASE_FLAGS = (
     "hadamard_block",
@@ -192,7 +212,8 @@ def _default(name: str) -> Any:
 
 def _annotation(name: str) -> Any:
     flags = [_flag(name)] if name == "overrides" else []
-    return Annotated[_type(name), typer.Option(*flags, help=HELP[name])]
+    panel = None if name in COMMON else "Method" if name in METHOD else "Advanced"
+    return Annotated[_type(name), typer.Option(*flags, help=HELP[name], rich_help_panel=panel)]
 
 
 def _type(name: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mergequant import InputError, Options
-from mergequant.cli_flags import at_price
+from mergequant.cli_flags import COMMON, METHOD, at_price
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_a_price_is_a_change_of_the_defaults(
 def test_two_prices_are_none() -> None:
     with pytest.raises(InputError, match="two prices: give one of them"):
         at_price({}, fast=True, best=True)
+
+
+def test_the_first_group_of_the_help_is_short() -> None:
+    assert set(COMMON) | set(METHOD) <= set(Options.model_fields)
+    assert not set(COMMON) & set(METHOD) and len(COMMON) <= 12
