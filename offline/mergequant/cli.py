@@ -216,6 +216,19 @@ def inspect(
 
 
 @app.command()
+def report(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    page: Annotated[
+        Path | None, typer.Option(help="File to write; by default report.html in the folder.")
+    ] = None,
+) -> None:
+    """A page about the run: losses by layer, clip ratios, bits, time."""
+    from mergequant.evaluate.report import write_report
+
+    typer.echo(write_report(checkpoint, page))
+
+
+@app.command()
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     name: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],

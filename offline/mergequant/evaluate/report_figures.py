@@ -1,0 +1,174 @@
+"""Figures of one run, from `quantization_report.jsonl`: losses, clip ratios, bits, time.
+
+Each is drawn by matplotlib and returned as SVG, to stand in a page by itself.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mergequant.errors import InputError
+
+Line = Mapping[str, Any]  # of the report
+_BLOCK = re.compile(r"\.(\d+)\.")
+_SIZE = (9.0, 3.2)  # inches
+_NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of metadata in an SVG
+
+
+def require_matplotlib() -> None:
+    """Raise InputError if figures cannot be drawn."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise InputError(
+            'A report needs matplotlib: pip install "mergequant-vllm[plots]".'
+        ) from error
+    mpl.use("Agg")
+
+
+def block_of(linear: str) -> int:
+    """The number of the decoder block that a linear is in."""
+    found = _BLOCK.search(linear)
+    return int(found[1]) if found else 0
+
+
+def by_kind(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines of each kind of linear, such as `q_proj`, in the order of the blocks."""
+    kinds: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=lambda x: block_of(x["linear"])):
+        kinds.setdefault(line["linear"].rpartition(".")[2], []).append(line)
+    return kinds
+
+
+def losses(lines: Sequence[Line]) -> str | None:
+    """Relative squared error at each linear's output: to nearest, by GPTQ, on held-out tokens."""
+    drawn = {
+        "loss_rtn": ("to nearest", ":", "tab:gray"),
+        "loss_gptq": ("GPTQ", "-", "tab:blue"),
+        "loss_held_out": ("GPTQ, held-out tokens", "--", "tab:orange"),
+    }
+
+    def draw(axis: Any, kind: Sequence[Line]) -> None:
+        for field, (label, style, color) in drawn.items():
+            known = [x for x in kind if x.get(field) is not None]
+            blocks = [block_of(x["linear"]) for x in known]
+            axis.plot(blocks, [x[field] for x in known], style, color=color, label=label)
+        axis.set_yscale("log")
+
+    return _small_multiples(lines, "relative squared error", draw)
+
+
+def clips(lines: Sequence[Line]) -> str | None:
+    """Clip ratios: of static inputs the lowest, mean and highest of a channel, else the one."""
+
+    def draw(axis: Any, kind: Sequence[Line]) -> None:
+        known = [x for x in kind if x.get("clip") is not None]
+        blocks = [block_of(x["linear"]) for x in known]
+        ends = [x["clip"] for x in known]
+        if known and isinstance(ends[0], Mapping):
+            low, high = ([x[end] for x in ends] for end in ("lowest", "highest"))
+            axis.fill_between(blocks, low, high, alpha=0.25, label="of all channels")
+            ends = [x["mean"] for x in ends]
+        axis.plot(blocks, ends, label="mean, or the one of all tokens")
+        axis.set_ylim(0, 1.05)
+
+    return _small_multiples(lines, "clip ratio", draw)
+
+
+def training(lines: Sequence[Line]) -> str | None:
+    """Loss of each block at its output, before its training and after; None: none was trained."""
+    trained = [x for x in lines if x.get("compensation")]
+    if not trained:
+        return None
+    figure, axis = _figure()
+    blocks = [block_of(x["linear"]) for x in trained]
+    for field, label in (("loss_before", "before"), ("loss_after", "after")):
+        axis.plot(blocks, [x["compensation"][field] for x in trained], "o-", label=label)
+    axis.set(xlabel="block", ylabel="loss of the block", yscale="log")
+    axis.legend()
+    return _svg(figure)
+
+
+def seconds(lines: Sequence[Line]) -> str | None:
+    """Time of each block, by step."""
+    times: dict[str, dict[int, float]] = {}
+    for line in lines:
+        for step, value in line["seconds"].items():
+            blocks = times.setdefault(step, {})
+            blocks[block_of(line["linear"])] = blocks.get(block_of(line["linear"]), 0) + value
+    if not times:
+        return None
+    figure, axis = _figure()
+    numbers = sorted({number for blocks in times.values() for number in blocks})
+    bottom = [0.0] * len(numbers)
+    for step, blocks in times.items():
+        heights = [blocks.get(number, 0.0) for number in numbers]
+        axis.bar(numbers, heights, bottom=bottom, label=step)
+        bottom = [x + y for x, y in zip(bottom, heights, strict=True)]
+    axis.set(xlabel="block", ylabel="seconds")
+    axis.legend()
+    return _svg(figure)
+
+
+def bits(linears: Mapping[str, tuple[int, int]]) -> str | None:
+    """A map of the bits of weights and activations, by linear and block.
+
+    Args:
+        linears: (weight bits, activation bits) of each, by full name.
+    """
+    inside = {name: x for name, x in linears.items() if _BLOCK.search(name)}
+    if not inside:
+        return None
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in inside))
+    blocks = 1 + max(map(block_of, inside))
+    grid = [[float("nan")] * blocks for _ in kinds]
+    for name, (weight, activation) in inside.items():
+        grid[kinds.index(name.rpartition(".")[2])][block_of(name)] = weight + activation
+    figure, axis = _figure()
+    image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=6, vmax=16)
+    axis.set(xlabel="block", yticks=range(len(kinds)), yticklabels=kinds)
+    figure.colorbar(image, label="bits of weight + of activation")
+    return _svg(figure)
+
+
+def _small_multiples(
+    lines: Sequence[Line], label: str, draw: Callable[[Any, Sequence[Line]], None]
+) -> str | None:
+    """A panel for each kind of linear, over the blocks, with one legend."""
+    kinds = by_kind(lines)
+    if not kinds:
+        return None
+    from matplotlib.figure import Figure
+
+    rows = -(-len(kinds) // 4)
+    figure = Figure(figsize=(_SIZE[0], 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False, sharex=True, sharey=True).flatten()
+    for axis, (kind, own) in zip(axes, kinds.items(), strict=False):
+        draw(axis, own)
+        axis.set_title(kind, fontsize=9)
+    for axis in axes[len(kinds) :]:
+        axis.axis("off")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=8)
+    figure.supylabel(label, fontsize=9)
+    figure.supxlabel("block", fontsize=9)
+    return _svg(figure)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    """The figure's `<svg>` element; the same for the same figure."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "mergequant", "svg.fonttype": "none"}):
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata=_NOTHING)
+    text = written.getvalue()
+    return text[text.index("<svg") :]
