@@ -51,6 +51,12 @@ def load_recipe(recipe: str) -> dict[str, Any]:
             f"{file} has {unknown[0]!r}, which is no option: see `mergequant quantize --help`, "
             "with _ for -."
         )
+    overrides = options.get("overrides") or {}
+    if not isinstance(overrides, dict) or not all(isinstance(x, dict) for x in overrides.values()):
+        raise InputError(
+            f"{file}: overrides are options by pattern, as in "
+            '`overrides: {"re:.*down_proj": {weight_bits: 8}}`.'
+        )
     return options
 
 

@@ -78,6 +78,8 @@ def test_a_checkpoint_has_the_recipe_that_it_was_made_by(checkpoint: Path) -> No
         ("weight_bits: [", "is not YAML"),
         ("- 4", "needs lines such as"),
         ("weight-bits: 4", "'weight-bits', which is no option"),
+        ("overrides: [a]", "overrides are options by pattern"),
+        ("overrides: {x: 8}", "overrides are options by pattern"),
         ("weight_bits: 5", "--weight-bits is wrong"),
     ],
 )

@@ -22,6 +22,7 @@ import json
 import logging
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def _text_of(path: Path) -> str:
             return str(file.read())
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first.") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): check the file.") from error
 
 
@@ -246,8 +247,17 @@ def _joined(name: str, found: Iterable[tuple[str, Any]], separator: str | None =
             rows.append(row)
     if skipped:
         logger.warning("%s: %d rows without text are skipped", name, skipped)
-    chats = any(not isinstance(row, str) for row in rows)
-    return Source(name, tuple(rows), separator or ("" if chats else " "))
+    return Source(name, tuple(rows), separator or _separator(name, rows))
+
+
+def _separator(name: str, rows: Sequence[Row]) -> str:
+    """What published numbers join such rows with."""
+    if any(not isinstance(row, str) for row in rows):
+        return ""
+    if any(isinstance(x, str) and _WIKITEXT_HEADING.search(x.rstrip("\n")) for x in rows[:100]):
+        logger.info("%s is WikiText: its lines are joined by a blank line", name)
+        return "\n\n"
+    return " "
 
 
 def row_of(where: str, value: Any) -> Row | None:
@@ -258,7 +268,7 @@ def row_of(where: str, value: Any) -> Row | None:
         value: a string; or a mapping with a field `text`, `messages` or `conversations`.
     """
     if value is None or isinstance(value, str):
-        return value
+        return _whole(value)
     if isinstance(value, Mapping):
         for field in _FIELDS:
             if field in value:
@@ -272,7 +282,7 @@ def row_of(where: str, value: Any) -> Row | None:
 
 def _field(where: str, field: str, value: Any) -> Row | None:
     if value is None or (field == "text" and isinstance(value, str)):
-        return value
+        return _whole(value)
     if field != "text" and isinstance(value, Sequence) and not isinstance(value, str):
         turns = [_turn(turn) for turn in value]
         known = tuple(turn for turn in turns if turn is not None)
@@ -295,7 +305,14 @@ def _turn(turn: Any) -> dict[str, str] | None:
         content = "".join(part for part in parts if part)
     if not isinstance(speaker, str) or not isinstance(content, str):
         return None
-    return {"role": speaker, "content": content}
+    return {"role": speaker, "content": _whole(content) or ""}
+
+
+def _whole(text: str | None) -> str | None:
+    """A text without halves of characters, which JSON allows and tokenizers refuse."""
+    if text is None:
+        return None
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _needs_datasets(what: str) -> str:

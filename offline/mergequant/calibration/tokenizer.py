@@ -25,9 +25,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: the folder has none, or a broken one.
     """
+    # transformers would take Mistral's own library then, which has no chat template and refuses
+    # conversations that end with an answer.
+    both = (folder / FILE).is_file() and (folder / "tekken.json").is_file()
+    plain = {"mistral_format": False} if both else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False
+            str(folder), trust_remote_code=False, **plain
         )
     except Exception as error:  # transformers raises many types for a missing or broken tokenizer
         raise InputError(

@@ -1,5 +1,6 @@
 """A checkpoint beside the model it was made of, through the same engine: what is left of it."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mergequant.calibration.text import window_length
 from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
-from mergequant.errors import InputError
+from mergequant.errors import DiskError, InputError
 from mergequant.evaluate.perplexity import (
     Engine,
     perplexity_of,
@@ -31,6 +32,8 @@ from mergequant.output.durable_files import write_durably, write_json
 from mergequant.output.model_card import evaluation_table, with_evaluation
 
 RESULTS = "evaluation.json"
+
+logger = logging.getLogger("mergequant")
 
 
 @dataclass(frozen=True)
@@ -108,32 +111,37 @@ def compare(
         raise InputError(f"{folders[1]} is not a mergequant checkpoint: quantize the model first.")
     known = Tasks(tasks, task_folder) if tasks else None
     windows = _windows(folders, texts, window, most_windows)
-    losses = [_losses(x, list(windows.values()), engine, dtype, progress) for x in folders]
+    losses = [_losses(x, [ids for _, ids in windows], engine, dtype, progress) for x in folders]
     figures = [
         Figure(f"{name}: perplexity", perplexity_of(a), perplexity_of(b), loss_added=b - a)
-        for name, a, b in zip(windows, *losses, strict=True)
+        for (name, _), a, b in zip(windows, *losses, strict=True)
     ]
     if known is not None:
         figures += _accuracies(folders, known, dtype, progress)
     if Path(checkpoint).is_dir():
-        record(Path(checkpoint), figures)
+        try:
+            record(Path(checkpoint), figures)
+        except DiskError as error:  # what was measured is not lost
+            logger.warning("The figures are not in the model card: %s", error)
     return figures
 
 
 def _windows(
     folders: Sequence[Path], texts: Sequence[str | Path], window: int, most: int | None
-) -> dict[str, Tensor]:
-    """Token windows of each text, by its name; of a length that both models take."""
+) -> list[tuple[str, Tensor]]:
+    """Name and token windows of each text, of a length that both models take."""
     length = window
     for folder in folders:
         length = window_length(length, Reader(folder).config.get("max_position_embeddings"))
     tokenizer = load_tokenizer(folders[0])
-    windows = {}
-    for text in texts:
+    windows = []
+    stems = [Path(text).stem for text in texts]
+    for text, stem in zip(texts, stems, strict=True):
         ids = text_windows(text, tokenizer, length, most)
         for folder in folders:
             refuse_unknown_tokens(ids, tokenizer, widths(Reader(folder).config)["vocabulary"])
-        windows[f"{Path(text).stem}, {len(ids)} x {length} tokens"] = ids
+        name = stem if stems.count(stem) == 1 else str(text)
+        windows.append((f"{name}, {len(ids)} x {length} tokens", ids))
     return windows
 
 
@@ -147,15 +155,21 @@ def _losses(
         length = windows[0].shape[1] + 1
         with vllm_engine(folder, dtype=dtype, enforce_eager=True, max_model_len=length) as llm:
             return [-float(prompt_logprobs(llm, ids, progress).mean()) for ids in windows]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder, getattr(torch, dtype)).to(device)
-    return [-float(reference_logprobs(model, ids.to(device), progress).mean()) for ids in windows]
+    model = load_model(folder, getattr(torch, dtype)).to(_device())
+    return [
+        -float(reference_logprobs(model, ids.to(_device()), progress).mean()) for ids in windows
+    ]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _accuracies(folders: Sequence[Path], tasks: Tasks, dtype: str, progress: bool) -> list[Figure]:
     tokenizer = load_tokenizer(folders[0])
     base, quantized = (
-        tasks.measure(load_model(x, getattr(torch, dtype)), tokenizer, progress) for x in folders
+        tasks.measure(load_model(x, getattr(torch, dtype)).to(_device()), tokenizer, progress)
+        for x in folders
     )
     return [
         Figure(
@@ -186,8 +200,10 @@ def refuse_no_fraction(least: float | None) -> None:
 
 def refuse_below(figures: Sequence[Figure], least: float) -> None:
     """Raise InputError, naming the worst, if less than the fraction `least` of a figure is left."""
-    worst = min(figures, key=lambda figure: figure.recovery)
-    if worst.recovery < 100 * least:
+    # A figure that is no number is no recovery.
+    short = [figure for figure in figures if not figure.recovery >= 100 * least]
+    if short:
+        worst = min(short, key=lambda x: -math.inf if math.isnan(x.recovery) else x.recovery)
         raise InputError(
             f"{worst.what}: {worst.recovery:.1f}% is left, less than the {100 * least:g}% of "
             "--at-least: quantize at a higher price (--best, or --static-bits 8 --dynamic-bits 8)."

@@ -13,6 +13,7 @@ from mergequant.errors import InputError
 Line = Mapping[str, Any]  # of the report
 _BLOCK = re.compile(r"\.(\d+)\.")
 _SIZE = (9.0, 3.2)  # inches
+_ENDS = ("lowest", "mean", "highest")  # of the clip ratios of an input's channels
 _NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of metadata in an SVG
 
 
@@ -65,15 +66,18 @@ def clips(lines: Sequence[Line]) -> str | None:
     def draw(axis: Any, kind: Sequence[Line]) -> None:
         known = [x for x in kind if x.get("clip") is not None]
         blocks = [block_of(x["linear"]) for x in known]
-        ends = [x["clip"] for x in known]
-        if known and isinstance(ends[0], Mapping):
-            low, high = ([x[end] for x in ends] for end in ("lowest", "highest"))
-            axis.fill_between(blocks, low, high, alpha=0.25, label="of all channels")
-            ends = [x["mean"] for x in ends]
-        axis.plot(blocks, ends, label="mean, or the one of all tokens")
+        ends = [_ends(x["clip"]) for x in known]
+        low, mean, high = ([x[end] for x in ends] for end in _ENDS)
+        axis.fill_between(blocks, low, high, alpha=0.25, label="of all channels")
+        axis.plot(blocks, mean, label="mean, or the one of all tokens")
         axis.set_ylim(0, 1.05)
 
     return _small_multiples(lines, "clip ratio", draw)
+
+
+def _ends(clip: float | Mapping[str, float]) -> Mapping[str, float]:
+    """A static input's clip ratios; a dynamic one has the same for all of its channels."""
+    return clip if isinstance(clip, Mapping) else dict.fromkeys(_ENDS, clip)
 
 
 def training(lines: Sequence[Line]) -> str | None:

@@ -97,11 +97,25 @@ class Tasks:
             wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, batch_size=8)
             wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=not progress)
             results = evaluate(wrapped, loaded, bootstrap_iters=0, log_samples=False)
+        members = results.get("group_subtasks", {})
         counts = {name: int(x["effective"]) for name, x in results["n-samples"].items()}
         return {
-            name: accuracy_of(_percent(name, metrics), counts[name])
+            name: accuracy_of(_percent(name, metrics), questions_of(name, counts, members))
             for name, metrics in results["results"].items()
+            if not _is_bare_group(name, metrics, members)
         }
+
+
+def questions_of(name: str, counts: Mapping[str, int], members: Mapping[str, Any]) -> int:
+    """How many questions a task has, or all tasks of a group together."""
+    if name in counts:
+        return counts[name]
+    return sum(questions_of(member, counts, members) for member in members.get(name) or ())
+
+
+def _is_bare_group(name: str, metrics: Mapping[str, Any], members: Mapping[str, Any]) -> bool:
+    """Whether this is a group of tasks that lm-eval gives no figure of its own."""
+    return bool(members.get(name)) and not any(metric in metrics for metric in _METRICS)
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def _refuse_multimodal(folder: Path) -> None:
         return  # said by who reads it
     if isinstance(config, dict) and "text_config" in config:
         raise InputError(
-            f"{folder} is a multimodal model ({config.get('model_type')}): quantize its language "
-            f"model alone, taken out with {_python(folder, _LOAD)}.save_pretrained('TEXT')\"."
+            f"{folder} is a multimodal model ({config.get('model_type')}): only language models "
+            "are quantized; save its language model by itself, with the tokenizer files, and give "
+            "that folder."
         )
 
 

@@ -32,19 +32,23 @@ TAKEN = (
 # Weights and what belongs to them, which the checkpoint has its own of.
 REPLACED = ("*.safetensors", "*.index.json", "config.json", "*.bin", "*.pth", "*.pt", "*.gguf")
 _OF_NO_USE = (".*", "__pycache__")
+_CODE = "*.py"  # is never copied: a server would run it
 
 logger = logging.getLogger("mergequant")
 
 
 def companions(folder: Path) -> list[Path]:
     """The files and folders of a source model that its checkpoint takes along."""
-    return sorted(x for x in folder.iterdir() if _matches(x, TAKEN) and not _matches(x, REPLACED))
+    others = (*REPLACED, _CODE)
+    named = (x for x in folder.iterdir() if _matches(x, TAKEN) and not _matches(x, others))
+    return sorted(x for x in named if x.is_file() or x.is_dir())  # a link may lead nowhere
 
 
 def left_behind(folder: Path) -> list[str]:
     """Names of what is in a source model and neither replaced nor taken along."""
-    known = (*TAKEN, *REPLACED, *_OF_NO_USE)
-    return sorted(x.name for x in folder.iterdir() if not _matches(x, known))
+    taken = {x.name for x in companions(folder)}
+    rest = (x for x in folder.iterdir() if not _matches(x, (*REPLACED, *_OF_NO_USE)))
+    return sorted(x.name for x in rest if x.name not in taken)
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -56,7 +60,8 @@ def copy_companions(source: Path, folder: Path) -> Iterator[str]:
     for path in companions(source):
         name = SOURCE_README if path.name == README else path.name
         if path.is_dir():
-            shutil.copytree(path, folder / name, dirs_exist_ok=True)
+            unwanted = shutil.ignore_patterns(_CODE, *_OF_NO_USE)
+            shutil.copytree(path, folder / name, dirs_exist_ok=True, ignore=unwanted)
         else:
             shutil.copyfile(path, folder / name)
         yield name

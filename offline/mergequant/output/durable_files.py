@@ -87,7 +87,7 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise DiskError(
             f"{folder} cannot be written ({error}): free space there, or mend what is named, and "
-            "run the same command again; the blocks that are finished are kept."
+            "run the same command again; what is finished is kept."
         ) from error
 
 

@@ -99,6 +99,22 @@ def test_wikitext_lines_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     assert read_source(str(file)).text() == "\n\n = Title = \n\n\n\n\n Words . \n"
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "saved"])
+def test_wikitext_is_wikitext_in_every_kind_of_file(tmp_path: Path, name: str) -> None:
+    rows = ["", " = Title = \n", "", " Words . \n"]  # as the published data set has them
+    WRITERS[name](tmp_path / name, [{"text": row} for row in rows])
+    assert read_source(str(tmp_path / name)).text() == "\n\n".join(rows)
+
+
+def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "web.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
+    (text,) = read_source(str(tmp_path / "web.jsonl")).rows
+    assert text == "a \ufffd b \U0001f600"
+    assert row_of("Row 1", {"messages": [{"role": "user", "content": "\ud83d"}]}) == (
+        {"role": "user", "content": "\ufffd"},
+    )
+
+
 def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
     file = tmp_path / "web.jsonl"
     file.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
@@ -156,6 +172,7 @@ def test_rows_of_another_shape_are_refused(value: Any, message: str) -> None:
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "is not UTF-8 text"),
         ("wide.txt", "\ufeffa".encode("utf-16-le"), "is not UTF-8 text"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be read"),
+        ("torn.jsonl.gz", gzip.compress(b"abc" * 99)[:12] + bytes(40), "cannot be read"),
         ("x.parquet", b"PAR1", "is not a Parquet file"),
     ],
 )

@@ -87,6 +87,14 @@ def test_conversations_are_written_by_the_models_template(model: Path) -> None:
         written(CHAT, tokenizer)
 
 
+def test_the_models_own_file_is_taken_beside_mistrals(model: Path) -> None:
+    (model / "tekken.json").write_text("{}")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(model)
+    assert written(CHAT, tokenizer) == "<user>Who?plain"
+    assert tokenizer("a b")["input_ids"] == AutoTokenizer.from_pretrained(model)("a b")["input_ids"]
+
+
 def test_a_model_is_quantized_on_conversations(model: Path, tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text(TEMPLATE)
     rows = [{"messages": [{"role": "user", "content": "The quick brown fox " * 9}]}] * 9

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mergequant import InputError, cli
+from mergequant.errors import DiskError
+from mergequant.evaluate import compare as module
 from mergequant.evaluate.compare import Figure, compare, record, refuse_below, refuse_no_fraction
 from mergequant.evaluate.perplexity import perplexity
 from mergequant.output.model_card import BEGIN
@@ -65,6 +67,10 @@ def test_too_little_left_fails_by_name() -> None:
     refuse_below([PPL, ACCURACY], 0.8)
     with pytest.raises(InputError, match=r"^text: 80\.0% is left, less than the 95% of"):
         refuse_below([PPL, ACCURACY], 0.95)
+    broken = Figure("broken", 20.0, math.nan)
+    for order in ([broken, ACCURACY], [ACCURACY, broken, PPL]):
+        with pytest.raises(InputError, match=r"^broken: nan% is left"):
+            refuse_below(order, 0.5)
     for wrong in (0.0, 95.0, -1.0):
         with pytest.raises(InputError, match="no fraction"):
             refuse_no_fraction(wrong)
@@ -80,6 +86,32 @@ def test_what_is_not_there_is_found_before_anything_is_measured(
     with pytest.raises(InputError, match="does not exist"):
         compare(llama, copy, [text, "none.txt"], **FAST)  # type: ignore[arg-type]
     assert not (copy / "evaluation.json").exists()
+
+
+def test_texts_of_one_name_are_both_measured(
+    llama: Path, copy: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / text.name
+    other.parent.mkdir()
+    other.write_text("0123456789 " * 100)
+    figures = compare(llama, copy, [text, other], **FAST)  # type: ignore[arg-type]
+    assert [x.what.split(",")[0] for x in figures] == [str(text), str(other)]
+    assert figures[0].base != figures[1].base
+
+
+def test_figures_are_returned_though_the_card_cannot_be_written(
+    llama: Path,
+    copy: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("the disk is full")
+
+    monkeypatch.setattr(module, "record", full)
+    assert len(compare(llama, copy, [text], **FAST)) == 1  # type: ignore[arg-type]
+    assert "not in the model card: the disk is full" in caplog.text
 
 
 def test_the_command_prints_and_fails_as_asked(

@@ -85,6 +85,15 @@ def test_the_figures_have_the_reports_numbers(folder: Path) -> None:
     assert figures.training([]) is None is figures.losses([]) is figures.bits({"lm_head": (8, 8)})
 
 
+def test_clip_ratios_of_either_kind_are_drawn_in_any_order() -> None:
+    ends = {"lowest": 0.2, "mean": 0.5, "highest": 0.9}
+    lines = [
+        {"linear": f"model.layers.{block}.mlp.up_proj", "clip": clip}
+        for block, clip in enumerate((0.7, ends, None))
+    ]
+    assert figures.clips(lines) and figures.clips(lines[1:] + lines[:1])
+
+
 def test_the_command_says_where_the_page_is(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from mergequant import InputError
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logits
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.evaluate.tasks import Tasks, accuracy_of
+from mergequant.evaluate.tasks import Tasks, accuracy_of, questions_of
 
 ITEMS = [
     {
@@ -80,6 +80,21 @@ def test_accuracy_is_the_normalized_one_where_there_is_one(llama: Path, folder: 
     assert measured == accuracy_of(measured.percent, len(ITEMS))
 
 
+def test_a_group_is_measured_as_its_tasks_are(llama: Path, folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason=MISSING)
+    group = "group: ours\ntask: [mergequant_plain, mergequant_both]\n"
+    (folder / "ours.yaml").write_text(
+        f"{group}aggregate_metric_list:\n  - {{metric: acc, weight_by_size: true}}\n"
+    )
+    (folder / "bare.yaml").write_text(group.replace("ours", "bare"))
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    alone = Tasks(["bare"], folder).measure(model, tokenizer)  # has no figure of its own
+    assert set(alone) == {"mergequant_plain", "mergequant_both"}
+    measured = Tasks(["ours"], folder).measure(model, tokenizer)
+    assert {name: measured[name] for name in alone} == alone
+    assert measured["ours"] == accuracy_of(measured["ours"].percent, 2 * len(ITEMS))
+
+
 def test_an_unknown_task_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = pytest.importorskip("lm_eval.tasks", reason=MISSING)
 
@@ -111,3 +126,10 @@ def test_an_accuracys_error_is_that_of_a_mean() -> None:
     accuracy = accuracy_of(75.0, 40)
     assert accuracy.error == pytest.approx(100 * float(answers.std()) / 40**0.5)
     assert accuracy_of(100.0, 40).error == 0 == accuracy_of(0.0, 1).error
+
+
+def test_a_group_has_the_questions_of_its_tasks() -> None:
+    counts = {"a": 3, "b": 4, "alone": 5}
+    members = {"mmlu": ["stem", "b"], "stem": ["a"], "alone": []}
+    assert questions_of("mmlu", counts, members) == 7
+    assert questions_of("alone", counts, members) == 5

@@ -30,9 +30,10 @@ def test_each_kind_is_refused_with_its_command(tmp_path: Path, kind: str) -> Non
         (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=name) as caught:
         Reader(tmp_path)
-    (program,) = re.findall(r'python -c "([^"]*)"', str(caught.value))
-    ast.parse(program)
-    assert str(tmp_path) in program and "save_pretrained" in program
+    for program in re.findall(r'python -c "([^"]*)"', str(caught.value)) or [""]:
+        ast.parse(program)
+        # No command takes the language model out of every multimodal one.
+        assert (kind == "multimodal") != (str(tmp_path) in program and "save_pretrained" in program)
 
 
 def test_an_adapter_beside_its_model_is_no_reason(tmp_path: Path) -> None:
