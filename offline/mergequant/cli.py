@@ -61,7 +61,7 @@ def quantize(
     run(model, output, calibration, options, progress=not quiet)
     from mergequant.evaluate.checkpoint_contents import sizes
 
-    typer.echo(f"{output} is ready: {sizes(output)}.")
+    typer.echo(f"{output} is ready: {sizes(output, model)}.")
     typer.echo(f"Serve it: vllm serve {output}")
     typer.echo(f"Measure what is left: mergequant evaluate {model} {output} --text FILE")
 

@@ -18,7 +18,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
 
     made: list[Options] = []
     monkeypatch.setattr(run, "quantize", lambda *words, **_: made.append(words[3]))
-    monkeypatch.setattr(contents, "sizes", lambda _: "small")
+    monkeypatch.setattr(contents, "sizes", lambda *_: "small")
     return made
 
 

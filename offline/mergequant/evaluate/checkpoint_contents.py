@@ -102,11 +102,13 @@ def inspect_checkpoint(checkpoint: str | Path) -> Contents:
     )
 
 
-def sizes(checkpoint: str | Path) -> str:
-    """How large a checkpoint is, and beside 16 bits, in words."""
-    contents = inspect_checkpoint(checkpoint)
-    total, plain = contents.bytes_total / 1e6, contents.bytes_16_bit / 1e6
-    return f"{total:.1f} MB, {total / plain:.2f} of the {plain:.1f} MB of 16 bits"
+def sizes(checkpoint: str | Path, source: str | Path) -> str:
+    """How large a checkpoint's weights are, and beside its source model's, in words."""
+    total, before = (
+        sum(file.stat().st_size for file in Reader(locate(x)).weight_files()) / 1e6
+        for x in (checkpoint, source)
+    )
+    return f"{total:.1f} MB, {total / before:.2f} of the source's {before:.1f} MB"
 
 
 def _linear(reader: Reader, name: str, linear: LinearFormat) -> LinearContents:

@@ -8,6 +8,7 @@ import yaml
 
 from mergequant import Options
 from mergequant.cli_flags import read_options, spelled
+from mergequant.evaluate.checkpoint_contents import sizes
 from mergequant.model.reader import Reader
 from mergequant.output.model_card import base_name, model_card
 from mergequant_vllm.format import parse
@@ -94,3 +95,12 @@ def test_options_are_spelled_as_the_command_line_reads_them(changed: dict[str, o
 )
 def test_a_model_has_the_hubs_name_or_its_folders(folder: str, name: str) -> None:
     assert base_name(Path(folder)) == name
+
+
+def test_sizes_are_those_of_the_files_beside_the_sources(checkpoint: Path, llama: Path) -> None:
+    total, source = (
+        sum(x.stat().st_size for x in folder.glob("*.safetensors")) / 1e6
+        for folder in (checkpoint, llama)
+    )
+    said = f"{total:.1f} MB, {total / source:.2f} of the source's {source:.1f} MB"
+    assert sizes(checkpoint, llama) == said
