@@ -41,9 +41,14 @@ _KINDS = {
 
 def report() -> str:
     """A few lines that say what would run here and why."""
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return "\n".join([*_releases(), *_device(device), *_native(), *_kernels(device)])
+    told = logging.getLogger("vllm")
+    level = told.level
+    told.setLevel(logging.ERROR)  # what is asked here is answered by the report, not by the log
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return "\n".join([*_releases(), *_device(device), *_native(), *_kernels(device)])
+    finally:
+        told.setLevel(level)
 
 
 def _releases() -> Iterator[str]:

@@ -59,4 +59,6 @@ def test_the_log_says_it_once_and_doctor_too(
             linears.select_linear(spec, "reference")
     assert caplog.text.count("serve with --dtype float32") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = logging.getLogger("vllm").level
     assert "bfloat16, the default of most models" in doctor.report()
+    assert logging.getLogger("vllm").level == before
