@@ -25,6 +25,15 @@ SMALL = Options(
     compensation_rank=0,
 )
 # Every step of the method.
+# As little as makes a checkpoint, for tests that look at what surrounds its codes.
+FEW = Options(
+    sequence_length=32,
+    statistics_samples=2,
+    gptq_samples=2,
+    compensation_rank=0,
+    rotation="none",
+    reconstruction="none",
+)
 WHOLE = SMALL.model_copy(
     update={
         "reconstruction": "pad",

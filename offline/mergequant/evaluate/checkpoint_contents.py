@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergequant.errors import InputError
-from mergequant.model.reader import Reader, is_mergequant, locate
+from mergequant.model.reader import Reader, locate, open_checkpoint
 from mergequant_vllm.format import (
     CheckpointFormat,
     LinearFormat,
@@ -80,11 +79,7 @@ class Contents:
 
 def inspect_checkpoint(checkpoint: str | Path) -> Contents:
     """Contents of a checkpoint; raises InputError or FormatError if it is not a whole one."""
-    reader = Reader(locate(checkpoint))
-    if not is_mergequant(reader.config):
-        raise InputError(
-            f"{reader.folder} is not a mergequant checkpoint: quantize the model first."
-        )
+    reader = open_checkpoint(checkpoint)
     contract = parse(reader.config["quantization_config"])
     check_tensors(contract, reader.headers)
     linears = [_linear(reader, name, linear) for name, linear in contract.quantized.items()]

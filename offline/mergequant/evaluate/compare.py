@@ -23,10 +23,10 @@ from mergequant.evaluate.perplexity import (
     text_windows,
     vllm_engine,
 )
-from mergequant.evaluate.reference_forward import load_model
+from mergequant.evaluate.reference_forward import default_device, load_model
 from mergequant.evaluate.tasks import Tasks
 from mergequant.model.architecture import widths
-from mergequant.model.reader import Reader, is_mergequant, locate
+from mergequant.model.reader import Reader, locate, open_checkpoint
 from mergequant.output.companions import README
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant.output.model_card import evaluation_table, with_evaluation
@@ -106,9 +106,7 @@ def compare(
     refuse_no_window(window, most_windows)
     if not texts and not tasks:
         raise InputError("Nothing to evaluate on: give --text FILE or --tasks NAME.")
-    folders = [locate(base), locate(checkpoint)]
-    if not is_mergequant(Reader(folders[1]).config):
-        raise InputError(f"{folders[1]} is not a mergequant checkpoint: quantize the model first.")
+    folders = [locate(base), open_checkpoint(checkpoint).folder]
     known = Tasks(tasks, task_folder) if tasks else None
     windows = _windows(folders, texts, window, most_windows)
     losses = [_losses(x, [ids for _, ids in windows], engine, dtype, progress) for x in folders]
@@ -155,20 +153,19 @@ def _losses(
         length = windows[0].shape[1] + 1
         with vllm_engine(folder, dtype=dtype, enforce_eager=True, max_model_len=length) as llm:
             return [-float(prompt_logprobs(llm, ids, progress).mean()) for ids in windows]
-    model = load_model(folder, getattr(torch, dtype)).to(_device())
+    model = load_model(folder, getattr(torch, dtype)).to(default_device())
     return [
-        -float(reference_logprobs(model, ids.to(_device()), progress).mean()) for ids in windows
+        -float(reference_logprobs(model, ids.to(default_device()), progress).mean())
+        for ids in windows
     ]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _accuracies(folders: Sequence[Path], tasks: Tasks, dtype: str, progress: bool) -> list[Figure]:
     tokenizer = load_tokenizer(folders[0])
     base, quantized = (
-        tasks.measure(load_model(x, getattr(torch, dtype)).to(_device()), tokenizer, progress)
+        tasks.measure(
+            load_model(x, getattr(torch, dtype)).to(default_device()), tokenizer, progress
+        )
         for x in folders
     )
     return [

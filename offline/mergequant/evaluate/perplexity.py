@@ -18,7 +18,7 @@ from mergequant.calibration.sources import read_source
 from mergequant.calibration.text import evaluation_windows, window_length
 from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
 from mergequant.errors import InputError
-from mergequant.evaluate.reference_forward import load_model
+from mergequant.evaluate.reference_forward import default_device, load_model
 from mergequant.model.architecture import widths
 from mergequant.model.reader import Reader, is_mergequant, locate
 from mergequant_vllm.format import check_tensors, parse
@@ -100,7 +100,7 @@ def perplexity(
         ) as llm:
             logprobs = prompt_logprobs(llm, windows, progress)
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         reference = load_model(folder, getattr(torch, dtype), tensor_parallel_size).to(device)
         logprobs = reference_logprobs(reference, windows.to(device), progress)
     loss = -float(logprobs.mean())

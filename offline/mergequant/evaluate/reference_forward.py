@@ -15,6 +15,11 @@ from mergequant.model.reader import Reader, is_mergequant
 from mergequant_vllm.format import LinearFormat, check_tensors, parse
 
 
+def default_device() -> str:
+    """Where the reference forward runs: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     folder: Path, dtype: torch.dtype = torch.float32, tensor_parallel_size: int = 1
 ) -> Any:

@@ -162,6 +162,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def open_checkpoint(checkpoint: str | Path) -> Reader:
+    """A mergequant checkpoint's folder; raises InputError if it is another model's."""
+    reader = Reader(locate(checkpoint))
+    if not is_mergequant(reader.config):
+        raise InputError(
+            f"{reader.folder} is not a mergequant checkpoint: quantize the model first."
+        )
+    return reader
+
+
 def is_mergequant(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is that of a mergequant checkpoint."""
     quantized = config.get("quantization_config") or {}

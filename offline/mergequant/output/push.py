@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from mergequant.errors import InputError
-from mergequant.model.reader import Reader, is_mergequant
+from mergequant.model.reader import open_checkpoint
 
 
 def files_to_push(checkpoint: Path) -> list[Path]:
@@ -14,8 +14,7 @@ def files_to_push(checkpoint: Path) -> list[Path]:
     Raises:
         InputError: the folder is no finished checkpoint.
     """
-    if not is_mergequant(Reader(checkpoint).config):
-        raise InputError(f"{checkpoint} is not a mergequant checkpoint: quantize the model first.")
+    open_checkpoint(checkpoint)
     inside = {x.relative_to(checkpoint): x for x in checkpoint.rglob("*") if x.is_file()}
     return sorted(file for name, file in inside.items() if not any(y[0] == "." for y in name.parts))
 

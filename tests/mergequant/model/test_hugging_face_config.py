@@ -9,23 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mergequant import Options, quantize
+from mergequant import quantize
 from mergequant.errors import InputError
 from mergequant.evaluate.perplexity import perplexity
 from mergequant.model.architectures import ARCHITECTURES
 from mergequant.model.hugging_face_config import load_config, refuse_unserved
 from mergequant.model.reader import Reader
 from mergequant.quantizer.prepare import open_folder
+from tests.conftest import FEW
 from tests.tiny import make_model
 
-FEW = Options(
-    sequence_length=32,
-    statistics_samples=2,
-    gptq_samples=2,
-    compensation_rank=0,
-    rotation="none",
-    reconstruction="none",
-)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 

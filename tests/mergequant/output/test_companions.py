@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mergequant import Options, quantize
+from mergequant import quantize
 from mergequant.output.companions import companions, left_behind
+from tests.conftest import FEW
 from tests.tiny import make_model
 
 TAKEN = {
@@ -27,14 +28,6 @@ LEFT = {
 }
 CODE = {"1_Pooling/own.py": "raise SystemExit"}  # within what is taken
 REPLACED = {"training_args.bin": "pickle", "consolidated.pth": "pickle", ".gitattributes": "*"}
-FEW = Options(
-    sequence_length=32,
-    statistics_samples=2,
-    gptq_samples=2,
-    compensation_rank=0,
-    rotation="none",
-    reconstruction="none",
-)
 
 
 def test_everything_that_is_read_travels(

@@ -9,22 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from mergequant import InputError, Options, quantize
+from mergequant import InputError, quantize
 from mergequant.errors import DiskError
 from mergequant.model.reader import Reader
 from mergequant.output import disk_space
 from mergequant.output.disk_space import checkpoint_bytes, refuse_if_full
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant_vllm.format import parse
-
-FEW = Options(
-    sequence_length=32,
-    statistics_samples=2,
-    gptq_samples=2,
-    compensation_rank=0,
-    rotation="none",
-    reconstruction="none",
-)
+from tests.conftest import FEW
 
 
 @contextmanager
