@@ -24,8 +24,6 @@ BEGINNINGS = ('The "for" statement is used to',)  # for a model without a chat t
 ANSWER_TOKENS = 80  # at most
 TIMED_TOKENS = 64  # exactly, in each of the rounds
 ROUNDS = 5
-# Instructions of CPUs for products of 16-bit numbers, as Linux names them.
-SIXTEEN_BIT = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,8 @@ def dtype() -> str:
     """
     if on_a_gpu():
         return "auto"
+    from mergequant_vllm.kernels.slow_dtypes import SIXTEEN_BIT
+
     described = Path("/proc/cpuinfo")
     words = set(described.read_text().split()) if described.exists() else set()
     return "auto" if words & SIXTEEN_BIT else "float32"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # As Linux names them: x86 with AVX-512 BF16 or AMX, ARM with BF16.
-_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+SIXTEEN_BIT = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _CPU = Path("/proc/cpuinfo")
 
 
@@ -20,7 +20,7 @@ def slow_dtype(device: str, dtype: torch.dtype) -> str | None:
     """
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _CPU.is_file():
         return None
-    if set(_CPU.read_text().split()) & _INSTRUCTIONS:
+    if set(_CPU.read_text().split()) & SIXTEEN_BIT:
         return None
     name = str(dtype).removeprefix("torch.")
     return (

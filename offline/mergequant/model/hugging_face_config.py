@@ -15,6 +15,8 @@ from mergequant.model.reader import CONFIG, Reader
 TIED = "tie_word_embeddings"
 SLIDING = "sliding_attention"
 
+_SETTLED: dict[tuple[object, ...], bool] = {}  # by what the configuration says, and the files
+
 logger = logging.getLogger("mergequant")
 
 
@@ -48,16 +50,27 @@ def settle_head(reader: Reader, architecture: Architecture) -> None:
     A head of its own that differs from the embedding is used though the configuration ties them;
     where there is none, the embedding is used though it does not.
     """
-    head, embedding = (f"{x.name}.weight" for x in (architecture.head, architecture.embedding))
     tied = bool(reader.config.get(TIED, False))
+    stamps = [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in reader.weight_files()]
+    key = (tied, *stamps)
+    if key not in _SETTLED:  # a run opens its model often; it is compared, and said, once
+        _SETTLED[key] = _is_tied(reader, architecture, tied)
+    if _SETTLED[key] != tied:
+        reader.config[TIED] = _SETTLED[key]
+
+
+def _is_tied(reader: Reader, architecture: Architecture, tied: bool) -> bool:
+    """Whether the embedding is the head, of which the configuration says `tied`."""
+    head, embedding = (f"{x.name}.weight" for x in (architecture.head, architecture.embedding))
     if embedding not in reader.headers:
-        return
+        return tied
     if not tied and head not in reader.headers:
         logger.warning("The model has no %s: its embedding is the head, as loaders have it", head)
-        reader.config[TIED] = True
-    elif tied and head in reader.headers and not _equal(reader, head, embedding):
+        return True
+    if tied and head in reader.headers and not _equal(reader, head, embedding):
         logger.warning("%s is stored and differs from the embedding: it is the head", head)
-        reader.config[TIED] = False
+        return False
+    return tied
 
 
 def _equal(reader: Reader, one: str, other: str) -> bool:

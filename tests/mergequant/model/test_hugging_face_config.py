@@ -48,7 +48,8 @@ def test_a_stored_head_is_used_though_the_configuration_ties_it(
     edit(model, tie_word_embeddings=True)
     assert torch.equal(logits(model), untied)  # transformers uses it
     output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
-    assert "is stored and differs from the embedding: it is the head" in caplog.text
+    said = "is stored and differs from the embedding: it is the head"
+    assert caplog.text.count(said) == 1  # however often a run opens its model
     stored = Reader(output)
     assert stored.config["tie_word_embeddings"] is False
     assert torch.equal(stored.read(HEAD), load_file(model / "model.safetensors")[HEAD])
