@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergequant.model.reader import Reader, locate, open_checkpoint
+from mergequant.model.weight_files import DTYPE_BYTES
 from mergequant_vllm.format import (
     CheckpointFormat,
     LinearFormat,
@@ -15,8 +16,6 @@ from mergequant_vllm.format import (
     parse,
     stored_tensors,
 )
-
-_BYTES = {"I32": 4, "F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _bytes_16_bit(contract: CheckpointFormat) -> int:
 
 
 def _size(entry: StoredTensor) -> int:
-    return _BYTES.get(str(entry.dtype), 1) * math.prod(entry.shape)
+    return DTYPE_BYTES.get(str(entry.dtype), 1) * math.prod(entry.shape)
 
 
 def as_table(contents: Contents) -> str:

@@ -16,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 # Some publishers store the same weights a second time under this name.
 DUPLICATES = "consolidated*"
+# Bytes of a number, by safetensors' name of its dtype.
+DTYPE_BYTES = {"F64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 logger = logging.getLogger("mergequant")

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from mergequant.errors import InputError
+from mergequant.model.weight_files import DTYPE_BYTES
 from mergequant_vllm.format import CheckpointFormat, expected_tensors
 
-_BYTES = {"I32": 4, "F32": 4, "BF16": 2, "I8": 1}
 _BESIDE = 64 * 2**20  # bytes of tokenizer, report, index and file system
 
 
@@ -18,7 +18,7 @@ def checkpoint_bytes(checkpoint: CheckpointFormat, plain: int) -> int:
         plain: bytes of a number in tensors that keep the source model's dtype.
     """
     tensors = expected_tensors(checkpoint).values()
-    sizes = (math.prod(x.shape) * (_BYTES[x.dtype] if x.dtype else plain) for x in tensors)
+    sizes = (math.prod(x.shape) * (DTYPE_BYTES[x.dtype] if x.dtype else plain) for x in tensors)
     return sum(sizes) + _BESIDE
 
 
