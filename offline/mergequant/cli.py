@@ -20,6 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Use code that the model brings: of its tokenizer."),
+]
+
 
 @app.callback()
 def _every_command() -> None:
@@ -51,19 +56,42 @@ def quantize(
         str | None,
         typer.Option(help="w4a4, w4a8, w8a8, w3a4 or a YAML file; other flags count over it."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Trust = False,
+    no_sample: Annotated[bool, typer.Option("--no-sample", help="Ask it nothing at the end.")] = (
+        False
+    ),
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
     """Quantize a model; writes a folder that `vllm serve` takes as it is."""
     options = at_price(over_recipe(context, flags, recipe), fast=fast, best=best)
+    from mergequant.model.reader import at_revision
     from mergequant.quantizer.run import quantize as run
 
-    run(model, output, calibration, options, progress=not quiet)
+    model = at_revision(model, revision)
+    progress, code = not quiet, trust_remote_code
+    run(model, output, calibration, options, progress=progress, trust_remote_code=code)
     from mergequant.evaluate.checkpoint_contents import sizes
 
     typer.echo(f"{output} is ready: {sizes(output, model)}.")
-    typer.echo(f"Serve it: vllm serve {output}")
+    if not no_sample:
+        _echo_sample(output, code)
+    trust = " --trust-remote-code" if any(output.glob("*.py")) else ""
+    typer.echo(f"Serve it: vllm serve {output}{trust}")
     typer.echo(f"Measure what is left: mergequant evaluate {model} {output} --text FILE")
+
+
+def _echo_sample(output: Path, trust_remote_code: bool) -> None:
+    """Print what the checkpoint says to a question, if there is memory for the whole model."""
+    from mergequant.evaluate.sample import sample, sample_bytes
+    from mergequant.quantizer.memory.available import free_host_bytes
+
+    free = free_host_bytes()
+    if free is not None and sample_bytes(output) > free:
+        return
+    asked, said = sample(output, trust_remote_code=trust_remote_code)
+    typer.echo(f"{asked!r} it answers: {said!r}")
 
 
 @app.command()
@@ -78,6 +106,7 @@ def perplexity(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     tensor_parallel_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
     enforce_eager: Annotated[bool, typer.Option(help="vLLM without torch.compile.")] = True,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity on a text, in windows that do not overlap, as published numbers take it."""
@@ -95,6 +124,7 @@ def perplexity(
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
         enforce_eager=enforce_eager,
+        trust_remote_code=trust_remote_code,
         progress=not as_json,
     )
     if as_json:
@@ -123,6 +153,7 @@ def evaluate(
     at_least: Annotated[
         float | None, typer.Option(help="Fail unless so much is left of every figure: 0.95.")
     ] = None,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How much of a model is left: both measured alike, and written into the model card."""
@@ -140,6 +171,7 @@ def evaluate(
         window=window,
         most_windows=windows,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         progress=not as_json,
     )
     if as_json:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergequant import cli
+from mergequant import InputError, cli
+from mergequant.model.reader import at_revision
 
 Change = Callable[[Path], None]
 
@@ -190,3 +191,18 @@ def test_a_damaged_checkpoint_is_refused_before_an_engine_starts(
         shard.rename(folder / f"part-{shard.name[6:11]}.safetensors")
     message = run(monkeypatch, "perplexity", folder, "--text", text)
     assert "is missing (" in message and "quantize the model again" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "expected"),
+    [("org/name", None, "org/name"), ("org/name", "v1", "org/name@v1")],
+)
+def test_a_revision_is_of_a_hub_id(model: str, revision: str | None, expected: str) -> None:
+    assert at_revision(model, revision) == expected
+
+
+def test_a_revision_of_a_folder_or_a_second_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is of models on the hub"):
+        at_revision(str(tmp_path), "v1")
+    with pytest.raises(InputError, match="give the revision once"):
+        at_revision("org/name@v2", "v1")

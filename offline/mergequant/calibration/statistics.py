@@ -47,6 +47,19 @@ class ChannelMagnitudes:
         return _added(self._energy)
 
 
+def outlier_ratio(sizes: Tensor) -> float | None:
+    """How far the largest channel stands out: its size over the median of those that are not 0.
+
+    Args:
+        sizes: [n], not negative.
+
+    Returns:
+        1 where all are alike; None where all are 0.
+    """
+    alive = sizes[sizes > 0].to(torch.float64)
+    return float(alive.max() / alive.median()) if len(alive) else None
+
+
 def symmetric_product(x: Tensor) -> Tensor:
     """C^T C of C [t, K]: [K, K]. What lies below the diagonal is copied, not computed."""
     columns = x.shape[1]

@@ -16,8 +16,8 @@ _TRIED = ("a b c", "Hello, world!", "def f(x):\n    return x + 1\n")
 logger = logging.getLogger("mergequant")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; never runs code that the folder brings.
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; runs code that the folder brings only if it is trusted.
 
     Where the class that `tokenizer_config.json` names changes texts, and the folder's
     `tokenizer.json` by itself does not, the latter is used, and that is said.
@@ -31,9 +31,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     plain = {"mistral_format": False} if both else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, **plain
+            str(folder), trust_remote_code=trust_remote_code, **plain
         )
     except Exception as error:  # transformers raises many types for a missing or broken tokenizer
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"The tokenizer of {folder} is code that the model brings: read its *.py, and give "
+                "--trust-remote-code if you trust them."
+            ) from error
         raise InputError(
             f"{folder} has no tokenizer that transformers can load ({_reason(error)}): "
             "copy the model's tokenizer files into it, or mend what is named."

@@ -4,11 +4,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mergequant.calibration.text import window_length
 from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
@@ -87,6 +89,7 @@ def compare(
     window: int = 2048,
     most_windows: int | None = None,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> list[Figure]:
     """Measure both models; a checkpoint in a local folder gets the figures in its model card.
@@ -98,6 +101,7 @@ def compare(
         tasks: of lm-eval, zero-shot, always in the reference arithmetic.
         task_folder: of tasks' YAML files.
         engine: `vllm` or `transformers`, for perplexity.
+        trust_remote_code: run code of the models' own that their tokenizers name.
 
     Raises:
         InputError: before anything is measured, if something asked for is not there.
@@ -108,14 +112,16 @@ def compare(
         raise InputError("Nothing to evaluate on: give --text FILE or --tasks NAME.")
     folders = [locate(base), open_checkpoint(checkpoint).folder]
     known = Tasks(tasks, task_folder) if tasks else None
-    windows = _windows(folders, texts, window, most_windows)
-    losses = [_losses(x, [ids for _, ids in windows], engine, dtype, progress) for x in folders]
+    tokenizer = load_tokenizer(folders[0], trust_remote_code=trust_remote_code)
+    windows = _windows(folders, tokenizer, texts, window, most_windows)
+    start = partial(_losses, [ids for _, ids in windows], engine, dtype, trust_remote_code)
+    losses = [start(folder, progress) for folder in folders]
     figures = [
         Figure(f"{name}: perplexity", perplexity_of(a), perplexity_of(b), loss_added=b - a)
         for (name, _), a, b in zip(windows, *losses, strict=True)
     ]
     if known is not None:
-        figures += _accuracies(folders, known, dtype, progress)
+        figures += _accuracies(folders, tokenizer, known, dtype, progress)
     if Path(checkpoint).is_dir():
         try:
             record(Path(checkpoint), figures)
@@ -125,13 +131,16 @@ def compare(
 
 
 def _windows(
-    folders: Sequence[Path], texts: Sequence[str | Path], window: int, most: int | None
+    folders: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | Path],
+    window: int,
+    most: int | None,
 ) -> list[tuple[str, Tensor]]:
     """Name and token windows of each text, of a length that both models take."""
     length = window
     for folder in folders:
         length = window_length(length, Reader(folder).config.get("max_position_embeddings"))
-    tokenizer = load_tokenizer(folders[0])
     windows = []
     stems = [Path(text).stem for text in texts]
     for text, stem in zip(texts, stems, strict=True):
@@ -144,14 +153,25 @@ def _windows(
 
 
 def _losses(
-    folder: Path, windows: Sequence[Tensor], engine: Engine, dtype: str, progress: bool
+    windows: Sequence[Tensor],
+    engine: Engine,
+    dtype: str,
+    trust_remote_code: bool,
+    folder: Path,
+    progress: bool,
 ) -> list[float]:
     """Mean loss of each text's windows, nats a token; one engine for all of them."""
     if not windows:
         return []
     if engine == "vllm":
         length = windows[0].shape[1] + 1
-        with vllm_engine(folder, dtype=dtype, enforce_eager=True, max_model_len=length) as llm:
+        with vllm_engine(
+            folder,
+            dtype=dtype,
+            enforce_eager=True,
+            trust_remote_code=trust_remote_code,
+            max_model_len=length,
+        ) as llm:
             return [-float(prompt_logprobs(llm, ids, progress).mean()) for ids in windows]
     model = load_model(folder, getattr(torch, dtype)).to(default_device())
     return [
@@ -160,8 +180,13 @@ def _losses(
     ]
 
 
-def _accuracies(folders: Sequence[Path], tasks: Tasks, dtype: str, progress: bool) -> list[Figure]:
-    tokenizer = load_tokenizer(folders[0])
+def _accuracies(
+    folders: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    dtype: str,
+    progress: bool,
+) -> list[Figure]:
     base, quantized = (
         tasks.measure(
             load_model(x, getattr(torch, dtype)).to(default_device()), tokenizer, progress

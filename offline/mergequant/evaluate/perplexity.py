@@ -67,6 +67,7 @@ def perplexity(
     dtype: str = "float32",
     tensor_parallel_size: int = 1,
     enforce_eager: bool = True,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a 16-bit or mergequant model on a text.
@@ -79,6 +80,7 @@ def perplexity(
         most_windows: use only the first so many.
         dtype: of everything that is not quantized.
         tensor_parallel_size: ranks; the reference forward reproduces their arithmetic.
+        trust_remote_code: run code of the model's own that its tokenizer names.
     """
     refuse_unknown(engine, dtype)
     refuse_no_window(window, most_windows)
@@ -87,7 +89,7 @@ def perplexity(
     if is_mergequant(reader.config):
         check_tensors(parse(reader.config["quantization_config"]), reader.headers)
     length = window_length(window, reader.config.get("max_position_embeddings"))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     windows = text_windows(text, tokenizer, length, most_windows)
     refuse_unknown_tokens(windows, tokenizer, widths(reader.config)["vocabulary"])
     if engine == "vllm":
@@ -96,6 +98,7 @@ def perplexity(
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
+            trust_remote_code=trust_remote_code,
             max_model_len=length + 1,
         ) as llm:
             logprobs = prompt_logprobs(llm, windows, progress)

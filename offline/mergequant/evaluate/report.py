@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mergequant.errors import InputError
-from mergequant.evaluate import report_figures as figures
 from mergequant.evaluate.checkpoint_contents import Contents, inspect_checkpoint
 from mergequant.evaluate.compare import RESULTS
 from mergequant.model.reader import locate
+from mergequant.output import run_figures as figures
 from mergequant.output.durable_files import write_durably
 from mergequant.output.writer import REPORT
 
@@ -68,10 +68,12 @@ def _page(folder: Path, contents: Contents, lines: Sequence[Mapping[str, Any]]) 
         ("Training of each block", figures.training(lines)),
         ("Bits", figures.bits(named)),
         ("Clip ratios", figures.clips(lines)),
+        ("Outlier channels", figures.outliers(lines)),
         ("Time", figures.seconds(lines)),
+        ("Memory", figures.memory(lines)),
     ):
         if drawn is not None:
-            yield f"<h2>{heading}</h2>\n{drawn}\n"
+            yield f"<h2>{heading}</h2>\n{figures.svg(drawn)}\n"
     options = json.dumps(contents.provenance, indent=1)
     yield f"<h2>Options and versions</h2>\n<pre>{html.escape(options)}</pre>\n</body>\n</html>\n"
 

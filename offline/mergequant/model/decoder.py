@@ -2,10 +2,10 @@
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.block import Block
+from mergequant.model.head_loss import next_token_losses
 from mergequant.model.hugging_face_config import load_config
 from mergequant.model.reader import ModelReader
 
@@ -114,7 +115,7 @@ class Decoder:
         borders = sorted({0, *(min(count, len(windows)) for count in wanted)})
         batches: list[Tensor] = []
         counts = {0: 0}
-        for start, stop in pairwise(borders):
+        for start, stop in itertools.pairwise(borders):
             for ids in torch.split(windows[start:stop], size):
                 batches.append(table[ids].to(self.device, torch.float32))
             counts[stop] = len(batches)
@@ -163,6 +164,29 @@ class Decoder:
             gradients += torch.autograd.grad(loss, x)
         norm.to("meta")
         return torch.stack(gradients)
+
+    def loss(self, batches: Sequence[Tensor], ids: Tensor) -> float:
+        """The next tokens' mean loss, nats a token.
+
+        Args:
+            batches: the last block's output, [windows, length, n] each.
+            ids: tokens of the first of these windows, int64 [windows, length].
+        """
+        reader, name = self.reader, self.architecture.final_norm.name
+        norm = self._model.get_submodule(name)
+        weight = reader.read(f"{name}.weight").to(self.device, torch.float32)
+        norm.load_state_dict({"weight": weight}, assign=True)
+        tied = reader.config.get("tie_word_embeddings", False)
+        owner = self.architecture.embedding if tied else self.architecture.head
+        table = reader.read_in_source_dtype(f"{owner.name}.weight").to(self.device)
+        hidden = itertools.chain.from_iterable(batches)
+        with torch.no_grad():
+            losses = [
+                next_token_losses(norm(window), table, tokens)
+                for window, tokens in zip(hidden, ids.to(self.device), strict=False)
+            ]
+        norm.to("meta")
+        return float(torch.cat(losses).mean())
 
     def walk(self, batches: list[Tensor], blocks: int, title: str, shown: bool) -> Iterator[Block]:
         """The first `blocks` blocks in turn, each with `batches` at its input.

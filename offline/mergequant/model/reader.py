@@ -38,7 +38,7 @@ def locate(model: str | Path) -> Path:
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise InputError(f"Model folder {str(model)!r} does not exist: check the path.")
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md"]
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
         patterns += ["LICENSE*", "LICENCE*", "NOTICE*"]
         name, _, revision = str(model).partition("@")
         return Path(
@@ -54,6 +54,17 @@ def locate(model: str | Path) -> Path:
             f"{str(model)!r} is neither a folder nor a model that the Hugging Face hub gives "
             f"({type(error).__name__}): check the name, the network and your access."
         ) from error
+
+
+def at_revision(model: str, revision: str | None) -> str:
+    """A hub id with its branch, tag or commit; raises InputError for a local folder."""
+    if revision is None:
+        return model
+    if Path(model).exists():
+        raise InputError(f"--revision is of models on the hub, and {model} is a folder: leave it.")
+    if "@" in model:
+        raise InputError(f"--revision and {model}: give the revision once.")
+    return f"{model}@{revision}"
 
 
 class ModelReader(ABC):

@@ -32,21 +32,25 @@ TAKEN = (
 # Weights and what belongs to them, which the checkpoint has its own of.
 REPLACED = ("*.safetensors", "*.index.json", "config.json", "*.bin", "*.pth", "*.pt", "*.gguf")
 _OF_NO_USE = (".*", "__pycache__")
-_CODE = "*.py"  # is never copied: a server would run it
+CODE = ".py"  # is copied only where it is trusted: a server would run it
 
 logger = logging.getLogger("mergequant")
 
 
-def companions(folder: Path) -> list[Path]:
-    """The files and folders of a source model that its checkpoint takes along."""
-    others = (*REPLACED, _CODE)
-    named = (x for x in folder.iterdir() if _matches(x, TAKEN) and not _matches(x, others))
+def companions(folder: Path, *, code: bool = False) -> list[Path]:
+    """The files and folders of a source model that its checkpoint takes along.
+
+    Args:
+        code: its `*.py` are among them.
+    """
+    taken, others = ((*TAKEN, f"*{CODE}"), REPLACED) if code else (TAKEN, (*REPLACED, f"*{CODE}"))
+    named = (x for x in folder.iterdir() if _matches(x, taken) and not _matches(x, others))
     return sorted(x for x in named if x.is_file() or x.is_dir())  # a link may lead nowhere
 
 
-def left_behind(folder: Path) -> list[str]:
+def left_behind(folder: Path, *, code: bool = False) -> list[str]:
     """Names of what is in a source model and neither replaced nor taken along."""
-    taken = {x.name for x in companions(folder)}
+    taken = {x.name for x in companions(folder, code=code)}
     rest = (x for x in folder.iterdir() if not _matches(x, (*REPLACED, *_OF_NO_USE)))
     return sorted(x.name for x in rest if x.name not in taken)
 
@@ -55,20 +59,25 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
-def copy_companions(source: Path, folder: Path) -> Iterator[str]:
-    """Copy what travels along into `folder`; yields its name there. What stays is logged."""
-    for path in companions(source):
+def copy_companions(source: Path, folder: Path, *, code: bool = False) -> Iterator[str]:
+    """Copy what travels along into `folder`; yields its name there. What stays is logged.
+
+    Args:
+        code: copy `*.py` as well, and name them in the log.
+    """
+    unwanted = shutil.ignore_patterns(*_OF_NO_USE, *(() if code else (f"*{CODE}",)))
+    programs = []
+    for path in companions(source, code=code):
         name = SOURCE_README if path.name == README else path.name
         if path.is_dir():
-            unwanted = shutil.ignore_patterns(_CODE, *_OF_NO_USE)
             shutil.copytree(path, folder / name, dirs_exist_ok=True, ignore=unwanted)
         else:
             shutil.copyfile(path, folder / name)
+        programs += [name] if name.endswith(CODE) else []
         yield name
-    if stays := left_behind(source):
-        code = " (code is never copied: a server would run it)" if _has_code(stays) else ""
-        logger.info("Not taken along: %s%s", ", ".join(stays), code)
-
-
-def _has_code(names: list[str]) -> bool:
-    return any(name.endswith(".py") for name in names)
+    if programs:
+        logger.warning("Code of the source that was copied along: %s", ", ".join(programs))
+    if stays := left_behind(source, code=code):
+        lost = any(name.endswith(CODE) for name in stays)
+        remedy = " (code is copied only with --trust-remote-code: a server would run it)"
+        logger.info("Not taken along: %s%s", ", ".join(stays), remedy if lost else "")

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from mergequant.cli_flags import spelled
 from mergequant_vllm.format import CheckpointFormat, LinearFormat
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
-_NOT_MEASURED = "Not measured yet: `mergequant evaluate BASE CHECKPOINT --text FILE` fills this in."
+_NOT_MEASURED = (
+    "Not measured on other text yet: `mergequant evaluate BASE CHECKPOINT --text FILE` fills this "
+    "in."
+)
 _HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+/?$")
 _LICENSE = re.compile(r"^license(?:_name|_link)?:.*$", re.MULTILINE)
 
@@ -55,25 +59,56 @@ vllm serve FOLDER_OR_NAME_OF_THIS_MODEL  # with mergequant-vllm installed beside
 
 Versions: {versions}. Seed {seed}. sha256 of the calibration tokens:
 `{calibration}`.
-
+{programs}
 ## Evaluation
 
 {begin}
 {evaluation}
 {end}
 
-## Limits
+{figures}## Limits
 
 Quantizing loses accuracy, most where inputs are far from the calibration text: measure on your own
 task. What the base model cannot do, or should not be used for, holds for this one as well.
 """
 
 
-def model_card(source: Path, checkpoint: CheckpointFormat) -> str:
-    """The card of a checkpoint, nothing of it measured yet.
+@dataclass(frozen=True)
+class CalibrationLoss:
+    """Loss on some of the text that a checkpoint was fitted to, nats a token.
+
+    Attributes:
+        before: of the source model.
+        after: of the checkpoint.
+    """
+
+    before: float
+    after: float
+
+    def sentence(self) -> str:
+        """What it says, and what it does not."""
+        more = self.after - self.before
+        side = "above" if more >= 0 else "below"
+        return (
+            f"On calibration text the loss is {self.after:.3f} nats a token, {abs(more):.3f} "
+            f"{side} the source model's: expect that or somewhat more on other text."
+        )
+
+
+def model_card(
+    source: Path,
+    checkpoint: CheckpointFormat,
+    seen: CalibrationLoss | None = None,
+    figures: Mapping[str, str] | None = None,
+    programs: Sequence[str] = (),
+) -> str:
+    """The card of a checkpoint, nothing of it measured yet on other text.
 
     Args:
         source: folder of the source model, whose `README.md` may name a licence.
+        seen: loss on calibration text, if it was measured.
+        figures: files that lie beside the card, by what they show.
+        programs: files of the source's code that were copied along.
     """
     base = base_name(source)
     made = checkpoint.provenance
@@ -92,7 +127,9 @@ def model_card(source: Path, checkpoint: CheckpointFormat) -> str:
         seed=options.get("seed"),
         calibration=made.calibration_sha256,
         begin=BEGIN,
-        evaluation=_NOT_MEASURED,
+        evaluation=_NOT_MEASURED if seen is None else f"{seen.sentence()} {_NOT_MEASURED}",
+        programs=f"\nIt brings code of the source: {', '.join(programs)}.\n" if programs else "",
+        figures="".join(f"![{what}]({file})\n\n" for what, file in (figures or {}).items()),
         end=END,
     )
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from mergequant.errors import DiskError, InputError
 from mergequant.model.reader import CONFIG, ModelReader
 from mergequant.model.weight_files import INDEX, read_header
-from mergequant.output.companions import README, copy_companions
+from mergequant.output.companions import CODE, README, copy_companions
 from mergequant.output.durable_files import write_durably, write_json, writing
 from mergequant.output.fingerprint import Fingerprint
-from mergequant.output.model_card import model_card
+from mergequant.output.model_card import CalibrationLoss, model_card
+from mergequant.output.run_figures import CARD_FOLDER, draw_for_card
 from mergequant.output.unfinished_run import FOLDER, UnfinishedRun
 from mergequant.recipe import FILE as RECIPE
 from mergequant_vllm.format import StoredTensor, parse
@@ -150,28 +151,51 @@ class Writer:
         return [self._unfinished.shard(number) for number in range(self._unfinished.shards)]
 
     def finish(
-        self, source: ModelReader, quantization_config: Mapping[str, Any], recipe: str = ""
+        self,
+        source: ModelReader,
+        quantization_config: Mapping[str, Any],
+        recipe: str = "",
+        seen: CalibrationLoss | None = None,
+        *,
+        code: bool = False,
     ) -> None:
-        """Write the report, index and config, copy the tokenizer, and move all into place."""
+        """Write the report, index and config, copy the tokenizer, and move all into place.
+
+        Args:
+            source: the model as it was quantized; what it says of itself is copied.
+            quantization_config: the contract.
+            recipe: YAML of the options.
+            seen: loss on calibration text, if it was measured.
+            code: copy the source's `*.py` along.
+        """
         with writing(self.output):
-            self._finish(source, quantization_config, recipe)
+            self._finish(source, quantization_config, recipe, seen, code)
         self._complete = True
 
     def _finish(
-        self, source: ModelReader, quantization_config: Mapping[str, Any], recipe: str
+        self,
+        source: ModelReader,
+        quantization_config: Mapping[str, Any],
+        recipe: str,
+        seen: CalibrationLoss | None,
+        code: bool,
     ) -> None:
         folder = self._unfinished.folder
         records = (self._unfinished.record(number) for number in range(self._unfinished.shards - 1))
-        lines = [json.dumps(line) + "\n" for record in records for line in record.report]
-        (folder / REPORT).write_text("".join(lines))
+        lines = [line for record in records for line in record.report]
+        (folder / REPORT).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         write_json(folder / INDEX, _index(self._shards()))
-        copied = list(copy_companions(source.folder, folder))
+        copied = list(copy_companions(source.folder, folder, code=code))
         (folder / RECIPE).write_text(recipe)
-        (folder / README).write_text(model_card(source.folder, parse(quantization_config)))
+        figures = draw_for_card(lines, folder)
+        programs = [name for name in copied if name.endswith(CODE)]
+        card = model_card(source.folder, parse(quantization_config), seen, figures, programs)
+        (folder / README).write_text(card)
         write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
         # config.json makes the folder look finished: it is the last.
         shards = [file.name for file in self._shards()]
-        self._unfinished.publish([*shards, REPORT, INDEX, *copied, RECIPE, README, CONFIG])
+        drawn = [CARD_FOLDER] if figures else []
+        self._unfinished.publish([*shards, REPORT, INDEX, *copied, *drawn, RECIPE, README, CONFIG])
 
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -33,4 +33,5 @@ def decide(
     bits = resolve_bits(decoder, windows, rotated, progress)
     widened = rotated.model_copy(update={"overrides": with_bits(rotated.overrides, bits)})
     decision = resolve_reconstruction(decoder, walked.inputs, widened, progress)
-    return decision.model_copy(update={"bits": bits}), walked.channels
+    found = {"bits": bits, "plain_loss": walked.loss}
+    return decision.model_copy(update=found), walked.channels

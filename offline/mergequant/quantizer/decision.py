@@ -17,6 +17,7 @@ class Decision(BaseModel):
 
     Attributes:
         bits: by full name of a linear, the widths that `average_bits` or `within` gave it.
+        plain_loss: of the source model on the pilot's text, nats a token; None: not measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,12 +27,16 @@ class Decision(BaseModel):
     alpha: float = Field(ge=0)
     max_extra_channels: float = Field(gt=0)
     bits: dict[str, dict[str, int]] = Field(default_factory=dict)
+    plain_loss: float | None = None
 
     def applied_to(self, options: Options) -> Options:
         """`options` with nothing left to be measured."""
         overrides = with_bits(options.overrides, self.bits)
         return options.model_copy(
-            update={**self.model_dump(exclude={"bits"}), "overrides": overrides}
+            update={
+                **self.model_dump(exclude={"bits", "plain_loss"}),
+                "overrides": overrides,
+            }
         )
 
     @classmethod

@@ -15,6 +15,7 @@ from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.plan import Plan
 from mergequant.quantizer.prepare import calibration_of, find_device, open_folder, open_model
 from mergequant.quantizer.resolve import make_plan
+from mergequant.quantizer.result import report_lines
 from mergequant.quantizer.walk import walk_blocks
 
 
@@ -50,7 +51,7 @@ def quantize_in_memory(
     plan = change(plan)
     report = []
     for _, results in walk_blocks(decoder, plan, windows, keep=True, progress=progress):
-        report += [result.line.as_json() for result in results]
+        report += report_lines(results, channels.outliers)
     whole = decoder.whole_model()
     for name, form in plan.checkpoint.outer.items():
         stored = quantize_head(reader.read(f"{name}.weight"))

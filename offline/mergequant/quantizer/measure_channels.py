@@ -2,7 +2,7 @@
 
 R1 mixes channels of the residual whose variance is alike, once each token is divided by its size as
 a norm does; it is measured where blocks meet. The inputs of o and down are divided by scales after
-which no channel's rounding costs more than another's.
+which no channel's rounding costs more than another's. How far outliers stand out is only reported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergequant.calibration.statistics import outlier_ratio
 from mergequant.methods.equalize import channel_scales, relative_energy
 from mergequant.methods.rotate import group_count
-from mergequant.model.architecture import Architecture, Linear, widths
+from mergequant.model.architecture import Architecture, Linear, Readers, widths
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
 from mergequant.model.equalized_reader import equalized, shared_channels
@@ -38,6 +39,7 @@ class ChannelMeter:
         self._graded = graded and bool(rotated) and group_count(width) > 1
         self._shares = torch.zeros(width, dtype=torch.float64)
         self._scales: dict[str, Tensor] = {}
+        self._outliers: dict[str, float] = {}
 
     @property
     def is_wanted(self) -> bool:
@@ -57,15 +59,24 @@ class ChannelMeter:
             for linear, _ in equalized(self._architecture)
             if self._options.equalization and not self._options.ignores(block.name_of(linear.name))
         ]
-        outputs, energy = _energy_and_outputs(block, scaled, batches)
+        outputs, energy, largest = _run(block, scaled, self._behind_norms(), batches)
         for name, scale in self._channel_scales(block, scaled, energy):
             self._scales[block.name_of(name)] = scale.to("cpu", torch.float32)
+        for readers in self._behind_norms():
+            ratio = outlier_ratio(largest[readers.linears[0].name])
+            if ratio is not None:
+                self._outliers |= {block.name_of(x.name): ratio for x in readers.linears}
         return outputs
+
+    def _behind_norms(self) -> list[Readers]:
+        """The linears whose channels have steps, by the norm that they read."""
+        static = self._options.activations == "static"
+        return [x for x in self._architecture.readers() if static and x.norm is not None]
 
     def channels(self) -> Channels:
         """What was measured at the blocks so far."""
         order = self._shares.argsort(descending=True, stable=True) if self._graded else None
-        return Channels(order, self._scales)
+        return Channels(order, self._scales, self._outliers if self.is_wanted else {})
 
     def _channel_scales(
         self, block: Block, linears: Sequence[Linear], energy: Mapping[str, Tensor]
@@ -79,18 +90,30 @@ class ChannelMeter:
             yield linear.name, channel_scales(*shared)
 
 
-def _energy_and_outputs(
-    block: Block, linears: Sequence[Linear], batches: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What the block emits, and the relative energy of its `linears`' inputs, by name."""
+def _run(
+    block: Block, scaled: Sequence[Linear], behind: Sequence[Readers], batches: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What the block emits, and what its linears read.
+
+    Returns:
+        outputs; of the linears that are to be `scaled` the inputs' relative energy [K]; of the
+        first linear `behind` each norm the largest magnitude of each channel [n]; both by name.
+    """
     outputs: list[Tensor] = []
     energy: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
+    observed = [x.name for x in scaled] + [x.linears[0].name for x in behind]
+    energetic = {x.name for x in scaled}
     for hidden in batches:
-        output, inputs = block.forward_with_inputs(hidden, [x.name for x in linears])
+        output, inputs = block.forward_with_inputs(hidden, observed)
         outputs.append(output)
         for name, x in inputs.items():
-            energy[name] = energy.get(name, 0.0) + relative_energy(x)
-    return outputs, energy
+            if name in energetic:
+                energy[name] = energy.get(name, 0.0) + relative_energy(x)
+                continue
+            sizes = x.flatten(0, -2).abs().amax(dim=0)
+            largest[name] = torch.maximum(largest.get(name, sizes), sizes)
+    return outputs, energy, largest
 
 
 def variance_shares(batches: Sequence[Tensor]) -> Tensor:

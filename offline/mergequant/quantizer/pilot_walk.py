@@ -35,10 +35,12 @@ class PilotWalk:
         channels: what was measured of them.
         inputs: by number, what the blocks that are to be tried read: hidden states of the plain
             model, float32 [windows, length, n] each. Empty if no pilot tries anything.
+        loss: of the model, nats a token; None: the walk did not go to its end.
     """
 
     channels: Channels = field(default_factory=Channels)
     inputs: Mapping[int, list[Tensor]] = field(default_factory=dict)
+    loss: float | None = None
 
 
 def walk_plain_model(
@@ -59,7 +61,7 @@ def walk_plain_model(
     last = count if meter.is_wanted else max(tried, default=-1) + 1
     if last == 0:
         return PilotWalk()
-    used = windows[: min(options.statistics_samples, max(1, _TOKENS // windows.shape[1]))]
+    used = pilot_windows(windows, options)
     decoder = Decoder(reader, architecture, device)
     batches = decoder.embed(used, len(used), len(used)).batches
     inputs: dict[int, list[Tensor]] = {}
@@ -68,7 +70,13 @@ def walk_plain_model(
             inputs[number] = list(batches)
         with decoder.block(number) as block:
             batches = meter.advance(block, batches)
-    return PilotWalk(meter.channels(), inputs)
+    loss = decoder.loss(batches, used) if last == count else None
+    return PilotWalk(meter.channels(), inputs, loss)
+
+
+def pilot_windows(windows: Tensor, options: Options) -> Tensor:
+    """The first of the calibration windows [samples, length], which pilots use."""
+    return windows[: min(options.statistics_samples, max(1, _TOKENS // windows.shape[1]))]
 
 
 def contenders(candidates: Iterable[Kind], error: Callable[[Kind], float]) -> list[Kind]:

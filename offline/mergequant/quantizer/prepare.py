@@ -68,16 +68,23 @@ def open_folder(model: str | Path) -> tuple[Reader, Architecture]:
 
 
 def calibration_of(
-    reader: ModelReader, calibration: Sequence[str | Path], options: Options
+    reader: ModelReader,
+    calibration: Sequence[str | Path],
+    options: Options,
+    *,
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """Token ids int64 [samples, length]: as many windows as any use of them asks for.
+
+    Args:
+        trust_remote_code: run code of the model's own that its tokenizer names.
 
     Raises:
         InputError: there is no text, too little, or of tokens that the model does not know.
     """
     sources = calibration_sources(calibration)
     samples, length = windows_of(reader, options)
-    tokenizer = load_tokenizer(reader.folder)
+    tokenizer = load_tokenizer(reader.folder, trust_remote_code=trust_remote_code)
     windows = calibration_windows(
         sources,
         tokenizer,

@@ -1,6 +1,6 @@
 """What became of one linear: its codes, what is stored of it, and its line of the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,3 +122,19 @@ class LinearResult:
         """The same linear with other codes, int8 [out, K]."""
         assert self.rounding is not None
         return replace(self, rounding=Rounding(self.rounding.grid, codes))
+
+
+def report_lines(
+    results: Sequence[LinearResult], outliers: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A block's lines of the report.
+
+    Args:
+        outliers: see `Channels.outliers`.
+    """
+    lines = [result.line.as_json() for result in results]
+    for line in lines:
+        source = outliers.get(line["linear"])
+        if source is not None and "outliers" in line:
+            line["outliers"] = {"source": round(source, 2), **line["outliers"]}
+    return lines

@@ -1,5 +1,6 @@
 """The method on one page: a 16-bit model in, a mergequant checkpoint out, block by block."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,25 +12,29 @@ from mergequant.layers.in_block import load_stored
 from mergequant.model.architecture import Architecture, outer_tensors
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
-from mergequant.model.decoder import Decoder, frozen_heap
+from mergequant.model.decoder import Activations, Decoder, frozen_heap
 from mergequant.model.reader import ModelReader
 from mergequant.options import Options
 from mergequant.output.disk_space import checkpoint_bytes, refuse_if_full
 from mergequant.output.fingerprint import fingerprint
+from mergequant.output.model_card import CalibrationLoss
 from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
 from mergequant.quantizer.decision import Decision
 from mergequant.quantizer.head import quantize_head
-from mergequant.quantizer.memory.available import refuse_if_short
+from mergequant.quantizer.memory.available import peak_bytes, refuse_if_short
 from mergequant.quantizer.memory.needed import needed_memory
+from mergequant.quantizer.pilot_walk import pilot_windows
 from mergequant.quantizer.plan import Plan
 from mergequant.quantizer.prepare import calibration_of, find_device, open_folder, open_model
 from mergequant.quantizer.resolve import make_plan
-from mergequant.quantizer.result import LinearResult
+from mergequant.quantizer.result import LinearResult, report_lines
 from mergequant.quantizer.walk import walk_blocks
 from mergequant.recipe import dump_recipe
 from mergequant_vllm.format import CheckpointFormat, check_tensors
 from mergequant_vllm.packing import pack
+
+logger = logging.getLogger("mergequant")
 
 
 def quantize(
@@ -38,6 +43,7 @@ def quantize(
     calibration: Sequence[str | Path],
     options: Options | None = None,
     *,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Path:
     """Quantize a Hugging Face model to INT4 weights and activations.
@@ -51,6 +57,8 @@ def quantize(
             model, text, options and releases.
         calibration: text files (.txt, .jsonl) or data set names; several are mixed.
         options: see `Options`.
+        trust_remote_code: run code of the model's own that its tokenizer names, and copy its `*.py`
+            into the checkpoint.
         progress: show a bar with block, loss and time left.
 
     Returns:
@@ -63,7 +71,8 @@ def quantize(
     folder, architecture = open_folder(model)
     blocks = int(folder.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer, frozen_heap():
-        windows = calibration_of(folder, calibration, options)
+        trusted = trust_remote_code
+        windows = calibration_of(folder, calibration, options, trust_remote_code=trusted)
         text = sha256_of(windows)
         device = find_device(options.device)
         here = options.model_copy(update={"device": device.type})
@@ -85,35 +94,58 @@ def quantize(
         decoder = Decoder(reader, architecture, device)
         plan = make_plan(architecture, reader.config, decision.applied_to(options), text)
         writer.remember(decision.model_dump(mode="json"), channels.tensors())
-        _quantize_blocks(decoder, windows, plan, writer, progress)
+        after = _quantize_blocks(decoder, windows, plan, writer, channels, options, progress)
         writer.write_shard(blocks, _around_the_blocks(reader, architecture, plan.checkpoint))
         check_tensors(plan.checkpoint, writer.headers())
         contract = plan.checkpoint.model_dump(mode="json")
-        writer.finish(reader, contract, dump_recipe(options))
+        before = decision.plain_loss
+        seen = None if before is None else CalibrationLoss(before, after)
+        writer.finish(reader, contract, dump_recipe(options), seen, code=trust_remote_code)
+    if seen is not None:
+        logger.info("%s", seen.sentence())
     return Path(output)
 
 
 def _quantize_blocks(
-    decoder: Decoder, windows: Tensor, plan: Plan, writer: Writer, progress: bool
-) -> None:
-    """Quantize and write each block that is not finished."""
-    if writer.finished == len(plan.blocks):
-        return
+    decoder: Decoder,
+    windows: Tensor,
+    plan: Plan,
+    writer: Writer,
+    channels: Channels,
+    options: Options,
+    progress: bool,
+) -> float:
+    """Quantize and write each block that is not finished.
+
+    Returns:
+        the loss on the pilot's text, nats a token.
+    """
+    losses = []
+    used = pilot_windows(windows, options)
+
+    def measure(activations: Activations) -> None:
+        losses.append(decoder.loss(activations.batches, used))
+
     walk = walk_blocks(
         decoder,
         plan,
         windows,
         finished=writer.finished,
         restore=partial(_restore, writer, plan),
+        at_end=measure,
         progress=progress,
     )
     for block, results in walk:
         if block.number >= writer.finished:
             tensors = block_tensors(block, decoder.architecture, results)
             named = {block.name_of(name): tensor for name, tensor in tensors.items()}
-            writer.write_block(block.number, named, [x.line.as_json() for x in results])
+            lines = report_lines(results, channels.outliers)
+            if lines:
+                lines[0]["peak_bytes"] = peak_bytes(decoder.device)
+            writer.write_block(block.number, named, lines)
             del tensors, named
         del block, results  # else they would stay while the next block is quantized
+    return losses[0]
 
 
 def _restore(writer: Writer, plan: Plan, block: Block) -> bool:

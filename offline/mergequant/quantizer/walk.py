@@ -26,6 +26,7 @@ def walk_blocks(
     finished: int = 0,
     restore: Restore = lambda _: False,
     keep: bool = False,
+    at_end: Callable[[Activations], None] = lambda _: None,
     progress: bool = True,
 ) -> Iterator[tuple[Block, list[LinearResult]]]:
     """Quantize every block in turn; yields it, quantized, with what became of its linears.
@@ -35,6 +36,7 @@ def walk_blocks(
         finished: how many blocks, from the first, `restore` will put into place.
         restore: see `Restore`; such a block is yielded without results.
         keep: the blocks stay loaded.
+        at_end: is given what the last block emits.
         progress: show a bar with block, loss and time left.
     """
     activations = embed(decoder, windows, plan.samples)
@@ -51,6 +53,7 @@ def walk_blocks(
                 yield block, results
                 del results
                 _advance(block, activations, targets)
+    at_end(activations)
 
 
 def _advance(block: Block, activations: Activations, targets: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """transformers answers rightly for a checkpoint, or refuses, once mergequant is imported."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,7 @@ def test_what_is_loaded_is_not_saved_again(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model-00001-of-00003.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.0.mlp.down_proj.weight_scale"]

@@ -129,6 +129,7 @@ def test_a_served_model_is_asked_for_whole_windows(
             "dtype": "bfloat16",
             "tensor_parallel_size": 1,
             "enforce_eager": True,
+            "trust_remote_code": False,
             "max_model_len": LENGTH + 1,  # one token is generated
         }
     ]

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from mergequant import InputError, cli
-from mergequant.evaluate import report_figures as figures
 from mergequant.evaluate.compare import Figure, record
 from mergequant.evaluate.report import read_report, write_report
+from mergequant.output import run_figures as figures
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -55,7 +58,8 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 def test_the_page_is_whole_and_needs_nothing_beside_it(folder: Path) -> None:
     text = write_report(folder).read_text()
     page = Page(text)
-    wanted = ["Loss of each linear", "Bits", "Clip ratios", "Time", "Options and versions"]
+    wanted = ["Loss of each linear", "Bits", "Clip ratios", "Outlier channels", "Time", "Memory"]
+    wanted.append("Options and versions")
     assert [x for x in page.headings if x != "Training of each block"] == wanted
     assert page.tags.count("svg") == page.tags.count("h2") - 1
     assert "script" not in page.tags and "img" not in page.tags
@@ -80,8 +84,8 @@ def test_the_figures_have_the_reports_numbers(folder: Path) -> None:
     kinds = figures.by_kind(lines)
     assert list(kinds)[:3] == ["q_proj", "k_proj", "v_proj"]
     assert [figures.block_of(x["linear"]) for x in kinds["down_proj"]] == [0, 1]
-    drawn = figures.losses(lines)
-    assert drawn is not None and drawn.count("q_proj") == 1 and "GPTQ, held-out tokens" in drawn
+    drawn = figures.svg(figures.losses(lines))
+    assert drawn.count("q_proj") == 1 and "GPTQ, held-out tokens" in drawn
     assert figures.training([]) is None is figures.losses([]) is figures.bits({"lm_head": (8, 8)})
 
 
@@ -112,3 +116,37 @@ def test_a_checkpoint_without_its_report_is_refused(folder: Path, llama: Path) -
     (folder / "quantization_report.jsonl").unlink()
     with pytest.raises(InputError, match="has no quantization_report"):
         write_report(folder)
+
+
+def test_outliers_are_shown_before_and_after(folder: Path) -> None:
+    lines = read_report(folder)
+    kinds = figures.by_kind(lines)
+    for line in (*kinds["q_proj"], *kinds["gate_proj"]):
+        assert min(line["outliers"].values()) >= 1.0
+    assert not any("outliers" in line for line in kinds["down_proj"])
+    drawn = figures.svg(figures.outliers(lines))
+    assert "q_proj" in drawn and "gate_proj" in drawn and "k_proj" not in drawn  # q's and k's: one
+    assert figures.outliers(kinds["down_proj"]) is None is figures.memory(lines[1:2])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")
+def test_a_browser_shows_the_page(folder: Path, tmp_path: Path) -> None:
+    """It opens without an error, and where the figures are there is something to see."""
+    page = write_report(folder, tmp_path / "page.html")
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,3000"]
+
+    def browse(*own: str) -> str:
+        command = [str(BROWSER), *flags, *own, page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert ":CONSOLE" not in done.stderr
+        return done.stdout
+
+    seen = Page(browse("--dump-dom"))
+    assert seen.tags.count("svg") == Page(page.read_text()).tags.count("svg") > 4
+    browse(f"--screenshot={shot}")
+    from matplotlib.image import imread
+
+    rows = (imread(shot)[..., :3] < 0.9).any(axis=-1).any(axis=-1)  # with anything in them
+    assert rows.mean() > 0.5

@@ -1,7 +1,10 @@
 """The model card: the hub's front matter, what was quantized, and a command that makes it again."""
 
+import re
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,13 +12,15 @@ import yaml
 from mergequant import Options
 from mergequant.cli_flags import read_options, spelled
 from mergequant.evaluate.checkpoint_contents import sizes
+from mergequant.evaluate.report import read_report
 from mergequant.model.reader import Reader
-from mergequant.output.model_card import base_name, model_card
+from mergequant.output.model_card import CalibrationLoss, base_name, model_card
+from mergequant.output.run_figures import draw_for_card
 from mergequant_vllm.format import parse
 
 
-def card_of(checkpoint: Path, source: Path) -> str:
-    return model_card(source, parse(Reader(checkpoint).config["quantization_config"]))
+def card_of(checkpoint: Path, source: Path, *more: Any) -> str:
+    return model_card(source, parse(Reader(checkpoint).config["quantization_config"]), *more)
 
 
 def front(card: str) -> dict[str, object]:
@@ -39,7 +44,28 @@ def test_the_front_matter_is_the_hubs(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_has_its_card(checkpoint: Path, llama: Path) -> None:
-    assert (checkpoint / "README.md").read_text() == card_of(checkpoint, llama)
+    card = (checkpoint / "README.md").read_text()
+    told = re.search(r"loss is (.*) nats a token, (.*) (above|below) the source", card)
+    assert told is not None
+    after, more = float(told[1]), float(told[2]) * (1 if told[3] == "above" else -1)
+    figures = dict(re.findall(r"!\[(.*)\]\((.*)\)", card))
+    assert card == card_of(checkpoint, llama, CalibrationLoss(after - more, after), figures)
+
+
+def test_its_figures_lie_beside_it(checkpoint: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = re.findall(r"!\[.*\]\((.*)\)", (checkpoint / "README.md").read_text())
+    assert files == [f"figures/{name}.png" for name in ("loss", "clip-ratios", "outliers")]
+    for file in files:
+        assert (checkpoint / file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_are_none(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_for_card(read_report(checkpoint), tmp_path) == {}
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_says_what_was_quantized_and_what_was_not(checkpoint: Path, llama: Path) -> None:

@@ -56,10 +56,15 @@ def _prepare() -> None:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Every file's bytes; of the report, all but how long each linear took."""
-    files: dict[str, object] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    """Every file's bytes; of the report, all but time and memory."""
+    files: dict[str, object] = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
     report = [json.loads(x) for x in (folder / checkpoint.REPORT).read_text().splitlines()]
     assert all(min(line.pop("seconds").values()) >= 0 for line in report)
+    assert all(line.pop("peak_bytes")["host"] > 0 for line in report if "peak_bytes" in line)
     return {**files, checkpoint.REPORT: report}
 
 

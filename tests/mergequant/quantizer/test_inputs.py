@@ -31,7 +31,7 @@ def calibration(shift: Tensor | None) -> ChannelCalibration:
     step = torch.linspace(0.5, 2.0, CHANNELS, dtype=torch.float64)
     folded = FoldedNorm(torch.ones(CHANNELS, dtype=torch.float64), None, step)
     ones = torch.ones(CHANNELS, dtype=torch.float64)
-    return ChannelCalibration(folded, shift, ones, ones)
+    return ChannelCalibration(folded, shift, ones, ones, ones)
 
 
 def static(zero_points: bool, *, reconstructed: bool) -> StaticInput:

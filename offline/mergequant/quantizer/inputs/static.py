@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mergequant.calibration.statistics import ChannelMagnitudes
+from mergequant.calibration.statistics import ChannelMagnitudes, outlier_ratio
 from mergequant.errors import InputError
 from mergequant.methods.clip import (
     ChannelClipStatistics,
@@ -104,6 +104,7 @@ class StaticInputPlan:
         limits = {"lowest": clips.min(), "mean": clips.mean(), "highest": clips.max()}
         report = {
             "clip": {key: round(float(value), 4) for key, value in limits.items()},
+            "outliers": _outliers_report(calibration, columns),
             "reconstruction": _reconstruction_report(columns, len(clips)),
         }
         tensors = {name: folded.to(block.source_tensors[name].dtype)}
@@ -129,12 +130,14 @@ class ChannelCalibration:
         shift: float64 [n], z, what the code 0 stands for; None where codes are symmetric.
         energy: float64 [n], sum of X^2 over the tokens.
         clip: float64 [n], ratios c; with zero points, how much of what was seen the codes span.
+        largest: float32 [n], max_t |X_tk|.
     """
 
     folded: FoldedNorm
     shift: Tensor | None
     energy: Tensor
     clip: Tensor
+    largest: Tensor
 
 
 def calibrate_channels(
@@ -169,7 +172,8 @@ def calibrate_channels(
         step,
         one_plus=plan.norm.multiplier == "one_plus",
     )
-    return ChannelCalibration(folded, spans.shift(folded.step), magnitudes.energy, clip)
+    shift = spans.shift(folded.step)
+    return ChannelCalibration(folded, shift, magnitudes.energy, clip, magnitudes.largest)
 
 
 def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRange:
@@ -339,6 +343,17 @@ def _reconstructed(
         offset=None if offset is None else F.pad(offset, (0, missing)),
         padding=columns.padding + missing,
     )
+
+
+def _outliers_report(
+    calibration: ChannelCalibration, columns: Reconstruction | None
+) -> dict[str, float]:
+    """Outlier ratios of the channels, and of the columns with the shares that they take."""
+    sizes = {"channels": calibration.largest}
+    if columns is not None:
+        sizes["columns"] = calibration.largest[columns.index] * columns.share
+    ratios = {name: outlier_ratio(x) for name, x in sizes.items()}
+    return {name: round(ratio, 2) for name, ratio in ratios.items() if ratio is not None}
 
 
 def _reconstruction_report(columns: Reconstruction | None, channels: int) -> dict[str, Any] | None:

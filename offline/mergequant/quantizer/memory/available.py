@@ -1,5 +1,7 @@
-"""What memory is free, and the refusal of a run that needs more."""
+"""What memory is free, the refusal of a run that needs more, and what was taken."""
 
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,15 @@ def refuse_if_short(need: MemoryNeed, device: torch.device) -> None:
             f"Quantizing this model needs {_gib(need.host)} of host memory beside {device}, and "
             f"{_gib(host)} are free: end other programs or take a machine with more."
         )
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has had so far: the host's, and a GPU's by its tensors."""
+    kibibytes = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def _refuse(need: MemoryNeed, wanted: int, free: int | None, where: str) -> None:

@@ -1,11 +1,14 @@
-"""Figures of one run, from `quantization_report.jsonl`: losses, clip ratios, bits, time.
+"""Figures of one run, from `quantization_report.jsonl`: losses, clip ratios, outliers, bits, time.
 
-Each is drawn by matplotlib and returned as SVG, to stand in a page by itself.
+Each is a matplotlib figure, or None where there is nothing to draw; `svg` makes it stand in a page
+by itself, `draw_for_card` writes those that a model card shows.
 """
 
 import io
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergequant.errors import InputError
@@ -42,7 +45,7 @@ def by_kind(lines: Sequence[Line]) -> dict[str, list[Line]]:
     return kinds
 
 
-def losses(lines: Sequence[Line]) -> str | None:
+def losses(lines: Sequence[Line]) -> Any | None:
     """Relative squared error at each linear's output: to nearest, by GPTQ, on held-out tokens."""
     drawn = {
         "loss_rtn": ("to nearest", ":", "tab:gray"),
@@ -60,7 +63,7 @@ def losses(lines: Sequence[Line]) -> str | None:
     return _small_multiples(lines, "relative squared error", draw)
 
 
-def clips(lines: Sequence[Line]) -> str | None:
+def clips(lines: Sequence[Line]) -> Any | None:
     """Clip ratios: of static inputs the lowest, mean and highest of a channel, else the one."""
 
     def draw(axis: Any, kind: Sequence[Line]) -> None:
@@ -80,7 +83,7 @@ def _ends(clip: float | Mapping[str, float]) -> Mapping[str, float]:
     return clip if isinstance(clip, Mapping) else dict.fromkeys(_ENDS, clip)
 
 
-def training(lines: Sequence[Line]) -> str | None:
+def training(lines: Sequence[Line]) -> Any | None:
     """Loss of each block at its output, before its training and after; None: none was trained."""
     trained = [x for x in lines if x.get("compensation")]
     if not trained:
@@ -91,10 +94,10 @@ def training(lines: Sequence[Line]) -> str | None:
         axis.plot(blocks, [x["compensation"][field] for x in trained], "o-", label=label)
     axis.set(xlabel="block", ylabel="loss of the block", yscale="log")
     axis.legend()
-    return _svg(figure)
+    return figure
 
 
-def seconds(lines: Sequence[Line]) -> str | None:
+def seconds(lines: Sequence[Line]) -> Any | None:
     """Time of each block, by step."""
     times: dict[str, dict[int, float]] = {}
     for line in lines:
@@ -112,10 +115,10 @@ def seconds(lines: Sequence[Line]) -> str | None:
         bottom = [x + y for x, y in zip(bottom, heights, strict=True)]
     axis.set(xlabel="block", ylabel="seconds")
     axis.legend()
-    return _svg(figure)
+    return figure
 
 
-def bits(linears: Mapping[str, tuple[int, int]]) -> str | None:
+def bits(linears: Mapping[str, tuple[int, int]]) -> Any | None:
     """A map of the bits of weights and activations, by linear and block.
 
     Args:
@@ -133,12 +136,85 @@ def bits(linears: Mapping[str, tuple[int, int]]) -> str | None:
     image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=6, vmax=16)
     axis.set(xlabel="block", yticks=range(len(kinds)), yticklabels=kinds)
     figure.colorbar(image, label="bits of weight + of activation")
-    return _svg(figure)
+    return figure
+
+
+def outliers(lines: Sequence[Line]) -> Any | None:
+    """How far the largest channel behind each norm stands out, before transforms and after."""
+    drawn = {
+        "source": ("source model", ":", "tab:gray"),
+        "channels": ("as transformed", "-", "tab:blue"),
+        "columns": ("as reconstructed", "--", "tab:orange"),
+    }
+
+    def draw(axis: Any, kind: Sequence[Line]) -> None:
+        for field, (label, style, color) in drawn.items():
+            known = [x for x in kind if field in x["outliers"]]
+            blocks = [block_of(x["linear"]) for x in known]
+            ratios = [x["outliers"][field] for x in known]
+            axis.plot(blocks, ratios, style, color=color, label=label)
+        axis.set_yscale("log")
+
+    seen: set[tuple[int, str]] = set()
+    firsts = []  # the linears behind one norm read the same
+    for line in lines:
+        if line.get("outliers"):
+            key = (block_of(line["linear"]), json.dumps(line["outliers"]))
+            firsts += [] if key in seen else [line]
+            seen.add(key)
+    return _small_multiples(firsts, "largest channel / median", draw)
+
+
+def memory(lines: Sequence[Line]) -> Any | None:
+    """The most memory that the run had had by the end of each block."""
+    known = [x for x in lines if x.get("peak_bytes")]
+    if not known:
+        return None
+    figure, axis = _figure()
+    for where in known[0]["peak_bytes"]:
+        blocks = [block_of(x["linear"]) for x in known]
+        axis.plot(blocks, [x["peak_bytes"][where] / 2**30 for x in known], label=where)
+    axis.set(xlabel="block", ylabel="GiB so far", ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+CARD = {"loss": losses, "clip-ratios": clips, "outliers": outliers}
+CARD_TEXTS = {
+    "loss": "Relative squared error at each linear's output",
+    "clip-ratios": "Clip ratios of each linear's input",
+    "outliers": "Largest channel behind each norm over the median one",
+}
+CARD_FOLDER = "figures"
+
+
+def draw_for_card(lines: Sequence[Line], folder: Path) -> dict[str, str]:
+    """Write the figures of a model card as PNG.
+
+    Args:
+        folder: of the card; a folder of figures is made in it.
+
+    Returns:
+        path from `folder` of each, by what it shows; none without matplotlib.
+    """
+    try:
+        require_matplotlib()
+    except InputError:
+        return {}
+    files = {}
+    for name, draw in CARD.items():
+        figure = draw(lines)
+        if figure is not None:
+            file = f"{CARD_FOLDER}/{name}.png"
+            (folder / CARD_FOLDER).mkdir(exist_ok=True)
+            figure.savefig(folder / file, dpi=100, metadata={"Software": None})
+            files[CARD_TEXTS[name]] = file
+    return files
 
 
 def _small_multiples(
     lines: Sequence[Line], label: str, draw: Callable[[Any, Sequence[Line]], None]
-) -> str | None:
+) -> Any | None:
     """A panel for each kind of linear, over the blocks, with one legend."""
     kinds = by_kind(lines)
     if not kinds:
@@ -157,7 +233,7 @@ def _small_multiples(
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=8)
     figure.supylabel(label, fontsize=9)
     figure.supxlabel("block", fontsize=9)
-    return _svg(figure)
+    return figure
 
 
 def _figure() -> tuple[Any, Any]:
@@ -167,7 +243,7 @@ def _figure() -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
     """The figure's `<svg>` element; the same for the same figure."""
     import matplotlib as mpl
 
