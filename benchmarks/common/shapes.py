@@ -92,6 +92,18 @@ MODELS = {
             model_type="qwen3",
             tie_word_embeddings=True,
         ),
+        Model(
+            "Llama-3.2-1B",
+            2048,
+            8192,
+            16,
+            32,
+            8,
+            128256,
+            head_dim=64,
+            tie_word_embeddings=True,
+        ),
+        Model("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, head_dim=64, tie_word_embeddings=True),
         Model("tiny", 128, 256, 2, 4, 2, 256, head_dim=32),  # for trying the programs out
     )
 }

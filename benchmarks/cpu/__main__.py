@@ -1,11 +1,13 @@
 """Our kernels on a CPU: single linears, whole models in vLLM, and where the time goes.
 
     python -m benchmarks.cpu linear  [--models NAME...] [--tokens M...] [--kernel NAME]
-    python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--llama-path FOLDER]
+    python -m benchmarks.cpu peers   --peers FOLDER [--names NAME...]
+    python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--peers FOLDER]
     python -m benchmarks.cpu profile [--variant NAME] [--layers L]
 
-All take --isa NAME (every library is restricted to that instruction set where it is AVX2; above,
-nothing is restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER.
+The first installs others' libraries, which the next two compare with. Those that measure take
+--isa NAME (every library is restricted to that instruction set where it is AVX2; above, nothing is
+restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER.
 Before anything is timed the kernels' tests must pass (--no-tests leaves them out). Results go to
 FOLDER/PART-ISA-THREADSt.json and .md; losses are there like wins.
 """
@@ -17,7 +19,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.common.shapes import MODELS
-from benchmarks.cpu import instruction_sets, machine
+from benchmarks.cpu import instruction_sets, machine, peers
+from benchmarks.cpu.peers import AUTO_ROUND
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -31,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(given)
+    if options.part == "peers":
+        peers.install(options.peers, tuple(options.names))
+        return 0
     if options.worker:
         return work(options, given)
     cores = machine.cores()
@@ -40,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         return REFUSED
     os.sched_setaffinity(0, cores[:threads])
     environment = instruction_sets.environment(options.isa, threads, cores, amx=not options.no_amx)
-    paths = (str(ROOT), environment.get("PYTHONPATH", ""))
+    # Of others' libraries only the one for single linears; those that serve come one at a time.
+    own = getattr(options, "peers", None) if options.part == "linear" else None
+    linears = str(own.resolve() / AUTO_ROUND) if own else ""
+    paths = (str(ROOT), environment.get("PYTHONPATH", ""), linears)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if options.part != "serve":  # whose engines write logs
         environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -82,7 +91,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="VARIANT",
         help="see benchmarks/cpu/serve/variants.py",
     )
-    serve.add_argument("--llama-path", type=Path, help="where llama-cpp-python and gguf are")
+    install = parts.add_parser("peers", help="install others' libraries into a folder")
+    install.add_argument("--names", nargs="+", choices=peers.PEERS, default=list(peers.PEERS))
+    install.add_argument("--peers", type=Path, required=True)
+    for part in (linear, serve):
+        part.add_argument("--peers", type=Path, help="folder that part `peers` made")
     profile = parts.add_parser("profile", help="where the time of ours goes")
     profile.add_argument("--variant", default="mergequant")
     profile.add_argument("--method", dest="variant", default="mergequant", help=argparse.SUPPRESS)

@@ -103,6 +103,23 @@ def _int4_weights(codes: Tensor) -> Multiply:
     return lambda x: operations._weight_int4pack_mm_for_cpu(x, packed, GROUP, steps)
 
 
+def _auto_round(codes: Tensor) -> Multiply:
+    """AutoRound's 4-bit weights in groups; it rounds float32 activations to 8 bits itself."""
+    n, k = codes.shape
+    if k % GROUP:
+        raise Refused(f"it needs K a multiple of {GROUP}, not {k}")
+    try:
+        import auto_round_kernel as kernel  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Refused("install it: python -m benchmarks.cpu peers, and name --peers") from error
+    form = (GROUP, "int8", "int4", "fp32", False)
+    zero = torch.zeros(k // GROUP, n, dtype=torch.int8)
+    steps = torch.ones(k // GROUP, n)
+    packed = kernel.repack_quantized_weight(codes.t().contiguous(), steps, zero, *form)
+    bias = torch.empty(0)
+    return lambda x: kernel.woqgemm(x, packed, bias, n, k, *form)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -117,7 +134,9 @@ def _to_bfloat16(x: Tensor) -> Tensor:
 
 FLOAT32, BFLOAT16, INT8 = "torch float32", "torch bfloat16", "torch int8"
 ONEDNN, INT4 = "vllm oneDNN int8", "torch int4 weights"
+AUTO_ROUND = "AutoRound int4 weights"
 ROUNDED = 2.0**-8  # a result rounded to bfloat16
+EIGHT_BITS = 2.0**-7  # activations rounded to 8 bits once more
 BASELINES = {
     FLOAT32: Baseline(32, _float32, _to_float32, 0.0, "F.linear"),
     BFLOAT16: Baseline(16, _bfloat16, _to_bfloat16, ROUNDED, "F.linear"),
@@ -125,5 +144,8 @@ BASELINES = {
     ONEDNN: Baseline(8, _onednn, _same, 0.0, "onednn_scaled_mm: one step for all tokens, float32"),
     INT4: Baseline(
         4, _int4_weights, _to_bfloat16, ROUNDED, "_weight_int4pack_mm_for_cpu: groups, bfloat16"
+    ),
+    AUTO_ROUND: Baseline(
+        4, _auto_round, _to_float32, EIGHT_BITS, "woqgemm: groups, activations to int8 within"
     ),
 }

@@ -27,11 +27,8 @@ class LlamaEngine:
     """
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
-        import llama_cpp  # type: ignore[import-not-found]
-
-        self.library = llama_cpp
-        self.system = llama_cpp.llama_print_system_info().decode()
-        refuse_newer(self.system, options.isa, amx=not options.no_amx)
+        self.library = self._import()
+        self.system = self._refuse(options)
         self.model_of = MODELS[options.model]
         self.layers = options.layers
         form = VARIANTS[options.variant].file
@@ -40,6 +37,17 @@ class LlamaEngine:
         self.tokens = options.context * options.batch
         self._load(path, options)
         path.unlink()
+
+    def _import(self) -> Any:
+        import llama_cpp  # type: ignore[import-not-found]
+
+        return llama_cpp
+
+    def _refuse(self, options: argparse.Namespace) -> str:
+        """What the library says of itself; RuntimeError if it uses what is not to be used."""
+        system = str(self.library.llama_print_system_info().decode())
+        refuse_newer(system, options.isa, amx=not options.no_amx)
+        return system
 
     def _load(self, path: Path, options: argparse.Namespace) -> None:
         library = self.library
@@ -60,8 +68,7 @@ class LlamaEngine:
 
     def generate(self, batch: int, prompt: int, tokens: int) -> int:
         """Greedily; how many tokens came."""
-        library = self.library
-        library.llama_memory_clear(library.llama_get_memory(self.context), True)
+        self._clear()
         generator = np.random.default_rng(batch)
         ids = generator.integers(5, self.model_of.vocab_size, (batch, prompt))
         given = [[int(token) for token in row] for row in ids]
@@ -71,6 +78,10 @@ class LlamaEngine:
             came += len(best)
             given = [[token] for token in best]
         return came
+
+    def _clear(self) -> None:
+        library = self.library
+        library.llama_memory_clear(library.llama_get_memory(self.context), True)
 
     def _decode(self, sequences: list[list[int]], position: int) -> list[int]:
         """Run tokens that follow `position` tokens of each sequence; the next token of each."""
@@ -94,17 +105,25 @@ class LlamaEngine:
     def facts(self) -> dict[str, Any]:
         """Memory in bytes, version and instruction sets."""
         model, width = self.model_of, CACHE_BYTES_PER_NUMBER
-        held = self.library.llama_n_ctx(self.context)
-        switched_on = [
-            part.strip() for part in self.system.split("|") if part.strip().endswith("1")
-        ]
-        names = [part.split("=")[0].split(":")[-1].strip() for part in switched_on]
+        held = self._held()
         return {
             "resident": status_bytes("VmRSS"),
             "model_bytes": self.file_bytes,
             "cache_bytes": 2 * width * self.layers * model.key_value_size * held,
-            "engine": f"llama-cpp-python {self.library.__version__}: {' '.join(names)}",
+            "engine": self._version(),
         }
+
+    def _held(self) -> int:
+        """Tokens that the cache has room for."""
+        return int(self.library.llama_n_ctx(self.context))
+
+    def _version(self) -> str:
+        """Release, and instruction sets."""
+        switched_on = [
+            part.strip() for part in self.system.split("|") if part.strip().endswith("1")
+        ]
+        names = [part.split("=")[0].split(":")[-1].strip() for part in switched_on]
+        return f"llama-cpp-python {self.library.__version__}: {' '.join(names)}"
 
 
 def refuse_newer(system: str, isa: str | None, *, amx: bool) -> None:
@@ -115,5 +134,6 @@ def refuse_newer(system: str, isa: str | None, *, amx: bool) -> None:
     if used:
         raise RuntimeError(
             f"this llama.cpp was built for {used[0]}, which is not to be used: build one with "
-            "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX2=ON' and name its folder with --llama-path"
+            "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX2=ON' python -m benchmarks.cpu peers in a "
+            "folder of its own"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.shapes import MODELS
+from benchmarks.cpu import peers
 from benchmarks.cpu.serve.child_process import ChildProcess, DiedError, python_path
 from benchmarks.cpu.serve.variants import DEFAULT_VARIANTS, OURS, VARIANTS
 
@@ -70,8 +71,10 @@ def compare_pairwise(
         `name`; `ours` and `theirs`: `facts`, and by phase the seconds of each round; or `failed`.
     """
     row: dict[str, Any] = {"name": name, "ours": {"name": ours.name, "facts": ours.facts}}
-    if VARIANTS[name].served is None and options.llama_path is None:
-        return {**row, "refused": "name the folder of llama-cpp-python with --llama-path"}
+    peer = VARIANTS[name].peer
+    reason = peers.refusal(options.peers, peer) if peer else None
+    if reason is not None:
+        return {**row, "refused": reason}
     other = ours
     try:
         if name != ours.name:
@@ -115,9 +118,9 @@ class RunningVariant:
         context = max(options.prefill, SHORT_PROMPT + options.decode) + 16
         arguments += ["--context", str(context), "--batch", str(max(BATCHES))]
         arguments += ["--threads", str(threads), *(["--no-amx"] if options.no_amx else [])]
-        environment = dict(os.environ)
-        if VARIANTS[name].served is None:
-            environment["PYTHONPATH"] = python_path(options.llama_path, ROOT)
+        environment = {**os.environ, **VARIANTS[name].environment}
+        if VARIANTS[name].peer:
+            environment["PYTHONPATH"] = python_path(options.peers / VARIANTS[name].peer, ROOT)
         self.process = ChildProcess(
             "benchmarks.cpu.serve.child", arguments, environment, log / f"serve-{name}.log"
         )

@@ -21,6 +21,8 @@ PLAN = linear.Plan("cpu-fp32", ("tiny",), (1, 3), 2, 2**16)
 def test_every_baseline_computes_the_product_of_the_codes(name: str, m: int) -> None:
     if name == baselines.ONEDNN:
         pytest.importorskip("vllm", reason="vLLM is not installed")
+    if name == baselines.AUTO_ROUND:
+        pytest.importorskip("auto_round_kernel", reason="auto-round-lib is not installed")
     generator = torch.Generator().manual_seed(m)
     weight = make_codes((SHAPE.n, SHAPE.k), 4, "random", generator)
     codes = make_codes((m, SHAPE.k), 4, "random", generator)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.common.served_variants import find_variant
 from benchmarks.common.shapes import MODELS
+from benchmarks.cpu import peers
 from benchmarks.cpu.serve import child_process, llama_engine, llama_file
 from benchmarks.cpu.serve import measure as serve
 from benchmarks.cpu.serve import table as serve_table
@@ -88,7 +89,7 @@ def test_two_variants_run_in_turns_and_a_slow_one_in_one_round(
     monkeypatch.setattr(serve, "RunningVariant", FakeVariant)
     monkeypatch.setattr(FakeVariant, "order", [])
     variants = ["mergequant", "vllm-float32", "vllm-bfloat16", "llama.cpp-q4_0"]
-    given = argparse.Namespace(**vars(OPTIONS), variants=variants, llama_path=None)
+    given = argparse.Namespace(**vars(OPTIONS), variants=variants, peers=None)
     counts: list[int] = []
     serve.run(given, "avx2", 1, Path("/nowhere"), lambda rows: counts.append(len(rows)))
     one, two = "mergequant", "vllm-float32"
@@ -143,7 +144,8 @@ def test_the_tables_show_speedups_memory_and_failures() -> None:
 def test_every_variant_is_known_to_its_engine() -> None:
     assert set(DEFAULT_VARIANTS) <= set(VARIANTS)
     for variant in VARIANTS.values():
-        assert variant.file in ("Q4_0", "F32") if variant.served is None else True
+        assert variant.file in ("Q4_0", "Q8_0", "F32") if variant.served is None else True
+        assert variant.peer in ("", *peers.PEERS)
         if variant.served is not None:
             find_variant(variant.served)
 

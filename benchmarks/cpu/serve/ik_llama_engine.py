@@ -1,0 +1,55 @@
+"""ik_llama.cpp on the same file as llama.cpp, by ik-llama-cpp-python's low-level interface.
+
+A fork of llama.cpp with kernels of its own and an older interface. Rows are repacked as they are
+loaded, which is its fastest form (`-rtr`).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu.instruction_sets import find_instruction_set
+from benchmarks.cpu.serve.llama_engine import LlamaEngine
+
+
+class IkLlamaEngine(LlamaEngine):
+    """One model and one context of ik_llama.cpp; RuntimeError if it does not load."""
+
+    def _import(self) -> Any:
+        from ik_llama_cpp import _ctypes_api  # type: ignore[import-not-found]
+
+        return _ctypes_api
+
+    def _refuse(self, options: argparse.Namespace) -> str:
+        # The wheel chooses no instruction set: it is built for one, and does not say which.
+        if find_instruction_set(options.isa).environment:
+            raise RuntimeError("its wheel cannot be held to an older instruction set")
+        return ""
+
+    def _load(self, path: Path, options: argparse.Namespace) -> None:
+        library = self.library
+        library.llama_backend_init()
+        given = library.llama_model_default_params()
+        given.use_mmap, given.repack_tensors = False, True
+        self.model = library.llama_model_load_from_file(str(path).encode(), given)
+        if not self.model:
+            raise RuntimeError("ik_llama.cpp does not load the file")
+        context = library.llama_context_default_params()
+        context.n_ctx, context.n_seq_max = self.tokens, options.batch
+        context.n_batch = context.n_ubatch = 512
+        context.n_threads = context.n_threads_batch = options.threads
+        self.context = library.llama_init_from_model(self.model, context)
+        if not self.context:
+            raise RuntimeError("ik_llama.cpp makes no context")
+        self.batch = library.llama_batch_init(self.tokens, 0, options.batch)
+
+    def _clear(self) -> None:
+        self.library.llama_kv_cache_clear(self.context)
+
+    def _held(self) -> int:
+        return int(self.tokens)
+
+    def _version(self) -> str:
+        from importlib.metadata import version
+
+        return f"ik-llama-cpp-python {version('ik-llama-cpp-python')}, rows repacked"
