@@ -22,10 +22,11 @@ SOURCES = Path("mergequant_vllm/csrc")
 # A product and a sum must not become one operation: the definitions round twice.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 FLAGS += " -fno-trapping-math -fopenmp -Wall -Wextra"
-AVX512 = "-mavx2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+AVX2 = "-mavx2 -mf16c -mprfchw"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 # Each instruction set is a file of its own in isa/; dispatch.cpp runs on any CPU and chooses.
 UNITS = {
-    "x86_64": {"avx2": "-mavx2 -mf16c", "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"},
+    "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni"},
     "aarch64": {"neon": "-march=armv8.2-a+dotprod"},
 }
 COMPILERS = ("c++", "g++", "clang++")

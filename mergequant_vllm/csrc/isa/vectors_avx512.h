@@ -11,7 +11,7 @@ namespace {
 
 // What both have in common.
 struct Avx512Vectors : X86<16> {
-    static constexpr int outputs = 16, panels = 2, rows = 12, registers = 32;
+    static constexpr int outputs = 16, panels = 2, registers = 32;
 
     using Weights = __m512i;
     using Sums = __m512i;
@@ -44,6 +44,9 @@ struct Avx512Vectors : X86<16> {
 #if defined(__AVX512VNNI__)
 
 struct Avx512Vnni : Avx512Vectors {
+    // 28 sums, 2 vectors of weights, one of activations, one mask: all registers.
+    static constexpr int rows = 14;
+
     static int64_t run(int) { return INT64_MAX; }
 
     template <int Rows>
@@ -63,6 +66,8 @@ struct Avx512Vnni : Avx512Vectors {
 #else
 
 struct Avx512 : Avx512Vectors {
+    static constexpr int rows = 12;
+
     // As AVX2's: 240 or 3840 a step.
     static int64_t run(int activation_bits) { return activation_bits == 8 ? 4 : 68; }
 

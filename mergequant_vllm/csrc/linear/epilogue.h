@@ -167,9 +167,8 @@ MQ_INLINE void scale_floats(const float *floats, const OutputValues &values, flo
 
 // The outputs of a block that exist; all but the last block's are a copy of known size.
 template <int Outputs, class Element>
-MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uint8_t *row)
+MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uint8_t *to)
 {
-    uint8_t *const to = row + values.first * int64_t(sizeof(Element));
     if (values.count == Outputs)
         memcpy(to, from, Outputs * sizeof(Element));
     else
@@ -178,11 +177,11 @@ MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uin
 
 // Rounds a block's outputs of one token and writes them.
 template <class Set, int Planes>
-MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *row)
+MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *to)
 {
     constexpr int outputs = Shape<Set>::lanes / Planes;
     if (type == MQ_FLOAT32) {
-        copy_outputs<outputs>(y, values, row);
+        copy_outputs<outputs>(y, values, to);
         return;
     }
     uint16_t half[outputs];
@@ -190,7 +189,7 @@ MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int typ
         store_bfloat16<Set, outputs>(y, half);
     else
         Set::template store_float16<outputs>(y, half);
-    copy_outputs<outputs>(half, values, row);
+    copy_outputs<outputs>(half, values, to);
 }
 
 }  // namespace

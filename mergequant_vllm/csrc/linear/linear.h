@@ -32,6 +32,30 @@ template <class Set> void prepare_tile(const Plan<Set> &plan, int64_t tile, int8
         sum_token(codes + r * a.stride, plan.shape, plan.token_sums + (row + r) * spans);
 }
 
+// Memory that a calling thread keeps from one call to the next: pages that are new each time cost
+// more than what is computed in them is worth.
+class KeptMemory {
+  public:
+    ~KeptMemory() { free(memory); }
+
+    // At least so many bytes, at a cache line; null if there are none.
+    uint8_t *take(int64_t bytes)
+    {
+        if (bytes > held) {
+            free(memory);
+            held = round_up(bytes, 1 << 16);
+            memory = static_cast<uint8_t *>(aligned_alloc(64, size_t(held)));
+            if (!memory)
+                held = 0;
+        }
+        return memory;
+    }
+
+  private:
+    uint8_t *memory = nullptr;
+    int64_t held = 0;
+};
+
 // One allocation for all threads: gathered activations, their sums, each thread's scratch.
 template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
 {
@@ -41,7 +65,8 @@ template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
     shared.take<int32_t>(plan.tiles.rows * plan.shape.spans);
     Scratch<Set>(own, plan);
     const int64_t bytes = shared.used + plan.threads * own.used;
-    uint8_t *const memory = static_cast<uint8_t *>(aligned_alloc(64, size_t(bytes)));
+    static thread_local KeptMemory kept;
+    uint8_t *const memory = kept.take(bytes);
     if (!memory)
         return MQ_ERROR_MEMORY;
     Arena arena = {memory, 0};
@@ -60,7 +85,6 @@ template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
         for (int64_t task = 0; task < plan.tasks(); ++task)
             Task<Set, Planes>(plan, scratch, task).run();
     }
-    free(memory);
     return MQ_OK;
 }
 

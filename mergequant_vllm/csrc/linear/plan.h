@@ -4,7 +4,8 @@
 // threads could share, for a part of the tokens. Per task and thread:
 //
 //   weights  [run_channels][lanes]               one block's, unpacked; only with many tokens
-//   sums     [task_blocks][tokens][lanes] int32
+//   sums     [tokens of a tile][lanes] int32     or, where a block's channels are too many to unpack
+//                                                at once, [task_blocks][tokens][lanes]
 //   floats   likewise, float32                   only with spans
 //   values   [task_blocks], with their arrays    steps, zero points, constants of the outputs
 
@@ -22,12 +23,11 @@
 
 namespace {
 
-// Tokens at once: bounds the scratch memory, and their activations fit the second cache.
-constexpr int64_t MOST_ROWS = 256;
-// Input channels at once: unpacked weights of a block and a tile's activations fit the first cache.
-// Twice what 16-bit sums of products of 4-bit codes hold.
-constexpr int64_t UNPACKED_CHANNELS = 1088;
-// Outputs of a task, from which on whole cache lines of a token's outputs are written in a row.
+// Tokens at once: bounds the scratch memory; weights are unpacked once for all of them.
+constexpr int64_t MOST_ROWS = 512;
+// Weights of a block that are unpacked at once: they fit the second cache.
+constexpr int64_t UNPACKED_BYTES = 256 << 10;
+// Outputs of a task with many tokens.
 constexpr int64_t UNPACKED_LANES = 256;
 // Tiles of tokens that read weights as they are stored, rather than unpacked.
 constexpr int64_t NIBBLE_TILES = 2;
@@ -95,7 +95,8 @@ template <class Set> struct Plan {
     // Whole spans, where they are small enough: their sums need not be kept.
     int64_t unpacked_channels() const
     {
-        const int64_t most = smaller(UNPACKED_CHANNELS, shape.channels), unit = shape.unit();
+        const int64_t most = smaller(UNPACKED_BYTES / Shape<Set>::lanes, shape.channels);
+        const int64_t unit = shape.unit();
         return unit <= most ? most / unit * unit : most;
     }
 
@@ -104,6 +105,8 @@ template <class Set> struct Plan {
 
     int64_t tasks() const { return output_parts * row_parts; }
     int64_t part_begin(int64_t part) const { return part * tiles.count / row_parts; }
+    // Whether sums need not be kept from one run of channels to the next.
+    bool whole() const { return run_channels == shape.channels; }
     int64_t most_part_rows() const { return ceil_div(tiles.count, row_parts) * Set::rows; }
 };
 
@@ -116,7 +119,8 @@ template <class Set> struct Scratch {
     Scratch(Arena &arena, const Plan<Set> &plan)
     {
         constexpr int lanes = Shape<Set>::lanes;
-        const int64_t outputs = plan.task_blocks * plan.most_part_rows() * lanes;
+        const int64_t kept = plan.whole() ? Set::rows : plan.task_blocks * plan.most_part_rows();
+        const int64_t outputs = kept * lanes;
         const int64_t of_spans = plan.shape.spans * lanes;
         weights = arena.take<uint8_t>(plan.unpacks ? plan.run_channels * lanes : 0);
         sums = arena.take<int32_t>(outputs);

@@ -42,18 +42,12 @@ template <class Set, int Planes> struct Task {
             for (int64_t block = 0; block < blocks; ++block)
                 run_block(block, begin, end);
         }
-        for (int64_t row = 0; row < rows; ++row)
-            finish(row);
     }
 
-    int32_t *sums(int64_t block, int64_t row) const
+    // Where the sums of a tile begin, whose first token is `row`.
+    int64_t kept(int64_t block, int64_t row) const
     {
-        return scratch.sums + (block * rows + row) * lanes;
-    }
-
-    float *floats(int64_t block, int64_t row) const
-    {
-        return scratch.floats + (block * rows + row) * lanes;
+        return plan.whole() ? 0 : (block * rows + row) * lanes;
     }
 
     const int32_t *token_sums(int64_t row) const
@@ -71,84 +65,103 @@ template <class Set, int Planes> struct Task {
 
     void run_block(int64_t block, int64_t begin, int64_t end) const
     {
-        const uint8_t *weights =
+        const uint8_t *const stored =
             plan.a.packed + (first_block + block) * plan.shape.block_bytes() + begin * lanes / 2;
-        if (plan.unpacks) {
-            unpack<Set>(weights, (end - begin) / 8, scratch.weights);
-            weights = scratch.weights;
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+            const From source = !plan.unpacks        ? From::STORED
+                                : tile == first_tile ? From::UNPACKING
+                                                     : From::UNPACKED;
+            const uint8_t *const weights = source == From::UNPACKED ? scratch.weights : stored;
+            run_tile(source, tile, block, weights, begin, end);
         }
-        for (int64_t tile = first_tile; tile < last_tile; ++tile)
-            run_tile(tile, block, weights, begin, end);
     }
 
     // One tile of tokens by one block, from channel `begin` to `end`, span by span.
-    void run_tile(int64_t tile, int64_t block, const uint8_t *weights, int64_t begin,
+    void run_tile(From source, int64_t tile, int64_t block, const uint8_t *weights, int64_t begin,
                   int64_t end) const
     {
         const Shape<Set> &shape = plan.shape;
         const int64_t size = plan.tiles.size(tile);
         const int64_t row = plan.tiles.begin(tile) - first_row;
+        int32_t *const sums = scratch.sums + kept(block, row);
+        float *const floats = scratch.floats + kept(block, row);
         const int8_t *activations = plan.activations + plan.tiles.begin(tile) * shape.channels;
-        const Tile kernel = plan.unpacks ? tile_of<Set, false>(size) : tile_of<Set, true>(size);
-        const int64_t bytes_of_pair = (plan.unpacks ? 8 : 4) * lanes;
+        const Tile kernel = tile_of<Set>(source, size);
+        const int64_t bytes_of_pair = (source == From::UNPACKED ? 8 : 4) * lanes;
         const int64_t run = Set::run(plan.a.activation_bits);
+        if (end == shape.channels)
+            prefetch_outputs(block, row, size);
         int64_t span = shape.span_of(begin);
         for (int64_t channel = begin; channel < end;) {
             const int64_t last = shape.padded_end(span), stop = smaller(end, last);
-            kernel(activations + channel * size, weights + (channel - begin) / 8 * bytes_of_pair,
-                   (stop - channel) / 8, run, channel == shape.begin(span), sums(block, row));
+            const int64_t pairs = (channel - begin) / 8;
+            kernel(activations + channel * size, weights + pairs * bytes_of_pair,
+                   scratch.weights + pairs * 8 * lanes, (stop - channel) / 8, run,
+                   channel == shape.begin(span), sums);
             if (plan.a.span_ends && stop == last)
-                finish_span(block, row, size, span);
+                finish_span(block, row, size, span, sums, floats);
             channel = stop;
             ++span;
         }
+        if (end == shape.channels)
+            with_terms(terms_of(plan.a), [&](auto terms) {
+                for (int64_t r = 0; r < size; ++r) {
+                    if (r + ROWS_AHEAD < size)
+                        prefetch_outputs(block, row + r + ROWS_AHEAD, 1);
+                    finish<terms.value>(block, row + r, sums + r * lanes, floats + r * lanes);
+                }
+            });
     }
 
-    void finish_span(int64_t block, int64_t row, int64_t size, int64_t span) const
+    void finish_span(int64_t block, int64_t row, int64_t size, int64_t span, const int32_t *sums,
+                     float *floats) const
     {
         const OutputValues &values = scratch.values[block];
         with_terms(terms_of(plan.a), [&](auto terms) {
-            for (int64_t r = row; r < row + size; ++r)
-                add_span<Set, Planes, terms.value>(sums(block, r), values, span,
-                                                   token_values(r, span), floats(block, r));
+            for (int64_t r = 0; r < size; ++r)
+                add_span<Set, Planes, terms.value>(sums + r * lanes, values, span,
+                                                   token_values(row + r, span), floats + r * lanes);
         });
     }
 
-    // The outputs of all blocks of one token, so that they are written in one piece.
-    void finish(int64_t row) const
+    // The outputs of a block of one token.
+    template <Terms Which>
+    MQ_INLINE void finish(int64_t block, int64_t row, const int32_t *sums, const float *floats) const
     {
         const LinearArguments &a = plan.a;
         const int64_t token = token_of(row);
         const float token_step = a.token_step ? a.token_step[token] : 1.0f;
-        const int64_t row_bytes = a.n * element_bytes(a.type);
-        uint8_t *const outputs = static_cast<uint8_t *>(a.y) + token * row_bytes;
-        if (row + ROWS_AHEAD < rows)
-            prefetch_outputs(outputs + ROWS_AHEAD * row_bytes);
-        for (int64_t block = 0; block < blocks; ++block) {
-            const OutputValues &values = scratch.values[block];
-            float y[lanes];
-            if (a.span_ends)
-                scale_floats<Set, Planes>(floats(block, row), values, token_step, y);
-            else
-                with_terms(terms_of(a), [&](auto terms) {
-                    scale_sums<Set, Planes, terms.value>(sums(block, row), values,
-                                                         token_values(row, 0), token_step, y);
-                });
-            store_outputs<Set, Planes>(y, values, a.type, outputs);
-        }
+        const OutputValues &values = scratch.values[block];
+        uint8_t *const to = outputs(token) + values.first * element_bytes(a.type);
+        const bool direct = a.type == MQ_FLOAT32 && values.count == plan.shape.outputs;
+        float rest[lanes];
+        float *const y = direct ? reinterpret_cast<float *>(to) : rest;
+        if (a.span_ends)
+            scale_floats<Set, Planes>(floats, values, token_step, y);
+        else
+            scale_sums<Set, Planes, Which>(sums, values, token_values(row, 0), token_step, y);
+        if (!direct)
+            store_outputs<Set, Planes>(y, values, a.type, to);
     }
 
-    // Each row of outputs is far from the last one in memory; without a hint, writing one waits
-    // for the other.
+    uint8_t *outputs(int64_t token) const
+    {
+        return static_cast<uint8_t *>(plan.a.y) + token * plan.a.n * element_bytes(plan.a.type);
+    }
+
+    // Rows of outputs are far apart in memory. Their cache lines are asked for before the tile, which
+    // brings them near, and again some rows ahead: as many rows may share one set of the first cache.
     static constexpr int64_t ROWS_AHEAD = 4;
 
-    void prefetch_outputs(const uint8_t *outputs) const
+    void prefetch_outputs(int64_t block, int64_t row, int64_t size) const
     {
+        const OutputValues &values = scratch.values[block];
         const int64_t bytes = element_bytes(plan.a.type);
-        const int64_t begin = scratch.values[0].first * bytes;
-        const int64_t end = begin + blocks * plan.shape.outputs * bytes;
-        for (int64_t line = begin; line < end; line += 64)
-            __builtin_prefetch(outputs + line, 1);
+        for (int64_t r = row; r < row + size; ++r) {
+            const uint8_t *const to = outputs(token_of(r)) + values.first * bytes;
+            for (int64_t byte = 0; byte < plan.shape.outputs * bytes; byte += 64)
+                __builtin_prefetch(to + byte, 1);
+        }
     }
 };
 

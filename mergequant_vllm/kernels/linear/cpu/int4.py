@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergequant_vllm.kernels import huge_pages
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout, CodeWriter, as_rows
 from mergequant_vllm.kernels.linear import refusals
@@ -60,7 +61,7 @@ def pack_weight(codes: Tensor, bits: int) -> Tensor:
     """Return weight codes int8 [N, K] in the layout of the instruction set: uint8 [bytes]."""
     rows, columns = codes.shape
     size = native.library().mq_linear_bytes(native.current_isa(), rows, columns, bits)
-    packed = torch.empty(size, dtype=torch.uint8)
+    packed = huge_pages.empty(size)
     codes = codes.to(torch.int8).contiguous()
     native.call("mq_linear_pack", codes.data_ptr(), rows, columns, bits, packed.data_ptr())
     return packed
