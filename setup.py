@@ -69,7 +69,7 @@ class BuildNative(build_ext):
         scratch = Path(self.build_temp)
         scratch.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        units = {"isa/portable": "", "dispatch": ""}
+        units = {"isa/portable": "", "dispatch": "", "torch_operators": ""}
         units |= {f"isa/{name}": x for name, x in UNITS.get(_machine(compiler), {}).items()}
         common = [*compiler, *shlex.split(FLAGS), f"-I{SOURCES}"]
         common += shlex.split(os.environ.get("CXXFLAGS", ""))

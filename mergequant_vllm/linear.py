@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
 
 from mergequant_vllm.format import FormatError, LinearFormat
 from mergequant_vllm.kernels.capability import current_capability
+from mergequant_vllm.kernels.linear.cpu.int4 import CpuPackedLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.selection.linears import select_linear
 from mergequant_vllm.kernels.selection.quantizers import (
@@ -144,6 +145,10 @@ class MergeQuantLinearMethod(LinearMethodBase):
         )
         layer.product = self.kernel.prepare(stored, self.spec)
         layer.quantizer = self._quantizer(layer)
+        # Where one call quantizes each token and multiplies.
+        layer.joined = isinstance(layer.quantizer, TokenQuantizer) and isinstance(
+            layer.product, CpuPackedLinear
+        )
         for name in STORED:
             if hasattr(layer, name):
                 delattr(layer, name)
@@ -183,6 +188,16 @@ class MergeQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] in the model's dtype (static: already divided by s) to y [..., N]."""
+        if layer.joined:
+            quantizer: TokenQuantizer = layer.quantizer
+            joined: Tensor = layer.product.from_tokens(
+                quantizer.mixed(x),
+                quantizer.clip,
+                quantizer.hadamard,
+                quantizer.zero_points,
+                bias is not None,
+            )
+            return joined
         codes, token_step, token_zero = layer.quantizer(x)
         y: Tensor = layer.product(codes, token_step, token_zero, bias is not None)
         return y

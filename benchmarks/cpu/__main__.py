@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     linears = str(own.resolve() / AUTO_ROUND) if own else ""
     paths = (str(ROOT), environment.get("PYTHONPATH", ""), linears)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    if options.part != "serve":  # whose engines write logs
-        environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Engines write what they do for each step into logs, at the expense of the step.
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if options.part == "serve" else "ERROR")
     if not options.no_tests and not tests_pass(environment):
         print("The kernels' tests fail: nothing is timed.", file=sys.stderr)
         return 1

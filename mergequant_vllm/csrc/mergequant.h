@@ -78,6 +78,13 @@ int mq_hadamard(int isa, const float *x, float *y, int64_t m, int64_t k, int64_t
 int mq_mix_heads(int isa, const void *x, int type, int64_t stride, int64_t m, int64_t heads,
                  int64_t width, const float *mixing, float *y);
 
+// Operators of PyTorch (torch_operators.cpp). They run the instruction set of the last mq_use_isa.
+// mq_register_operators takes the addresses of PyTorch's functions of these names, in this order.
+int mq_use_isa(int isa);
+int mq_torch_function_count(void);
+const char *mq_torch_function_name(int number);
+int mq_register_operators(void *const *functions);
+
 #ifdef __cplusplus
 }
 #endif

@@ -24,9 +24,7 @@ class _Arena:
     def take(self, size: int) -> Tensor:
         if size > len(self._chunk):
             mapped = _map(max(size, _CHUNK))
-            if (
-                size > _CHUNK // 2
-            ):  # a mapping of its own: what is left of the chunk is used further
+            if size > _CHUNK // 2:  # by itself: what is left of the chunk is used further
                 return mapped[:size]
             self._chunk = mapped
         taken = self._chunk[:size]

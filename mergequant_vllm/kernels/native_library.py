@@ -82,6 +82,8 @@ def library() -> ctypes.CDLL:
     loaded.mq_linear_bytes.argtypes = (_int, _long, _long, _int)
     loaded.mq_linear_bytes.restype = _long
     loaded.mq_isa_name.restype = ctypes.c_char_p
+    loaded.mq_torch_function_name.restype = ctypes.c_char_p
+    loaded.mq_register_operators.argtypes = (ctypes.POINTER(_pointer),)
     return loaded
 
 
@@ -155,10 +157,12 @@ def using(isa: str) -> Iterator[None]:
     """Run another instruction set in this block, for comparisons; packed weights are its own."""
     global _override
     before, _override = _override, instruction_sets()[isa]
+    _use_in_operators()
     try:
         yield
     finally:
         _override = before
+        _use_in_operators()
 
 
 def call(name: str, *arguments: float | int | None) -> None:
@@ -166,3 +170,36 @@ def call(name: str, *arguments: float | int | None) -> None:
     code = getattr(library(), name)(current_isa(), *arguments)
     if code:
         raise NativeError(f"{name}: {_ERRORS.get(code, f'error {code}')}.")
+
+
+@functools.cache
+def register_operators() -> bool:
+    """Let PyTorch call the operators that the library has itself, without Python in between.
+
+    Returns:
+        False where this PyTorch lacks a function of its C interface: the operators then stay
+        Python's, a few microseconds slower for each call.
+    """
+    loaded = library()
+    names = [loaded.mq_torch_function_name(i) for i in range(loaded.mq_torch_function_count())]
+    addresses = (_pointer * len(names))(*(_torch_function(name.decode()) for name in names))
+    registered = bool(loaded.mq_register_operators(addresses) == 0)
+    if registered:
+        _use_in_operators()
+    else:
+        logger.info("PyTorch %s does not take native operators", torch.__version__)
+    return registered
+
+
+def _torch_function(name: str) -> int | None:
+    """Address of a function of PyTorch's C interface."""
+    file = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    if file is None:
+        return None
+    function = getattr(ctypes.CDLL(str(file)), name, None)
+    return None if function is None else ctypes.cast(function, _pointer).value
+
+
+def _use_in_operators() -> None:
+    """Let the library's own operators run the current instruction set."""
+    library().mq_use_isa(current_isa())

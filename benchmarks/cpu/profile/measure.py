@@ -25,6 +25,7 @@ OPERATORS, PYTHON = "other operators (inputs, sampling)", "outside of operators 
 # The first whose word is part of an operator's name decides.
 GROUPS = (
     ("integer_linear_cpu", LINEARS),
+    ("token_linear_cpu", LINEARS),
     ("token_quant", TOKENS),
     ("hadamard", TOKENS),
     ("static_round", NORMS),

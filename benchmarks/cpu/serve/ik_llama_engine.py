@@ -31,6 +31,9 @@ class IkLlamaEngine(LlamaEngine):
         library.llama_backend_init()
         given = library.llama_model_default_params()
         given.use_mmap, given.repack_tensors = False, True
+        # Its flash attention ends the process on longer prompts ("GGML_ASSERT(S > 0) failed"),
+        # unless it was built for AVX-VNNI; its own Python class switches it off then, too.
+        given.flash_attn = False
         self.model = library.llama_model_load_from_file(str(path).encode(), given)
         if not self.model:
             raise RuntimeError("ik_llama.cpp does not load the file")
@@ -38,6 +41,7 @@ class IkLlamaEngine(LlamaEngine):
         context.n_ctx, context.n_seq_max = self.tokens, options.batch
         context.n_batch = context.n_ubatch = 512
         context.n_threads = context.n_threads_batch = options.threads
+        context.flash_attn = False
         self.context = library.llama_init_from_model(self.model, context)
         if not self.context:
             raise RuntimeError("ik_llama.cpp makes no context")

@@ -166,9 +166,7 @@ class TokenQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [..., K] to codes [..., columns], steps float32 [..., 1] and zeros int32 or None."""
         form = self.form
-        if self.heads is not None:
-            native = form.writer is CodeWriter.NATIVE
-            x = (mix_heads_native if native else mix_heads_opaque)(x, *self.heads)
+        x = self.mixed(x)
         codes, step, zero = self._source().token_codes(
             x,
             self.clip,
@@ -179,6 +177,14 @@ class TokenQuantizer(nn.Module):
             zero_points=self.zero_points,
         )
         return codes, step, zero
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """x [..., K], its heads mixed where they are to be."""
+        if self.heads is None:
+            return x
+        native = self.form.writer is CodeWriter.NATIVE
+        y: Tensor = (mix_heads_native if native else mix_heads_opaque)(x, *self.heads)
+        return y
 
     def _source(self) -> ModuleType:
         """Return the module of the table's row and column."""

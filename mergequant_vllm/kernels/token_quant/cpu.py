@@ -26,7 +26,7 @@ def token_codes(
     return codes, step, zero if zero_points else None
 
 
-def _token_quant(
+def token_quant(
     x: Tensor, clip: Tensor, bits: int, block: int, columns: int, zero_points: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, steps and zero points; without zero points an empty tensor stands for them."""
@@ -60,4 +60,4 @@ def _fake(
     return codes, step, x.new_empty(zeros, dtype=torch.int32)
 
 
-token_quant_native = define_operator("token_quant_native", _token_quant, _fake)
+token_quant_native = define_operator("token_quant_native", token_quant, _fake)

@@ -17,6 +17,7 @@ from mergequant_vllm.kernels.linear.exactness import INT32, exact_columns
 from mergequant_vllm.kernels.linear.packed import PackedLinear
 from mergequant_vllm.kernels.linear.reference import weight_sums
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
+from mergequant_vllm.kernels.token_quant.cpu import token_quant
 from mergequant_vllm.kernels.torch_operator import define_operator
 from mergequant_vllm.packing import unpack
 
@@ -41,10 +42,11 @@ class CpuInt4Linear:
 
     def prepare(self, stored: StoredLinear, spec: LinearSpec) -> PreparedLinear:
         """uint8 [bytes]."""
+        native.register_operators()
         codes = unpack(stored.weight_packed, spec.weight_bits, spec.in_features)
         spans = spec.spans
         ends = None if spans is None else torch.tensor([x.stop for x in spans], dtype=torch.int32)
-        return PackedLinear(
+        return CpuPackedLinear(
             spec.in_features,
             stored,
             pack_weight(codes, spec.weight_bits),
@@ -55,6 +57,34 @@ class CpuInt4Linear:
             integer_linear_cpu,
             (spec.in_features, spec.weight_bits, spec.activation_bits, spec.dtype),
         )
+
+
+class CpuPackedLinear(PackedLinear):
+    """Besides codes it takes what is still to be quantized token by token, in one call."""
+
+    def from_tokens(
+        self, x: Tensor, clip: Tensor, hadamard: int | None, zero_points: bool, add_bias: bool
+    ) -> Tensor:
+        """Compute `forward` of the codes of x [..., K], see `TokenQuantizer`."""
+        in_features, weight_bits, activation_bits, dtype = self._form
+        y: Tensor = token_linear_cpu(
+            x,
+            clip,
+            hadamard or 0,
+            zero_points,
+            self.weight,
+            self.weight_step,
+            self.zero_points,
+            self.weight_sums,
+            self.spans,
+            self.constant(add_bias),
+            in_features,
+            self.columns,
+            weight_bits,
+            activation_bits,
+            dtype,
+        )
+        return y
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
@@ -143,3 +173,47 @@ def _fake(codes: Tensor, weight: Tensor, weight_step: Tensor, *others: Any) -> T
 
 
 integer_linear_cpu = define_operator("integer_linear_cpu", integer_linear, _fake)
+
+
+def token_linear(
+    x: Tensor,
+    clip: Tensor,
+    block: int,
+    token_zero_points: bool,
+    weight: Tensor,
+    weight_step: Tensor,
+    zero_points: Tensor | None,
+    weight_sums: Tensor | None,
+    span_ends: Tensor | None,
+    constant: Tensor | None,
+    in_features: int,
+    columns: int,
+    weight_bits: int,
+    activation_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Quantize each token and multiply: `token_quant_native`, then `integer_linear`."""
+    codes, step, zero = token_quant(x, clip, activation_bits, block, columns, token_zero_points)
+    return integer_linear(
+        codes,
+        weight,
+        weight_step,
+        zero_points,
+        weight_sums,
+        span_ends,
+        step,
+        zero if token_zero_points else None,
+        constant,
+        in_features,
+        weight_bits,
+        activation_bits,
+        out_dtype,
+    )
+
+
+def _fake_token_linear(x: Tensor, *others: Any) -> Tensor:
+    weight_step, out_dtype = others[4], others[-1]
+    return x.new_empty((*x.shape[:-1], weight_step.shape[0]), dtype=out_dtype)
+
+
+token_linear_cpu = define_operator("token_linear_cpu", token_linear, _fake_token_linear)

@@ -1,7 +1,9 @@
 """The native INT4 linear equals the definition, to the last bit, in every instruction set."""
 
 import itertools
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,16 @@ from torch import Tensor
 from mergequant_vllm.kernels import native_library as native
 from mergequant_vllm.kernels.codes import CodeLayout
 from mergequant_vllm.kernels.linear.cpu.fp32 import CpuFp32Linear
-from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear, integer_linear_cpu
+from mergequant_vllm.kernels.linear.cpu.int4 import (
+    CpuInt4Linear,
+    integer_linear,
+    integer_linear_cpu,
+    pack_weight,
+    token_linear,
+    token_linear_cpu,
+)
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear, integer_products
+from mergequant_vllm.kernels.token_quant.cpu import token_quant, token_quant_native
 from tests.mergequant_vllm.kernels.made import (
     MadeLinear,
     expected,
@@ -267,5 +277,77 @@ def test_wrong_arguments_are_errors_and_not_crashes() -> None:
         (64, 4, ends) for ends in ((33, 64), (32, 32, 64), (64, 32), (32,), (32, 96), (-32, 64))
     ]
     for arguments in wrong:
-        with pytest.raises(native.NativeError, match="out of range"):
+        with pytest.raises(RuntimeError, match="out of range"):
             attempt(*arguments)
+
+
+@pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
+class TestOperatorsWithoutPython:
+    """The library's own operators against the Python functions that define them, bit for bit."""
+
+    @pytest.fixture(autouse=True)
+    def registered(self) -> None:
+        assert native.register_operators()
+
+    @staticmethod
+    def linear(bits: int, zero_points: bool = False) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(bits)
+        codes = torch.randint(-8, 8, (48, 96), dtype=torch.int8, generator=generator)
+        sums = codes.sum(1, keepdim=True, dtype=torch.int32)
+        step = torch.rand(48, 1, generator=generator)
+        zeros = torch.zeros(48, 1, dtype=torch.int8) if zero_points else None
+        return (pack_weight(codes, bits), step, zeros, sums, None)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(1, 96), (5, 96), (2, 3, 96), (0, 96), (96,)])
+    def test_a_product(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        codes = torch.randint(-8, 8, shape, dtype=torch.int8)
+        step = torch.rand(*shape[:-1], 1)
+        zero = torch.randint(-8, 8, (*shape[:-1], 1), dtype=torch.int32)
+        constant = torch.randn(48)
+        for given in ((None, None, None), (step, zero, constant)):
+            arguments = (codes, *self.linear(4, zero_points=True), *given, 96, 4, 4, dtype)
+            assert torch.equal(integer_linear_cpu(*arguments), integer_linear(*arguments))
+
+    @pytest.mark.parametrize("zero_points", [False, True])
+    @pytest.mark.parametrize("block", [0, 32])
+    @pytest.mark.parametrize("shape", [(1, 96), (4, 3, 96), (0, 96)])
+    def test_tokens(self, zero_points: bool, block: int, shape: tuple[int, ...]) -> None:
+        x, clip = torch.randn(shape, dtype=torch.bfloat16), torch.tensor([0.9])
+        arguments = (x, clip, 8, block, 96, zero_points)
+        results = (token_quant_native(*arguments), token_quant(*arguments))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+        whole = (x, clip, block, zero_points, *self.linear(8), None, 96, 96, 8, 8, torch.float32)
+        assert torch.equal(token_linear_cpu(*whole), token_linear(*whole))
+
+    @pytest.mark.parametrize("case", ["turned", "sliced", "every other"])
+    def test_rows_that_are_not_evenly_apart(self, case: str) -> None:
+        whole = torch.randint(-8, 8, (4, 6, 192), dtype=torch.int8)
+        codes = {
+            "turned": whole.transpose(0, 1)[..., :96],
+            "sliced": whole[:, 1:4, 96:],
+            "every other": whole[..., ::2],
+        }[case]
+        arguments = (codes, *self.linear(4), None, None, None, 96, 4, 4, torch.float32)
+        assert torch.equal(integer_linear_cpu(*arguments), integer_linear(*arguments))
+
+    def test_a_refusal_is_an_exception(self) -> None:
+        codes = torch.zeros(1, 96, dtype=torch.int8)
+        arguments = (codes, *self.linear(4), None, None, None, 96, 4, 5, torch.float32)
+        with pytest.raises(RuntimeError, match="mq_linear: an argument is out of range"):
+            integer_linear_cpu(*arguments)
+
+    def test_nothing_is_lost_by_many_calls(self) -> None:
+        """Handles on the dispatcher's stack are this library's to give back."""
+        codes = torch.zeros(64, 96, dtype=torch.int8)
+        arguments = (codes, *self.linear(4), None, None, None, 96, 4, 4, torch.float32)
+
+        def resident() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+        for _ in range(2000):
+            integer_linear_cpu(*arguments)
+        before = resident()
+        for _ in range(20_000):  # each call's result has 12 KB
+            integer_linear_cpu(*arguments)
+        assert resident() - before < 8 * 2**20
