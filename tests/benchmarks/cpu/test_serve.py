@@ -14,6 +14,7 @@ from benchmarks.cpu import peers
 from benchmarks.cpu.serve import child_process, llama_engine, llama_file
 from benchmarks.cpu.serve import measure as serve
 from benchmarks.cpu.serve import table as serve_table
+from benchmarks.cpu.serve.child import use_all_cores
 from benchmarks.cpu.serve.variants import DEFAULT_VARIANTS, VARIANTS
 
 OPTIONS = argparse.Namespace(
@@ -185,3 +186,16 @@ def test_a_llama_of_newer_instructions_is_refused() -> None:
     with pytest.raises(RuntimeError, match="built for AVX512"):
         llama_engine.refuse_newer(newer, "avx2", amx=True)
     llama_engine.refuse_newer("CPU : AVX2 = 1 | F16C = 1 |", "avx2", amx=False)
+
+
+def test_a_child_counts_all_cores_that_its_threads_are_bound_to() -> None:
+    """The parent is bound to its first core as soon as OpenMP is loaded."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        use_all_cores(" ".join(map(str, sorted(before))))
+        assert os.sched_getaffinity(0) == before
+        use_all_cores("")
+        assert os.sched_getaffinity(0) == before
+    finally:
+        os.sched_setaffinity(0, before)
