@@ -46,6 +46,7 @@ def install(root: Path, names: tuple[str, ...] = ()) -> None:
         if folder.is_dir() and not (folder / REASON).exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / REASON).write_text("installing it was interrupted\n")
         print(f"installing {name}", flush=True)
         reason = _why_not(PEERS[name]) or _pip(PEERS[name], folder)
         if reason:

@@ -1,7 +1,8 @@
 // C interface of the native CPU kernels; mergequant_vllm/kernels/native_library.py calls it through ctypes.
 //
-// Every function returns 0, or one of the MQ_ERROR values if its arguments are wrong. mq_linear keeps
-// the working memory of a thread's largest call until that thread ends; nothing else outlives a call. `isa` is an index below mq_isa_count().
+// Every function returns 0, or one of the MQ_ERROR values if its arguments are wrong. A thread that
+// calls mq_linear, or one of PyTorch's operators below, keeps the working memory of its largest call;
+// nothing else outlives a call. `isa` is an index below mq_isa_count().
 //
 // Activation codes: int8, one row a token, `stride` bytes from row to row.
 // Weight codes: int8 [n, k] row-major before they are packed, in the range of `weight_bits`

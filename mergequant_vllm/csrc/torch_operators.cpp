@@ -110,9 +110,23 @@ class Tensor {
         other.handle = mine;
     }
 
-    void copy_from(const Tensor &other)
+    // Copied, unless its elements follow one another already; a missing one stays so.
+    void make_contiguous()
     {
-        check(torch.copy(handle, other.handle, 0), "a tensor cannot be copied");
+        if (!handle)
+            return;
+        const int64_t *const sizes = shape(), *const steps = strides();
+        bool follows = true;
+        int64_t step = 1;
+        for (int64_t i = rank(); i-- > 0;) {
+            follows &= sizes[i] == 1 || steps[i] == step;
+            step *= sizes[i];
+        }
+        if (follows)
+            return;
+        Tensor copy(std::vector<int64_t>(sizes, sizes + rank()), type());
+        check(torch.copy(copy.handle, handle, 0), "a tensor cannot be copied");
+        swap(copy);
     }
 
     int64_t rank() const
@@ -170,13 +184,14 @@ class Rows {
   public:
     int64_t count, stride;
 
-    explicit Rows(Tensor &&given) : x(static_cast<Tensor &&>(given)), count(1), stride(0)
+    // Takes the tensor from `given`.
+    explicit Rows(Tensor &given) : count(1), stride(0)
     {
+        if (given.rank() == 0)
+            throw std::runtime_error("mergequant: an input has no dimension");
+        x.swap(given);
         if (!evenly()) {
-            const int64_t *const shape = x.shape();
-            Tensor copy(std::vector<int64_t>(shape, shape + x.rank()), x.type());
-            copy.copy_from(x);
-            x.swap(copy);
+            x.make_contiguous();
             evenly();
         }
     }
@@ -269,11 +284,14 @@ struct Linear {
 void integer_linear(Value *stack, uint64_t, uint64_t)
 {
     Arguments from(stack);
-    const Rows rows(from.tensor());
+    Tensor codes = from.tensor();
     const Linear linear(from);
-    const Tensor token_step = from.optional(), token_zero = from.optional();
+    Tensor token_step = from.optional(), token_zero = from.optional();
     const Tensor constant = from.optional();
     const int64_t k = from.integer(), weight_bits = from.integer(), bits = from.integer();
+    const Rows rows(codes);
+    token_step.make_contiguous();
+    token_zero.make_contiguous();
     Tensor y(rows.tensor(), linear.step.size(0), from.type());
     if (rows.count)
         linear.multiply(rows.tensor().data<int8_t>(), rows.stride, rows.count, token_step.data<float>(),
@@ -295,10 +313,11 @@ void quantize(const Rows &rows, const Tensor &clip, int64_t bits, int64_t block,
 void token_quant(Value *stack, uint64_t, uint64_t)
 {
     Arguments from(stack);
-    const Rows rows(from.tensor());
+    Tensor given = from.tensor();
     const Tensor clip = from.tensor();
     const int64_t bits = from.integer(), block = from.integer(), columns = from.integer();
     const bool zero_points = from.boolean();
+    const Rows rows(given);
     const Tensor &x = rows.tensor();
     Tensor codes(x, columns, torch.int8()), step(x, 1, torch.float32());
     Tensor zero = zero_points ? Tensor(x, 1, torch.int32())
@@ -316,7 +335,7 @@ void token_quant(Value *stack, uint64_t, uint64_t)
 void token_linear(Value *stack, uint64_t, uint64_t)
 {
     Arguments from(stack);
-    const Rows rows(from.tensor());
+    Tensor given = from.tensor();
     const Tensor clip = from.tensor();
     const int64_t block = from.integer();
     const bool zero_points = from.boolean();
@@ -324,6 +343,7 @@ void token_linear(Value *stack, uint64_t, uint64_t)
     const Tensor constant = from.optional();
     const int64_t k = from.integer(), columns = from.integer();
     const int64_t weight_bits = from.integer(), bits = from.integer();
+    const Rows rows(given);
     Tensor y(rows.tensor(), linear.step.size(0), from.type());
     if (rows.count) {
         static thread_local std::vector<int8_t> codes;
@@ -359,6 +379,8 @@ const char *mq_torch_function_name(int number)
 
 int mq_register_operators(void *const *functions)
 {
+    if (instruction_set < 0)
+        return MQ_ERROR_ISA;
     for (int i = 0; i < mq_torch_function_count(); ++i) {
         if (!functions[i])
             return MQ_ERROR_ARGUMENT;

@@ -183,10 +183,9 @@ def register_operators() -> bool:
     loaded = library()
     names = [loaded.mq_torch_function_name(i) for i in range(loaded.mq_torch_function_count())]
     addresses = (_pointer * len(names))(*(_torch_function(name.decode()) for name in names))
+    _use_in_operators()
     registered = bool(loaded.mq_register_operators(addresses) == 0)
-    if registered:
-        _use_in_operators()
-    else:
+    if not registered:
         logger.info("PyTorch %s does not take native operators", torch.__version__)
     return registered
 

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 Trust = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Use code that the model brings: of its tokenizer."),
+    typer.Option("--trust-remote-code", help="Run Python code that the model brings."),
 ]
 
 
@@ -75,11 +75,11 @@ def quantize(
     from mergequant.evaluate.checkpoint_contents import sizes
 
     typer.echo(f"{output} is ready: {sizes(output, model)}.")
-    if not no_sample:
-        _echo_sample(output, code)
-    trust = " --trust-remote-code" if any(output.glob("*.py")) else ""
+    trust = " --trust-remote-code" if any(output.rglob("*.py")) else ""
     typer.echo(f"Serve it: vllm serve {output}{trust}")
     typer.echo(f"Measure what is left: mergequant evaluate {model} {output} --text FILE")
+    if not no_sample:
+        _echo_sample(output, code)
 
 
 def _echo_sample(output: Path, trust_remote_code: bool) -> None:
@@ -88,10 +88,14 @@ def _echo_sample(output: Path, trust_remote_code: bool) -> None:
     from mergequant.quantizer.memory.available import free_host_bytes
 
     free = free_host_bytes()
-    if free is not None and sample_bytes(output) > free:
+    if free is None or sample_bytes(output) > free:
         return
-    asked, said = sample(output, trust_remote_code=trust_remote_code)
-    typer.echo(f"{asked!r} it answers: {said!r}")
+    try:
+        asked, said = sample(output, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the checkpoint is there: whatever this is, the run did not fail
+        typer.echo(f"It was not asked anything ({type(error).__name__}: {error}).", err=True)
+        return
+    typer.echo(f"Asked {asked!r}, it answers {said!r}.")
 
 
 @app.command()

@@ -202,7 +202,7 @@ def test_a_revision_is_of_a_hub_id(model: str, revision: str | None, expected: s
 
 
 def test_a_revision_of_a_folder_or_a_second_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is of models on the hub"):
+    with pytest.raises(InputError, match="is of hub ids"):
         at_revision(str(tmp_path), "v1")
     with pytest.raises(InputError, match="give the revision once"):
         at_revision("org/name@v2", "v1")

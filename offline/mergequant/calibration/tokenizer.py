@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             str(folder), trust_remote_code=trust_remote_code, **plain
         )
     except Exception as error:  # transformers raises many types for a missing or broken tokenizer
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error) and not trust_remote_code:
             raise InputError(
                 f"The tokenizer of {folder} is code that the model brings: read its *.py, and give "
                 "--trust-remote-code if you trust them."

@@ -61,7 +61,7 @@ def at_revision(model: str, revision: str | None) -> str:
     if revision is None:
         return model
     if Path(model).exists():
-        raise InputError(f"--revision is of models on the hub, and {model} is a folder: leave it.")
+        raise InputError(f"--revision is of hub ids, and {model} is a folder: leave it out.")
     if "@" in model:
         raise InputError(f"--revision and {model}: give the revision once.")
     return f"{model}@{revision}"

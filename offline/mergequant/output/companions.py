@@ -59,6 +59,11 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
+def copied_code(folder: Path) -> list[str]:
+    """Paths of the `*.py` in a folder, from there, those in its folders among them."""
+    return sorted(str(x.relative_to(folder)) for x in folder.rglob(f"*{CODE}"))
+
+
 def copy_companions(source: Path, folder: Path, *, code: bool = False) -> Iterator[str]:
     """Copy what travels along into `folder`; yields its name there. What stays is logged.
 
@@ -66,15 +71,14 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> Iterat
         code: copy `*.py` as well, and name them in the log.
     """
     unwanted = shutil.ignore_patterns(*_OF_NO_USE, *(() if code else (f"*{CODE}",)))
-    programs = []
     for path in companions(source, code=code):
         name = SOURCE_README if path.name == README else path.name
         if path.is_dir():
             shutil.copytree(path, folder / name, dirs_exist_ok=True, ignore=unwanted)
         else:
             shutil.copyfile(path, folder / name)
-        programs += [name] if name.endswith(CODE) else []
         yield name
+    programs = copied_code(folder) if code else []
     if programs:
         logger.warning("Code of the source that was copied along: %s", ", ".join(programs))
     if stays := left_behind(source, code=code):

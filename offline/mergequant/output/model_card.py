@@ -89,9 +89,10 @@ class CalibrationLoss:
         """What it says, and what it does not."""
         more = self.after - self.before
         side = "above" if more >= 0 else "below"
+        expected = ": expect as much or somewhat more on other text" if more >= 0 else ""
         return (
-            f"On calibration text the loss is {self.after:.3f} nats a token, {abs(more):.3f} "
-            f"{side} the source model's: expect that or somewhat more on other text."
+            f"On calibration text the loss is {self.after:.3f} nats a token (the head in 16 bits), "
+            f"{abs(more):.3f} {side} the source model's{expected}."
         )
 
 

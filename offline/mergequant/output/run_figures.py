@@ -23,12 +23,11 @@ _NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of metadata i
 def require_matplotlib() -> None:
     """Raise InputError if figures cannot be drawn."""
     try:
-        import matplotlib as mpl
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(
             'A report needs matplotlib: pip install "mergequant-vllm[plots]".'
         ) from error
-    mpl.use("Agg")
 
 
 def block_of(linear: str) -> int:
@@ -201,9 +200,12 @@ def draw_for_card(lines: Sequence[Line], folder: Path) -> dict[str, str]:
         require_matplotlib()
     except InputError:
         return {}
+    from matplotlib import style
+
     files = {}
     for name, draw in CARD.items():
-        figure = draw(lines)
+        with style.context("default"):  # the same picture whatever the user's settings
+            figure = draw(lines)
         if figure is not None:
             file = f"{CARD_FOLDER}/{name}.png"
             (folder / CARD_FOLDER).mkdir(exist_ok=True)

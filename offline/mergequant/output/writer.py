@@ -14,7 +14,7 @@ from torch import Tensor
 from mergequant.errors import DiskError, InputError
 from mergequant.model.reader import CONFIG, ModelReader
 from mergequant.model.weight_files import INDEX, read_header
-from mergequant.output.companions import CODE, README, copy_companions
+from mergequant.output.companions import README, copied_code, copy_companions
 from mergequant.output.durable_files import write_durably, write_json, writing
 from mergequant.output.fingerprint import Fingerprint
 from mergequant.output.model_card import CalibrationLoss, model_card
@@ -188,8 +188,8 @@ class Writer:
         copied = list(copy_companions(source.folder, folder, code=code))
         (folder / RECIPE).write_text(recipe)
         figures = draw_for_card(lines, folder)
-        programs = [name for name in copied if name.endswith(CODE)]
-        card = model_card(source.folder, parse(quantization_config), seen, figures, programs)
+        contract, programs = parse(quantization_config), copied_code(folder)
+        card = model_card(source.folder, contract, seen, figures, programs)
         (folder / README).write_text(card)
         write_json(folder / CONFIG, {**source.config, "quantization_config": quantization_config})
         # config.json makes the folder look finished: it is the last.

@@ -94,12 +94,13 @@ def quantize(
         decoder = Decoder(reader, architecture, device)
         plan = make_plan(architecture, reader.config, decision.applied_to(options), text)
         writer.remember(decision.model_dump(mode="json"), channels.tensors())
-        after = _quantize_blocks(decoder, windows, plan, writer, channels, options, progress)
+        measured = pilot_windows(windows, options) if decision.plain_loss is not None else None
+        after = _quantize_blocks(decoder, windows, plan, writer, channels, measured, progress)
         writer.write_shard(blocks, _around_the_blocks(reader, architecture, plan.checkpoint))
         check_tensors(plan.checkpoint, writer.headers())
         contract = plan.checkpoint.model_dump(mode="json")
         before = decision.plain_loss
-        seen = None if before is None else CalibrationLoss(before, after)
+        seen = None if before is None or after is None else CalibrationLoss(before, after)
         writer.finish(reader, contract, dump_recipe(options), seen, code=trust_remote_code)
     if seen is not None:
         logger.info("%s", seen.sentence())
@@ -112,19 +113,24 @@ def _quantize_blocks(
     plan: Plan,
     writer: Writer,
     channels: Channels,
-    options: Options,
+    measured: Tensor | None,
     progress: bool,
-) -> float:
+) -> float | None:
     """Quantize and write each block that is not finished.
 
+    Args:
+        measured: the first of `windows`, on which the loss is taken behind the last block.
+
     Returns:
-        the loss on the pilot's text, nats a token.
+        the loss, nats a token; None: nothing is `measured`.
     """
-    losses = []
-    used = pilot_windows(windows, options)
+    if measured is None and writer.finished == len(plan.blocks):
+        return None
+    losses: list[float] = []
 
     def measure(activations: Activations) -> None:
-        losses.append(decoder.loss(activations.batches, used))
+        if measured is not None:
+            losses.append(decoder.loss(activations.batches, measured))
 
     walk = walk_blocks(
         decoder,
@@ -145,7 +151,7 @@ def _quantize_blocks(
             writer.write_block(block.number, named, lines)
             del tensors, named
         del block, results  # else they would stay while the next block is quantized
-    return losses[0]
+    return losses[0] if losses else None
 
 
 def _restore(writer: Writer, plan: Plan, block: Block) -> bool:

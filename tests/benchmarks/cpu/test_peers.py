@@ -50,6 +50,19 @@ def test_what_fails_leaves_the_reason_and_is_tried_again(
     assert not (tmp_path / "llama.cpp" / REASON).exists()
 
 
+def test_an_interrupted_one_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        install(tmp_path, ("auto-round",))
+    assert refusal(tmp_path, "auto-round") == "installing it was interrupted"
+    monkeypatch.setattr(subprocess, "run", Pip())
+    install(tmp_path, ("auto-round",))
+    assert refusal(tmp_path, "auto-round") is None
+
+
 def test_what_is_not_for_this_cpu_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

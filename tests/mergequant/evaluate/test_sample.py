@@ -47,8 +47,20 @@ def test_the_command_ends_with_it_if_there_is_memory(
     monkeypatch.setattr("mergequant.quantizer.memory.available.free_host_bytes", lambda: free)
     cli.app([*words, "--recipe", str(recipe)], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
-    assert any(BEGINNING in line for line in lines) == (free != 1)
-    assert lines[-2].startswith("Serve it: vllm serve")
+    asked = free == 2**40  # where it is not known what is free, nothing is loaded
+    assert (BEGINNING in lines[-1]) == asked
+    assert lines[1].startswith("Serve it: vllm serve")
+
+
+def test_a_checkpoint_that_is_there_is_no_failure(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("mergequant.evaluate.sample.sample", fail)
+    cli._echo_sample(checkpoint, False)
+    assert "not asked anything (RuntimeError: out of memory)" in capsys.readouterr().err
 
 
 def test_it_can_be_left_out(

@@ -72,6 +72,8 @@ def test_code_travels_only_where_it_is_trusted_and_is_named(
     """A tokenizer of the model's own: refused, then run, copied, and named in log and card."""
     source = make_model(tmp_path / "source")
     (source / "own.py").write_text(OWN_TOKENIZER)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "pool.py").write_text("# of the model's own")
     file = source / "tokenizer_config.json"
     config = json.loads(file.read_text())
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
@@ -81,7 +83,10 @@ def test_code_travels_only_where_it_is_trusted_and_is_named(
         quantize(source, tmp_path / "out", [text], FEW, progress=False)
     output = quantize(source, tmp_path / "out", [text], FEW, trust_remote_code=True, progress=False)
     assert (output / "own.py").read_text() == OWN_TOKENIZER
-    assert "Code of the source that was copied along: own.py" in caplog.text
-    assert "It brings code of the source: own.py." in (output / "README.md").read_text()
+    assert "Code of the source that was copied along: 1_Pooling/pool.py, own.py" in caplog.text
+    assert (
+        "It brings code of the source: 1_Pooling/pool.py, own.py."
+        in (output / "README.md").read_text()
+    )
     asked, _ = sample(output, trust_remote_code=True)
     assert asked == BEGINNING

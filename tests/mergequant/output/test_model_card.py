@@ -45,7 +45,9 @@ def test_the_front_matter_is_the_hubs(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_checkpoint_has_its_card(checkpoint: Path, llama: Path) -> None:
     card = (checkpoint / "README.md").read_text()
-    told = re.search(r"loss is (.*) nats a token, (.*) (above|below) the source", card)
+    told = re.search(
+        r"loss is (.*) nats a token \(the head in 16 bits\), (.*) (above|below) the source", card
+    )
     assert told is not None
     after, more = float(told[1]), float(told[2]) * (1 if told[3] == "above" else -1)
     figures = dict(re.findall(r"!\[(.*)\]\((.*)\)", card))

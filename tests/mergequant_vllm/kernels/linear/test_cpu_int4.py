@@ -1,5 +1,6 @@
 """The native INT4 linear equals the definition, to the last bit, in every instruction set."""
 
+import contextlib
 import itertools
 import os
 from dataclasses import replace
@@ -118,7 +119,7 @@ def test_every_stored_form_equals_the_definition(
 def test_segments_token_zero_points_and_offsets_equal_the_definition(
     weight_bits: int, activation_bits: int, zero_points: bool, token_zero_points: bool
 ) -> None:
-    """Segments of one vector and of more than is unpacked at once, the last one short."""
+    """Segments of one vector and of many, the last one short."""
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
     lengths: list[tuple[int, ...] | None]
     lengths = [None, (107,), (64, 43), (32, 256, 64, 1), (1120, 32, 1088, 101), (2240, 101)]
@@ -145,6 +146,26 @@ def test_segments_token_zero_points_and_offsets_equal_the_definition(
             for bias in (False, True):
                 y = prepared(x, step, zero, bias)
                 assert torch.equal(y, slow(x.to(torch.float32), step, zero, bias))
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("segments", [None, (16416, 96, 33), (8192, 8192, 161)])
+def test_more_channels_than_are_unpacked_at_once(
+    weight_bits: int, segments: tuple[int, ...] | None
+) -> None:
+    """Sums are kept from one run of channels to the next, for several blocks of outputs."""
+    spec = make_spec(
+        in_features=sum(segments or (16545,)),
+        out_features=70,
+        weight_bits=weight_bits,
+        segments=segments,
+        dynamic=True,
+    )
+    made = make_linear(spec, bias=True)
+    prepared, slow = KERNEL.prepare(made.stored, spec), CpuFp32Linear().prepare(made.stored, spec)
+    for tokens in (13, 33, 50):
+        x, step, zero = make_inputs(spec, tokens, seed=tokens)
+        assert torch.equal(prepared(x, step, zero, True), slow(x.float(), step, zero, True))
 
 
 @pytest.mark.parametrize("segments", [None, (32768, 33)])
@@ -337,17 +358,42 @@ class TestOperatorsWithoutPython:
         with pytest.raises(RuntimeError, match="mq_linear: an argument is out of range"):
             integer_linear_cpu(*arguments)
 
-    def test_nothing_is_lost_by_many_calls(self) -> None:
-        """Handles on the dispatcher's stack are this library's to give back."""
-        codes = torch.zeros(64, 96, dtype=torch.int8)
+    def test_steps_need_not_be_contiguous(self) -> None:
+        codes = torch.randint(-8, 8, (6, 96), dtype=torch.int8)
+        steps = (torch.rand(6, 2)[:, :1], torch.rand(1, 1).expand(6, 1))
+        for step in steps:
+            arguments = (codes, *self.linear(4), step, None, None, 96, 4, 4, torch.float32)
+            assert torch.equal(integer_linear_cpu(*arguments), integer_linear(*arguments))
+
+    def test_an_input_without_a_dimension_is_refused(self) -> None:
+        codes = torch.zeros((), dtype=torch.int8)
         arguments = (codes, *self.linear(4), None, None, None, 96, 4, 4, torch.float32)
+        with pytest.raises(RuntimeError, match="an input has no dimension"):
+            integer_linear_cpu(*arguments)
+
+    @pytest.mark.parametrize("case", ["product", "tokens", "refused"])
+    def test_nothing_is_lost_by_many_calls(self, case: str) -> None:
+        """Tensors on the dispatcher's stack are the operator's own to give back."""
+        codes = torch.zeros(64, 96, dtype=torch.int8)
+        x, clip, step = torch.zeros(16, 96), torch.ones(1), torch.ones(64, 1)
+        linear = self.linear(4)
+
+        def call() -> None:  # each argument of its own, some 6 KB
+            if case == "tokens":
+                form = (None, 96, 96, 4, 4, torch.float32)
+                token_linear_cpu(x.clone(), clip.clone(), 0, False, *linear, *form)
+                return
+            bits = 5 if case == "refused" else 4
+            given = (codes.clone(), *linear, step.clone(), None, torch.zeros(1500))
+            with contextlib.suppress(RuntimeError):
+                integer_linear_cpu(*given, 96, 4, bits, torch.float32)
 
         def resident() -> int:
             return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-        for _ in range(2000):
-            integer_linear_cpu(*arguments)
+        for _ in range(1000):
+            call()
         before = resident()
-        for _ in range(20_000):  # each call's result has 12 KB
-            integer_linear_cpu(*arguments)
+        for _ in range(10_000):
+            call()
         assert resident() - before < 8 * 2**20
