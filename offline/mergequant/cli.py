@@ -88,9 +88,9 @@ def _echo_sample(output: Path, trust_remote_code: bool) -> None:
     from mergequant.quantizer.memory.available import free_host_bytes
 
     free = free_host_bytes()
-    if free is None or sample_bytes(output) > free:
-        return
     try:
+        if free is None or sample_bytes(output) > free:
+            return
         asked, said = sample(output, trust_remote_code=trust_remote_code)
     except Exception as error:  # the checkpoint is there: whatever this is, the run did not fail
         typer.echo(f"It was not asked anything ({type(error).__name__}: {error}).", err=True)

@@ -62,7 +62,7 @@ def _decide(
     decided = resolve_reconstruction(decoder, walked.inputs, options, progress)
     if decided.reconstruction == "none":  # the rows are then equal to those without
         return {"reconstruction": "none"}
-    return decided.model_dump(exclude={"rotation", "bits"})  # the rows name them
+    return decided.model_dump(include={"reconstruction", "alpha", "max_extra_channels"})
 
 
 def describe(shapes: Shapes) -> str:
