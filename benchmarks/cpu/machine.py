@@ -18,12 +18,21 @@ def cores() -> list[int]:
 
 def cpu_name(text: str | None = None) -> str:
     """Name that the CPU's maker gave it; `text` stands for /proc/cpuinfo."""
+    return _cpu_field("model name", text) or "unknown CPU"
+
+
+def cpu_vendor(text: str | None = None) -> str:
+    """Maker of the CPU, such as AuthenticAMD; `text` stands for /proc/cpuinfo."""
+    return _cpu_field("vendor_id", text) or "unknown"
+
+
+def _cpu_field(wanted: str, text: str | None) -> str:
     information = Path("/proc/cpuinfo").read_text() if text is None else text
     for line in information.splitlines():
         name, _, value = line.partition(":")
-        if name.strip() == "model name":
+        if name.strip() == wanted:
             return value.strip()
-    return "unknown CPU"
+    return ""
 
 
 def has_amx() -> bool:

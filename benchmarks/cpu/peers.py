@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.cpu.machine import cpu_vendor
+
 REASON = "not-installed.txt"
 AUTO_ROUND = "auto-round"
 
@@ -69,16 +71,6 @@ def _why_not(peer: Peer) -> str | None:
     if peer.vendors and vendor not in peer.vendors:
         return f"it is made for {' and '.join(peer.vendors)}, and this CPU is of {vendor}"
     return None
-
-
-def cpu_vendor(text: str | None = None) -> str:
-    """Vendor of the CPU; `text` stands for /proc/cpuinfo."""
-    information = Path("/proc/cpuinfo").read_text() if text is None else text
-    for line in information.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "vendor_id":
-            return value.strip()
-    return "unknown"
 
 
 def _pip(peer: Peer, folder: Path) -> str | None:

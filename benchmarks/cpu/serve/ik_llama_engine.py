@@ -5,7 +5,6 @@ loaded, which is its fastest form (`-rtr`).
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu.instruction_sets import find_instruction_set
@@ -26,26 +25,13 @@ class IkLlamaEngine(LlamaEngine):
             raise RuntimeError("its wheel cannot be held to an older instruction set")
         return ""
 
-    def _load(self, path: Path, options: argparse.Namespace) -> None:
-        library = self.library
-        library.llama_backend_init()
-        given = library.llama_model_default_params()
-        given.use_mmap, given.repack_tensors = False, True
-        # Its flash attention ends the process on longer prompts ("GGML_ASSERT(S > 0) failed"),
-        # unless it was built for AVX-VNNI; its own Python class switches it off then, too.
+    # Its flash attention ends the process on longer prompts ("GGML_ASSERT(S > 0) failed"), unless
+    # it was built for AVX-VNNI; its own Python class switches it off then, too.
+    def _set_model(self, given: Any) -> None:
+        given.repack_tensors, given.flash_attn = True, False
+
+    def _set_context(self, given: Any) -> None:
         given.flash_attn = False
-        self.model = library.llama_model_load_from_file(str(path).encode(), given)
-        if not self.model:
-            raise RuntimeError("ik_llama.cpp does not load the file")
-        context = library.llama_context_default_params()
-        context.n_ctx, context.n_seq_max = self.tokens, options.batch
-        context.n_batch = context.n_ubatch = 512
-        context.n_threads = context.n_threads_batch = options.threads
-        context.flash_attn = False
-        self.context = library.llama_init_from_model(self.model, context)
-        if not self.context:
-            raise RuntimeError("ik_llama.cpp makes no context")
-        self.batch = library.llama_batch_init(self.tokens, 0, options.batch)
 
     def _clear(self) -> None:
         self.library.llama_kv_cache_clear(self.context)

@@ -54,17 +54,25 @@ class LlamaEngine:
         library.llama_backend_init()
         given = library.llama_model_default_params()
         given.use_mmap = False  # else what it repacks is in memory twice
+        self._set_model(given)
         self.model = library.llama_model_load_from_file(str(path).encode(), given)
         if not self.model:
-            raise RuntimeError("llama.cpp does not load the file")
+            raise RuntimeError("the library does not load the file")
         context = library.llama_context_default_params()
         context.n_ctx, context.n_seq_max = self.tokens, options.batch
         context.n_batch = context.n_ubatch = 512
         context.n_threads = context.n_threads_batch = options.threads
+        self._set_context(context)
         self.context = library.llama_init_from_model(self.model, context)
         if not self.context:
-            raise RuntimeError("llama.cpp makes no context")
+            raise RuntimeError("the library makes no context")
         self.batch = library.llama_batch_init(self.tokens, 0, 1)
+
+    def _set_model(self, given: Any) -> None:
+        """Parameters of the model beside those that every engine here has."""
+
+    def _set_context(self, given: Any) -> None:
+        """Parameters of the context, likewise."""
 
     def generate(self, batch: int, prompt: int, tokens: int) -> int:
         """Greedily; how many tokens came."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cpu import peers
-from benchmarks.cpu.peers import PEERS, REASON, cpu_vendor, install, refusal
+from benchmarks.cpu.machine import cpu_vendor
+from benchmarks.cpu.peers import PEERS, REASON, install, refusal
 
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\n"
 
