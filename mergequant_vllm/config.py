@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from mergequant_vllm.compile_cache import read_compiled_again
 from mergequant_vllm.format import (
     QUANT_METHOD,
     CheckpointFormat,
@@ -43,6 +44,7 @@ class MergeQuantConfig(QuantizationConfig):
         super().__init__()
         self.checkpoint = checkpoint
         self.kernel = requested_kernel()
+        read_compiled_again()
 
     def __repr__(self) -> str:
         return f"MergeQuantConfig({len(self.checkpoint.quantized)} linears)"
@@ -95,7 +97,9 @@ class MergeQuantConfig(QuantizationConfig):
         refuse_offload()
         if isinstance(layer, ParallelLMHead):
             head = self._linear(prefix)
-            return None if head is None else MergeQuantLinearMethod(prefix, [head], self.kernel)
+            if head is None:
+                return None
+            return MergeQuantLinearMethod(prefix, [head], self.kernel, or_default=True)
         if not isinstance(layer, LinearBase):
             return None
         merged = self._linears_behind(prefix)

@@ -35,10 +35,19 @@ class MergeQuantLinearMethod(LinearMethodBase):
         prefix: vLLM's name of the module.
         merged: formats of the checkpoint's linears, in the order in which vLLM stacks them.
         kernel: name of the kernel that the user asked for, or None.
+        or_default: see `select_linear`.
     """
 
-    def __init__(self, prefix: str, merged: Sequence[LinearFormat], kernel: str | None) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        merged: Sequence[LinearFormat],
+        kernel: str | None,
+        *,
+        or_default: bool = False,
+    ) -> None:
         self.prefix = prefix
+        self.or_default = or_default
         self.requested = kernel
         self.parts = len(merged)
         self.format = merged[0]
@@ -81,7 +90,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
             token_zero_points=form.static is None and form.input.zero_points,
             capability=current_capability(device),
         )
-        self.kernel = select_linear(self.spec, self.requested)
+        self.kernel = select_linear(self.spec, self.requested, or_default=self.or_default)
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         record_in_compile_cache_key(self.kernel.name)
 

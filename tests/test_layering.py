@@ -23,7 +23,9 @@ SHARED += ("kernels.norm_round.cpu", "kernels.token_quant.cpu")
 # `mergequant doctor` prints it.
 SHARED += ("doctor",)
 # Modules that may import vLLM as they are imported.
-TOUCHES_VLLM = {SERVER / name for name in ("config.py", "linear.py", "parameters.py")}
+TOUCHES_VLLM = {
+    SERVER / name for name in ("compile_cache.py", "config.py", "linear.py", "parameters.py")
+}
 
 
 def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:

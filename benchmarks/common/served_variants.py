@@ -1,8 +1,8 @@
 """Ways to serve one model, as folders with a config.json and no tensors: weights are random.
 
-`mergequant` is ours with the default kernels, `mergequant-head8` has its head in 8 bits too;
-`mergequant:KERNEL` asks for a kernel by name. Any name
-may end in `+fp8-cache`: keys and values in 8 bits.
+`mergequant` is ours with the default kernels, `mergequant-head16` leaves the head in the model's
+dtype; `mergequant:KERNEL` asks for a kernel by name. Any name may end in `+fp8-cache`: keys and
+values in 8 bits.
 """
 
 import json
@@ -46,8 +46,8 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _mergequant(model: Model, blocks: int, head: bool = False) -> Config:
-    """`head`: in 8 bits too."""
+def _mergequant(model: Model, blocks: int, head: bool = True) -> Config:
+    """`head`: in 8 bits, as the quantizer writes it by default."""
     hidden, inner = model.hidden_size, model.intermediate_size
     static = {
         "self_attn.q_proj": (model.query_size, hidden, "input_layernorm"),
@@ -133,7 +133,7 @@ VARIANTS = {
         weight_step=0.02,
     ),
     "mergequant": Variant(_mergequant, weight_step=0.004, norm=2.0),
-    "mergequant-head8": Variant(partial(_mergequant, head=True), weight_step=0.004, norm=2.0),
+    "mergequant-head16": Variant(partial(_mergequant, head=False), weight_step=0.004, norm=2.0),
 }
 
 

@@ -1,11 +1,13 @@
 """Our kernels on a CPU: single linears, whole models in vLLM, and where the time goes.
 
     python -m benchmarks.cpu linear  [--models NAME...] [--tokens M...] [--kernel NAME]
+    python -m benchmarks.cpu forms   [--models NAME...] [--tokens M...] [--kernel NAME]
     python -m benchmarks.cpu peers   --peers FOLDER [--names NAME...]
     python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--peers FOLDER]
     python -m benchmarks.cpu profile [--variant NAME] [--layers L]
 
-The first installs others' libraries, which the next two compare with. Those that measure take
+`forms` times the linear's other forms against the plain one; `peers` installs others' libraries,
+which `linear` and `serve` compare with. Those that measure take
 --isa NAME (every library is restricted to that instruction set where it is AVX2; above, nothing is
 restricted, or AMX alone with --no-amx), --threads N, --rounds R, --results FOLDER.
 Before anything is timed the kernels' tests must pass (--no-tests leaves them out). Results go to
@@ -79,9 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parts = parser.add_subparsers(dest="part", required=True)
     linear = parts.add_parser("linear", help="single linears")
-    linear.add_argument("--models", nargs="+", choices=MODELS, default=list(LINEAR_MODELS))
-    linear.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512])
-    linear.add_argument("--kernel", default="cpu-int4", help="ours; another one to try this out")
+    forms = parts.add_parser("forms", help="single linears in their other forms")
+    for part in (linear, forms):
+        part.add_argument("--models", nargs="+", choices=MODELS, default=list(LINEAR_MODELS))
+        part.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512])
+        part.add_argument("--kernel", default="cpu-int4", help="ours; another to try this out")
     serve = parts.add_parser("serve", help="whole models")
     serve.add_argument(
         "--methods",
@@ -104,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
         part.add_argument("--layers", type=int, help="fewer than the model has")
         part.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
         part.add_argument("--decode", type=int, default=64, help="tokens that are generated")
-    for part, rounds in ((linear, 9), (serve, 3), (profile, 3)):
+    for part, rounds in ((linear, 9), (forms, 9), (serve, 3), (profile, 3)):
         part.add_argument("--isa", help="instruction set of ours; default: the fastest")
         part.add_argument("--threads", type=int, help="default: all cores")
         part.add_argument("--rounds", type=int, default=rounds)

@@ -37,6 +37,14 @@ PEERS = {
     "llama.cpp": Peer(("llama-cpp-python==0.3.36", "diskcache", "jinja2", "gguf==0.19.0")),
     "ik_llama.cpp": Peer(("ik-llama-cpp-python==0.1.5", "gguf==0.19.0")),
     "zentorch": Peer(("zentorch==2.13.0.1", "deprecated", "wrapt"), vendors=("AuthenticAMD",)),
+    "openvino": Peer(
+        (
+            "openvino-genai==2026.4.1.0",
+            "openvino==2026.4.1",
+            "openvino-tokenizers==2026.4.1.0",
+            "gguf==0.19.0",
+        )
+    ),
     AUTO_ROUND: Peer(("auto-round-lib==0.16.0", "py-cpuinfo")),
 }
 

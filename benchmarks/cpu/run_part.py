@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.common.record import save
 from benchmarks.cpu import instruction_sets, machine
+from benchmarks.cpu.linear import forms
 from benchmarks.cpu.linear import measure as linear
 from benchmarks.cpu.linear import table as linear_table
 from benchmarks.cpu.linear.limits import Limits
@@ -56,6 +57,23 @@ def run_linear(options: argparse.Namespace, threads: int, command: str) -> None:
     print(f"{options.results / file_name('linear', isa, threads, amx=amx)}.md")
 
 
+def run_forms(options: argparse.Namespace, threads: int, command: str) -> None:
+    """Part `forms`; what is measured so far is written after each shape."""
+    isa, amx = instruction_set_name(options.isa, options.kernel), not options.no_amx
+    torch.set_num_threads(threads)
+    where = machine.where(isa, threads, amx=amx)
+    name = file_name("forms", isa, threads, amx=amx)
+
+    def progress(rows: Sequence[Mapping[str, Any]]) -> None:
+        text = forms.table(options.kernel, rows)
+        save(name, command, list(map(dict, rows)), text, where, options.results)
+        print(f"  {rows[-1]['title']} is measured", flush=True)
+
+    with torch.no_grad():
+        forms.run(linear.plan_of(options), progress)
+    print(f"{options.results / name}.md")
+
+
 def run_serve(options: argparse.Namespace, threads: int, command: str) -> None:
     """Part `serve`."""
     from benchmarks.cpu.serve import measure as serve
@@ -91,6 +109,7 @@ def run_profile(options: argparse.Namespace, threads: int, command: str) -> None
 
 PARTS: dict[str, Callable[[argparse.Namespace, int, str], None]] = {
     "linear": run_linear,
+    "forms": run_forms,
     "serve": run_serve,
     "profile": run_profile,
 }

@@ -88,7 +88,8 @@ class Options(BaseModel):
         asymmetric: weights have zero points.
         weight_search: weight steps by `minmax` (the paper) or by least squared error, `mse`.
         head_bits: width of the head's weight codes: 8, with a step per token for its 8-bit input;
-            16: the head stays as it is. A head tied to the embedding becomes a tensor of its own.
+            16: the head stays as it is, as rerankers need it that read their classes from it. A
+            head tied to the embedding becomes a tensor of its own.
         clipping: `none`; `channel` clips the norm-fed linears; `adaptive` also o and down
             (paper 4.2, Eq. 7; Table 7's rows).
         compensation: what is trained: `elementwise`, every weight by itself; `low_rank`, matrices
@@ -145,7 +146,7 @@ class Options(BaseModel):
     segments: int | None = Field(default=None, ge=2)
     asymmetric: bool = False
     weight_search: Literal["minmax", "mse"] = "mse"
-    head_bits: Literal[8, 16] = 16
+    head_bits: Literal[8, 16] = 8
     clipping: Literal["none", "channel", "adaptive"] = "adaptive"
     compensation: Literal["low_rank", "elementwise"] = "elementwise"
     compensation_rank: int = Field(default=64, ge=0)

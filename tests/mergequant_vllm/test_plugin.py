@@ -1,6 +1,7 @@
 """The plugin inside vLLM's own classes, without an engine: loading, refusals, arithmetic."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.platforms import current_platform
 
+from mergequant_vllm.compile_cache import SWITCH
 from mergequant_vllm.config import MergeQuantConfig
 from mergequant_vllm.linear import MergeQuantLinearMethod, record_in_compile_cache_key
 
@@ -302,3 +305,14 @@ def test_dummy_weights_are_such_as_a_quantizer_writes(
     method.process_weights_after_loading(layer)
     y = method.apply(layer, torch.randn(5, 64))
     assert y.shape == (5, 32) and bool(torch.isfinite(y).all()) and float(y.abs().max()) > 0
+
+
+def test_on_a_cpu_compiled_models_are_cached_where_they_can_be_read_again(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    plugin_config(checkpoint)
+    assert os.environ.get(SWITCH) == ("0" if current_platform.is_cpu() else None)
+    monkeypatch.setenv(SWITCH, "1")
+    plugin_config(checkpoint)
+    assert os.environ[SWITCH] == "1"

@@ -6,7 +6,6 @@ cycled through copies that together have four times the size of the cache, so th
 memory, as those of a whole model do.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,8 +114,9 @@ class Subjects:
             stored = StoredLinear(pack(self.weight, BITS), torch.ones(self.linear.n, 1))
             first = kernel.prepare(stored, self.spec)
             self.packed_bytes = sum(tensor.nbytes for tensor in first.buffers())
-            copies = self._copies(self.packed_bytes) - 1
-            self._ours = [first, *(copy.deepcopy(first) for _ in range(copies))]
+            more = range(copies_of(self.plan, self.packed_bytes) - 1)
+            # Each copy is packed anew: `deepcopy` would take its weights out of huge pages.
+            self._ours = [first, *(kernel.prepare(stored, self.spec) for _ in more)]
         given = lay_out(codes, kernel.layout, self._ours[0].columns).contiguous()
         step = torch.ones(len(codes), 1) if self.spec.dynamic else None
         return [partial(one, given, step, None, False) for one in self._ours]
@@ -124,7 +124,7 @@ class Subjects:
     def _baseline_calls(self, name: str, baseline: Baseline, codes: Tensor) -> Sequence[Call]:
         if name not in self._baselines:
             size = self.weight.numel() * baseline.weight_bits // 8
-            made = [baseline.make(self.weight) for _ in range(self._copies(size))]
+            made = [baseline.make(self.weight) for _ in range(copies_of(self.plan, size))]
             self._baselines[name] = made
         given = baseline.inputs(codes)
         return [partial(one, given) for one in self._baselines[name]]
@@ -140,8 +140,10 @@ class Subjects:
         quantizer = TokenQuantizer(form, torch.tensor([0.9]), hadamard)
         return [partial(quantizer, x)]
 
-    def _copies(self, size: int) -> int:
-        return max(1, min(MOST_COPIES, math.ceil(self.plan.copied_bytes / max(size, 1))))
+
+def copies_of(plan: Plan, size: int) -> int:
+    """How many copies of weights of `size` bytes do not fit the cache."""
+    return max(1, min(MOST_COPIES, math.ceil(plan.copied_bytes / max(size, 1))))
 
 
 def make_spec(linear: Linear) -> LinearSpec:

@@ -57,12 +57,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def start(options: argparse.Namespace, scratch: Path) -> Any:
-    """Start the variant's engine; the processes of both llama.cpp never load PyTorch."""
+    """Start the variant's engine; the processes of those outside vLLM never load PyTorch."""
     variant = VARIANTS[options.variant]
     if variant.served is None and variant.peer == "ik_llama.cpp":
         from benchmarks.cpu.serve.ik_llama_engine import IkLlamaEngine
 
         return IkLlamaEngine(options, scratch)
+    if variant.served is None and variant.peer == "openvino":
+        from benchmarks.cpu.serve.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(options, scratch)
     if variant.served is None:
         from benchmarks.cpu.serve.llama_engine import LlamaEngine
 

@@ -1,8 +1,9 @@
 """A GGUF file of a Llama with random weights, in the blocks in which llama.cpp stores them.
 
-Needs the package `gguf`. No tokenizer: prompts are token ids.
+Needs the package `gguf`. Prompts are token ids; a vocabulary is there for who insists on one.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ STEP = 2.0**-9  # of 4-bit blocks; weights of about the size that training leave
 Bytes = NDArray[np.uint8]
 
 
-def write(path: Path, model: Model, layers: int, context: int, form: str) -> Path:
+def write(
+    path: Path, model: Model, layers: int, context: int, form: str, *, vocabulary: bool = False
+) -> Path:
     """Write it; `form`: `Q4_0` (the head in Q6_K, as llama.cpp's quantizer has it) or `F32`."""
     import gguf  # type: ignore[import-not-found]
 
@@ -29,7 +32,14 @@ def write(path: Path, model: Model, layers: int, context: int, form: str) -> Pat
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(model.vocab_size)
-    writer.add_tokenizer_model("none")
+    if vocabulary:
+        writer.add_rope_freq_base(1e4)
+        writer.add_key_length(model.head_dim)
+        writer.add_value_length(model.head_dim)
+        writer.add_file_type({"Q4_0": 2, "Q8_0": 7, "F32": 0}[form])
+        add_vocabulary(writer, model.vocab_size)
+    else:
+        writer.add_tokenizer_model("none")
     generator = np.random.default_rng(0)
     for name, n, k in tensors(model, layers):
         if n == 1:
@@ -46,6 +56,26 @@ def write(path: Path, model: Model, layers: int, context: int, form: str) -> Pat
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_vocabulary(writer: Any, size: int) -> None:
+    """Byte-pair tokens: three of control, the bytes, and pairs of bytes until there are `size`."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(code) for code in printed]
+    symbols += [chr(256 + number) for number in range(256 - len(printed))]
+    room = size - 3 - len(symbols)
+    if room < 0:
+        raise ValueError(f"a vocabulary of bytes needs {size - room} tokens, not {size}")
+    pairs = [pair for pair, _ in zip(product(symbols, repeat=2), range(room), strict=False)]
+    pairs += [(f"<{number}>", "") for number in range(room - len(pairs))]  # never merged
+    names = ["<unk>", "<s>", "</s>", *symbols, *(a + b for a, b in pairs)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(names)
+    writer.add_token_types([3] * 3 + [1] * (size - 3))
+    writer.add_token_merges([f"{a} {b}" for a, b in pairs if b])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def tensors(model: Model, layers: int) -> list[tuple[str, int, int]]:

@@ -41,9 +41,9 @@ class Variant:
 
 
 VARIANTS = {
-    OURS: Variant("mergequant", "float32", 4, 32, 32, 32),
-    "mergequant-head8": Variant("mergequant-head8", "float32", 4, 32, 8, 32),
-    "mergequant-bfloat16": Variant("mergequant", "bfloat16", 4, 16, 16, 16),
+    OURS: Variant("mergequant", "float32", 4, 32, 8, 32),
+    "mergequant-head16": Variant("mergequant-head16", "float32", 4, 32, 32, 32),
+    "mergequant-bfloat16": Variant("mergequant", "bfloat16", 4, 16, 8, 16),
     "mergequant-cpu-fp32": Variant("mergequant:cpu-fp32", "float32", 32, 32, 32, 32),
     BASELINE: Variant("bf16", "float32", 32, 32, 32, 32),
     "vllm-bfloat16": Variant("bf16", "bfloat16", 16, 16, 16, 16),
@@ -55,6 +55,8 @@ VARIANTS = {
     "llama.cpp-f32": Variant(None, "float32", 32, 32, 32, 16, "F32", "llama.cpp"),
     "ik_llama.cpp-q4_0": Variant(None, "float32", 4.5, 4.5, 6.5625, 16, "Q4_0", "ik_llama.cpp"),
     "ik_llama.cpp-q8_0": Variant(None, "float32", 8.5, 8.5, 8.5, 16, "Q8_0", "ik_llama.cpp"),
+    "openvino-q4_0": Variant(None, "bfloat16", 4.5, 4.5, 6.5625, 8, "Q4_0", "openvino"),
+    "openvino-q8_0": Variant(None, "bfloat16", 8.5, 8.5, 8.5, 8, "Q8_0", "openvino"),
     # vLLM with AMD's library, which it uses by itself where it finds it.
     "zentorch-bfloat16": Variant("bf16", "bfloat16", 16, 16, 16, 16, peer="zentorch"),
     "zentorch-int8": Variant("int8", "bfloat16", 8, 16, 16, 16, peer="zentorch"),

@@ -41,25 +41,34 @@ def requested_kernel() -> str | None:
     return name
 
 
-def select_linear(spec: LinearSpec, requested: str | None) -> LinearKernel:
+def select_linear(
+    spec: LinearSpec, requested: str | None, *, or_default: bool = False
+) -> LinearKernel:
     """The kernel for `spec`.
+
+    Args:
+        requested: name of the kernel that the user asked for, or None.
+        or_default: where that one refuses, take a default and log why: for the head, which has
+            other widths than the linears that a kernel is asked for.
 
     Raises:
         ValueError: the requested kernel refuses `spec`, or no default serves it.
     """
     if slow := slow_dtype(spec.device, spec.dtype):
         _log_once(slow, logging.WARNING)
+    refusals: list[str] = []
     if requested is not None:
         reason = LINEAR_KERNELS[requested].refusal(spec)
-        if reason is not None:
+        if reason is None:
+            what = kind_of(spec).value
+            _log_once(f"Linears with {what} run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
+            return LINEAR_KERNELS[requested]
+        if not or_default:
             raise ValueError(
                 f"Kernel {requested!r} cannot run {spec}: {reason}; "
                 f"unset {KERNEL_VARIABLE} to use the default."
             )
-        what = kind_of(spec).value
-        _log_once(f"Linears with {what} run on kernel {requested!r}, as {KERNEL_VARIABLE} asks")
-        return LINEAR_KERNELS[requested]
-    refusals: list[str] = []
+        refusals.append(f"{requested!r}, which {KERNEL_VARIABLE} asks for, was refused: {reason}")
     for name in default_kernels(spec):
         reason = LINEAR_KERNELS[name].refusal(spec)
         if reason is None:

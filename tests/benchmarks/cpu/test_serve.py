@@ -132,13 +132,13 @@ def test_the_tables_show_speedups_memory_and_failures() -> None:
     assert "| vllm-bfloat16 | 1.00 (1.00-1.00) | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) |" in text
     assert "- REFUSED llama.cpp-q4_0: no folder" in text
     # TinyLlama: 22 blocks of 44040192 weights and two tables of 32000 x 2048.
-    parts = serve_table.expected_bytes(VARIANTS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
+    parts = serve_table.expected_bytes(VARIANTS["mergequant-head16"], MODELS["TinyLlama-1.1B"], 22)
     assert parts == {"weights": 22 * 44040192 / 2, "embedding and head": 2 * 32000 * 2048 * 4}
-    assert "| mergequant | 1600 | 1563 | +2.4% | 462 | 500 | 1 | 600 |" in text
+    assert "| mergequant | 1600 | 1376 | +16.3% | 462 | 312 | 1 | 600 |" in text
     assert "| vllm-float32 | 4797 | 4797 | +0.0% | 3696 | 500 | 1 | 600 |" in text
-    eight = serve_table.expected_bytes(VARIANTS["mergequant-head8"], MODELS["TinyLlama-1.1B"], 22)
+    eight = serve_table.expected_bytes(VARIANTS["mergequant"], MODELS["TinyLlama-1.1B"], 22)
     assert eight["embedding and head"] == 32000 * 2048 * 5
-    tied = serve_table.expected_bytes(VARIANTS["mergequant"], MODELS["Qwen3-0.6B"], 1)
+    tied = serve_table.expected_bytes(VARIANTS["mergequant-head16"], MODELS["Qwen3-0.6B"], 1)
     assert tied["embedding and head"] == 151936 * 1024 * 4
 
 
@@ -199,3 +199,21 @@ def test_a_child_counts_all_cores_that_its_threads_are_bound_to() -> None:
         assert os.sched_getaffinity(0) == before
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("size", [259, 300, 70_000])
+def test_a_vocabulary_has_as_many_different_tokens_as_the_model(size: int) -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.given: dict[str, Any] = {}
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda value: self.given.__setitem__(name, value)
+
+    writer = Writer()
+    llama_file.add_vocabulary(writer, size)
+    tokens = writer.given["add_token_list"]
+    assert len(set(tokens)) == size == len(writer.given["add_token_types"])
+    assert all(merge.replace(" ", "") in tokens for merge in writer.given["add_token_merges"])
+    with pytest.raises(ValueError, match="259 tokens, not 256"):
+        llama_file.add_vocabulary(writer, 256)

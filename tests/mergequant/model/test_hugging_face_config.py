@@ -20,6 +20,7 @@ from tests.conftest import FEW
 from tests.tiny import make_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+AS_IT_IS = FEW.model_copy(update={"head_bits": 16})
 
 
 def edit(model: Path, **fields: object) -> Path:
@@ -47,7 +48,7 @@ def test_a_stored_head_is_used_though_the_configuration_ties_it(
     untied = logits(model)
     edit(model, tie_word_embeddings=True)
     assert torch.equal(logits(model), untied)  # transformers uses it
-    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    output = quantize(model, tmp_path / "out", [text], AS_IT_IS, progress=False)
     said = "is stored and differs from the embedding: it is the head"
     assert caplog.text.count(said) == 1  # however often a run opens its model
     stored = Reader(output)
@@ -59,7 +60,7 @@ def test_a_stored_head_that_is_the_embedding_is_tied(tmp_path: Path, text: Path)
     model = make_model(tmp_path / "model", tied=True)
     table = load_file(model / "model.safetensors")[EMBEDDING]
     with_tensors(model, lm_head__weight=table.clone())
-    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    output = quantize(model, tmp_path / "out", [text], AS_IT_IS, progress=False)
     stored = Reader(output)
     assert stored.config["tie_word_embeddings"] is True and HEAD not in stored.headers
 
@@ -68,7 +69,7 @@ def test_without_a_head_the_embedding_is_it_though_nothing_ties_them(
     tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = with_tensors(make_model(tmp_path / "model"), lm_head__weight=None)
-    output = quantize(model, tmp_path / "out", [text], FEW, progress=False)
+    output = quantize(model, tmp_path / "out", [text], AS_IT_IS, progress=False)
     assert "its embedding is the head" in caplog.text
     assert Reader(output).config["tie_word_embeddings"] is True
 

@@ -74,7 +74,8 @@ def test_it_says_what_was_quantized_and_what_was_not(checkpoint: Path, llama: Pa
     card = card_of(checkpoint, llama)
     assert "| q_proj (2), k_proj (2), v_proj (2), gate_proj (2), up_proj (2) | 4 bits |" in card
     assert "| o_proj (2), down_proj (2) | 4 bits | 4 bits, dynamic |" in card
-    assert "Not quantized: lm_head, norms, embedding." in card
+    assert "| lm_head (1) | 8 bits | 8 bits, dynamic |" in card
+    assert "Not quantized: norms, embedding." in card
 
 
 def test_its_command_asks_for_the_same_options(checkpoint: Path, llama: Path) -> None:

@@ -59,7 +59,7 @@ def test_stored_steps_are_the_same_numbers_in_every_model_dtype(checkpoint: Path
     reader = Reader(checkpoint)
     folded = [name for name in reader.headers if "layernorm" in name]
     scales = [name for name in reader.headers if name.endswith("weight_scale")]
-    assert len(folded) == 4 and len(scales) == 14
+    assert len(folded) == 4 and len(scales) == 15
     for name in folded + scales:
         stored = reader.read(name).to(torch.float64)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -123,6 +123,17 @@ def test_a_requested_kernel_that_refuses_is_an_error_with_the_reason(
     assert str(error.value).endswith("; unset MERGEQUANT_KERNEL to use the default.")
 
 
+def test_a_head_that_a_requested_kernel_refuses_runs_on_a_default_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = gpu(90, weight_bits=8, activation_bits=8)
+    with caplog.at_level(logging.WARNING, logger="vllm.mergequant"):
+        chosen = select.select_linear(head, "marlin-int8", or_default=True)
+    assert chosen.name == select.select_linear(head, None).name
+    assert "'marlin-int8', which MERGEQUANT_KERNEL asks for, was refused: it reads 4" in caplog.text
+    assert select.select_linear(head, "reference", or_default=True).name == "reference"
+
+
 def test_on_a_cpu_the_cpus_kernel_is_chosen() -> None:
     native = CpuInt4Linear().refusal(SPEC) is None
     assert select.select_linear(SPEC, None).name == ("cpu-int4" if native else "cpu-fp32")
