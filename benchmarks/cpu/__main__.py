@@ -5,6 +5,7 @@
     python -m benchmarks.cpu peers   --peers FOLDER [--names NAME...]
     python -m benchmarks.cpu serve   [--methods NAME...] [--layers L] [--peers FOLDER]
     python -m benchmarks.cpu profile [--variant NAME] [--layers L]
+    python -m benchmarks.cpu start   [--model NAME | --source FOLDER --checkpoint FOLDER]
 
 `forms` times the linear's other forms against the plain one; `peers` installs others' libraries,
 which `linear` and `serve` compare with. Those that measure take
@@ -103,12 +104,16 @@ def make_parser() -> argparse.ArgumentParser:
     profile = parts.add_parser("profile", help="where the time of ours goes")
     profile.add_argument("--variant", default="mergequant")
     profile.add_argument("--method", dest="variant", default="mergequant", help=argparse.SUPPRESS)
-    for part in (serve, profile):
+    start = parts.add_parser("start", help="seconds to a server's first token, and its memory")
+    start.add_argument("--source", type=Path, help="a model in 16 bits, instead of --model")
+    start.add_argument("--checkpoint", type=Path, help="what `mergequant quantize` made of it")
+    for part in (serve, profile, start):
         part.add_argument("--model", choices=MODELS, default="TinyLlama-1.1B")
+    for part in (serve, profile):
         part.add_argument("--layers", type=int, help="fewer than the model has")
         part.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
         part.add_argument("--decode", type=int, default=64, help="tokens that are generated")
-    for part, rounds in ((linear, 9), (forms, 9), (serve, 3), (profile, 3)):
+    for part, rounds in ((linear, 9), (forms, 9), (serve, 3), (profile, 3), (start, 1)):
         part.add_argument("--isa", help="instruction set of ours; default: the fastest")
         part.add_argument("--threads", type=int, help="default: all cores")
         part.add_argument("--rounds", type=int, default=rounds)
@@ -123,7 +128,7 @@ def work(options: argparse.Namespace, given: list[str]) -> int:
     """Run a part in this process, whose environment is prepared."""
     from benchmarks.cpu.run_part import PARTS
 
-    threads = options.threads or len(machine.cores())
+    threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or len(machine.cores())
     words = [word for word in given if word not in ("--worker", "--no-tests")]
     command = " ".join(["python -m benchmarks.cpu", *words])
     try:

@@ -60,6 +60,20 @@ def status_bytes(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
 
 
+def process_group_bytes(group: int) -> int:
+    """Memory of all processes of a group; pages that several hold are counted once (Pss)."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) != group:
+                continue
+            lines = (folder / "smaps_rollup").read_text().splitlines()
+        except (ProcessLookupError, FileNotFoundError):  # it has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return total
+
+
 def where(isa: str, threads: int, *, amx: bool) -> dict[str, Any]:
     """Date, CPU, instruction set, versions, for `benchmarks.common.record.save`."""
     from benchmarks.common.record import environment

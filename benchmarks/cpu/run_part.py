@@ -107,9 +107,28 @@ def run_profile(options: argparse.Namespace, threads: int, command: str) -> None
     print(text)
 
 
+def run_start(options: argparse.Namespace, threads: int, command: str) -> None:
+    """Part `start`."""
+    from benchmarks.cpu.start import measure as start
+    from benchmarks.cpu.start import table as start_table
+
+    isa, amx = instruction_set_name(options.isa), not options.no_amx
+    where = machine.where(isa, threads, amx=amx)
+    name = file_name("start", isa, threads, amx=amx)
+    what = options.checkpoint.name if options.checkpoint else f"{options.model} at random"
+
+    def progress(rows: Sequence[Mapping[str, Any]]) -> None:
+        text = start_table.table(what, start.CACHE_GIBIBYTES, rows)
+        save(name, command, list(map(dict, rows)), text, where, options.results)
+
+    start.run(options, progress)
+    print(f"{options.results / name}.md")
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, int, str], None]] = {
     "linear": run_linear,
     "forms": run_forms,
     "serve": run_serve,
     "profile": run_profile,
+    "start": run_start,
 }

@@ -75,6 +75,7 @@ def test_codes_and_integer_sums_equal_the_definition(
     if not engine.eager or engine.ranks > 1:
         pytest.skip("inputs can be seen in an eager engine; its one rank reads whole inputs")
     names = engine.llm.apply_model(probe.start)[0]
+    names.remove("lm_head")  # vLLM computes logits without calling it, so that no hook sees it
     assert len(names) == 4 * len(references[1].model.model.layers)
     engine.llm.apply_model(probe.forget)
     ids = references[1].windows[0].tolist()

@@ -12,11 +12,13 @@ pytestmark = pytest.mark.engine
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
 from torch._dynamo.utils import counters
 from mergequant.evaluate.perplexity import vllm_engine
 
 if __name__ == "__main__":
-    with vllm_engine(sys.argv[1], quantization="mergequant", dtype="float32", max_model_len=64):
+    given = {"quantization": "mergequant", "dtype": "float32", "max_model_len": 64}
+    with vllm_engine(Path(sys.argv[1]), **given):
         print("COUNTED " + json.dumps(counters["inductor"]))
 """
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
 from mergequant_vllm.packing import codes_per_border, pack, unpack, words_per_row
 
@@ -19,6 +20,17 @@ def test_words_are_one_stream_of_codes_from_the_lowest_bits_up(bits: int, column
         stream = sum((code + half) << (bits * k) for k, code in enumerate(row))
         assert stream == sum((word & 0xFFFFFFFF) << (32 * j) for j, word in enumerate(words))
     assert torch.equal(unpack(packed, bits, columns), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [1, 9, 128, 1001])
+def test_bytes_are_read_as_compressed_tensors_reads_words(bits: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    shape = (6, words_per_row(columns, bits))
+    words = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    theirs = unpack_from_int32(words, bits, torch.Size((6, columns)), packed_dim=1)
+    assert torch.equal(unpack(words, bits, columns), theirs)
+    assert torch.equal(unpack(words[::2], bits, columns), theirs[::2])
 
 
 def test_words_hold_code_plus_8_lowest_column_in_the_lowest_nibble() -> None:
