@@ -76,12 +76,29 @@ template <int Lanes> void turn_steps(const float *from, int64_t count, int64_t s
 template <int Lanes, class Integer>
 void turn_integers(const Integer *from, int64_t count, int64_t spans, int32_t offset, int32_t *to)
 {
-    for (int64_t i = 0; i < Lanes; ++i) {
+    // No question within a loop, and one vector after another: it is a part of decoding a token.
+    if (!from || count < Lanes) {
+        for (int64_t i = 0; i < Lanes * spans; ++i)
+            to[i] = i % Lanes < count ? offset : 0;
+        for (int64_t i = 0; from && i < count * spans; ++i)
+            to[i % spans * Lanes + i / spans] += from[i];
+    } else if (spans == 1) {
+        for (int i = 0; i < Lanes; ++i)
+            to[i] = offset + from[i];
+    } else {
         for (int64_t span = 0; span < spans; ++span) {
-            const int32_t value = i < count && from ? from[i * spans + span] : 0;
-            to[span * Lanes + i] = i < count ? offset + value : 0;
+            for (int i = 0; i < Lanes; ++i)
+                to[span * Lanes + i] = offset + from[i * spans + span];
         }
     }
+}
+
+template <class Number>
+MQ_INLINE void prefetch_numbers(const Number *from, int64_t at, int64_t count)
+{
+    constexpr int64_t of_line = 64 / int64_t(sizeof(Number));
+    for (int64_t i = 0; i < count; i += of_line)
+        __builtin_prefetch(from + at + i);
 }
 
 template <class Set>
@@ -98,8 +115,30 @@ void load_outputs(const LinearArguments &a, const Shape<Set> &shape, int64_t blo
                              shape.spans, shape.offset(), values.zero);
     if (a.token_zero)
         turn_integers<lanes>(a.weight_sums + at, values.count, shape.spans, 0, values.weight_sum);
-    for (int64_t i = 0; i < lanes; ++i)
-        values.constant[i] = a.constant && i < values.count ? a.constant[values.first + i] : -0.0f;
+    const int64_t constants = a.constant ? values.count : 0;
+    for (int64_t i = 0; i < constants; ++i)
+        values.constant[i] = a.constant[values.first + i];
+    for (int64_t i = constants; i < lanes; ++i)
+        values.constant[i] = -0.0f;
+}
+
+// Asks for what `load_outputs` will read of a block, which else waits for memory line by line.
+// Longer runs than a few spans' are followed by the processor itself.
+template <class Set>
+void prefetch_values(const LinearArguments &a, const Shape<Set> &shape, int64_t block)
+{
+    constexpr int64_t FEW = 4;
+    if (block >= shape.blocks || shape.spans > FEW)
+        return;
+    const int64_t first = block * shape.outputs;
+    const int64_t count = smaller(shape.outputs, shape.n - first);
+    prefetch_numbers(a.weight_step, first * shape.spans, count * shape.spans);
+    if (a.zero_points)
+        prefetch_numbers(a.zero_points, first * shape.spans, count * shape.spans);
+    if (a.token_zero)
+        prefetch_numbers(a.weight_sums, first * shape.spans, count * shape.spans);
+    if (a.constant)
+        prefetch_numbers(a.constant, first, count);
 }
 
 // One register of float32(sum of the header), from output `at` of a block on. Its integers are
@@ -154,13 +193,20 @@ MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, Token
     }
 }
 
-template <class Set, int Planes>
-MQ_INLINE void scale_floats(const float *floats, const OutputValues &values, float token_step,
-                            float *y)
+// The last span's sums, on their way to the outputs: the first ones' are in `floats`.
+template <class Set, int Planes, Terms Which>
+MQ_INLINE void scale_spans(const int32_t *sums, const float *floats, const OutputValues &values,
+                           int64_t span, TokenValues token, float token_step, float *y)
 {
     using Floats = typename Set::Floats;
-    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
-        const Floats scaled = load_vector<Floats>(floats + i) * token_step;
+    constexpr int lanes = Shape<Set>::lanes;
+    const float *const step = values.step + span * lanes;
+    for (int i = 0; i < lanes / Planes; i += Set::width) {
+        Floats sum = centred<Set, Planes, Which>(sums, values, span, token, i) *
+                     load_vector<Floats>(step + i);
+        if (span > 0)
+            sum = load_vector<Floats>(floats + i) + sum;
+        const Floats scaled = sum * token_step;
         store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }

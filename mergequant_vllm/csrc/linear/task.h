@@ -37,6 +37,8 @@ template <class Set, int Planes> struct Task {
     {
         for (int64_t block = 0; block < blocks; ++block)
             load_outputs(plan.a, plan.shape, first_block + block, scratch.values[block]);
+        for (int64_t block = 0; block < blocks; ++block)
+            prefetch_values(plan.a, plan.shape, first_block + blocks + block);
         for (int64_t begin = 0; begin < plan.shape.channels; begin += plan.run_channels) {
             const int64_t end = smaller(plan.shape.channels, begin + plan.run_channels);
             for (int64_t block = 0; block < blocks; ++block)
@@ -98,7 +100,7 @@ template <class Set, int Planes> struct Task {
             kernel(activations + channel * size, weights + pairs * bytes_of_pair,
                    scratch.weights + pairs * 8 * lanes, (stop - channel) / 8, run,
                    channel == shape.begin(span), sums);
-            if (plan.a.span_ends && stop == last)
+            if (plan.a.span_ends && stop == last && stop < shape.channels)
                 finish_span(block, row, size, span, sums, floats);
             channel = stop;
             ++span;
@@ -136,8 +138,10 @@ template <class Set, int Planes> struct Task {
         const bool direct = a.type == MQ_FLOAT32 && values.count == plan.shape.outputs;
         float rest[lanes];
         float *const y = direct ? reinterpret_cast<float *>(to) : rest;
+        const int64_t last = plan.shape.spans - 1;
         if (a.span_ends)
-            scale_floats<Set, Planes>(floats, values, token_step, y);
+            scale_spans<Set, Planes, Which>(sums, floats, values, last, token_values(row, last),
+                                            token_step, y);
         else
             scale_sums<Set, Planes, Which>(sums, values, token_values(row, 0), token_step, y);
         if (!direct)
