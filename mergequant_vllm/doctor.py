@@ -32,11 +32,13 @@ _LINEAR = LinearSpec(
     device="cpu",
     dtype=torch.bfloat16,
 )
+HEAD = "the head: 8-bit weights, 8-bit activations per token"
 _KINDS = {
     Kind.INT4: _LINEAR,
     Kind.INT4_BY_INT8: replace(_LINEAR, activation_bits=8),
     Kind.OTHER: replace(_LINEAR, weight_bits=3, group_size=128),
 }
+_HEAD = replace(_LINEAR, weight_bits=8, activation_bits=8, dynamic=True)
 
 
 def report() -> str:
@@ -87,13 +89,14 @@ def _native() -> Iterator[str]:
 
 def _kernels(device: str) -> Iterator[str]:
     requested = requested_kernel()
-    for kind, linear in _KINDS.items():
+    linears = {kind.value: linear for kind, linear in _KINDS.items()} | {HEAD: _HEAD}
+    for title, linear in linears.items():
         spec = replace(linear, device=device, capability=current_capability(device))
-        yield f"{kind.value}:"
+        yield f"{title}:"
         names = default_kernels(spec)
         if requested is not None:
             yield f"  ({KERNEL_VARIABLE}={requested})"
-            names = (requested,)
+            names = (requested, *names) if title == HEAD else (requested,)
         runs = False
         for name in names:
             reason = LINEAR_KERNELS[name].refusal(spec)

@@ -1,8 +1,8 @@
 """Ways to serve one model, as folders with a config.json and no tensors: weights are random.
 
 `mergequant` is ours with the default kernels, `mergequant-head16` leaves the head in the model's
-dtype; `mergequant:KERNEL` asks for a kernel by name. Any name may end in `+fp8-cache`: keys and
-values in 8 bits.
+dtype; `mergequant:KERNEL` asks for a kernel by name, which may refuse the head. Any name may end
+in `+fp8-cache`: keys and values in 8 bits.
 """
 
 import json

@@ -136,13 +136,15 @@ def generate(llm: Any, inputs: Sequence[Any], tokens: int) -> int:
 
 
 def linear_kernels(llm: Any) -> dict[str, str]:
-    """Names of the kernels that run each linear of the first block."""
+    """Names of the kernels that run each linear of the first block, and a quantized head."""
 
     def list_kernels(model: nn.Module) -> dict[str, str]:
         kernels = {}
         for name, module in model.named_modules():
             quant_method = getattr(module, "quant_method", None)
-            if ".layers.0." in f".{name}" and name.endswith("proj") and quant_method is not None:
+            linear = ".layers.0." in f".{name}" and name.endswith("proj")
+            head = name.endswith("lm_head") and hasattr(module, "product")
+            if (linear or head) and quant_method is not None:
                 scheme = getattr(module, "scheme", quant_method)
                 kernel = getattr(scheme, "kernel", getattr(scheme, "fp8_linear", scheme))
                 kernels[name.rsplit(".", 1)[-1]] = getattr(kernel, "name", type(kernel).__name__)

@@ -113,10 +113,11 @@ def make_parser() -> argparse.ArgumentParser:
         part.add_argument("--layers", type=int, help="fewer than the model has")
         part.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
         part.add_argument("--decode", type=int, default=64, help="tokens that are generated")
-    for part, rounds in ((linear, 9), (forms, 9), (serve, 3), (profile, 3), (start, 1)):
+    for part, rounds in ((linear, 9), (forms, 9), (serve, 3), (profile, 3), (start, None)):
         part.add_argument("--isa", help="instruction set of ours; default: the fastest")
         part.add_argument("--threads", type=int, help="default: all cores")
-        part.add_argument("--rounds", type=int, default=rounds)
+        if rounds is not None:
+            part.add_argument("--rounds", type=int, default=rounds)
         part.add_argument("--results", type=Path, default=RESULTS)
         part.add_argument("--no-amx", action="store_true", help="do not use AMX")
         part.add_argument("--no-tests", action="store_true", help="do not run the tests first")

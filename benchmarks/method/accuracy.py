@@ -32,12 +32,13 @@ RTN = Options(
     weight_search="minmax",
     reconstruction="none",
     compensation_rank=0,
+    head_bits=16,
 )
 VARIANTS: tuple[tuple[str, Options | None], ...] = (
     ("full precision", None),
     ("dynamic per token, round to nearest", RTN),
-    ("static, without compensation (--fast)", Options(compensation_rank=0)),
-    ("static, the whole method (default)", Options()),
+    ("static, without compensation (--fast)", Options(compensation_rank=0, head_bits=16)),
+    ("static, the whole method (default)", Options(head_bits=16)),
 )
 
 

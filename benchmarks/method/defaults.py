@@ -115,7 +115,12 @@ def main() -> None:
         if (compensated, label(changes)) in finished or (compensated and given.fast):
             continue
         options = Options.model_validate(
-            {**({} if compensated else FAST), "sequence_length": given.length, **changes}
+            {
+                "head_bits": 16,  # what the rows tell apart is in the blocks
+                **({} if compensated else FAST),
+                "sequence_length": given.length,
+                **changes,
+            }
         )
         began = time.monotonic()
         quantized = yardstick.quantize(given.calibration, options)

@@ -139,6 +139,7 @@ def measure(name: str, given: argparse.Namespace, model: Path) -> Row:
             "gptq_samples": given.samples,
             "compensation_samples": given.samples,
             "sequence_length": given.sequence,
+            "head_bits": 16,  # what the rows tell apart is in the blocks
             **changes,
         }
         texts = [str(file) for file in given.calibration]

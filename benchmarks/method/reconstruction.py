@@ -23,6 +23,7 @@ PLAIN = Options(
     reconstruction="none",
     compensation_rank=0,
     weight_search="minmax",
+    head_bits=16,
 )
 ALPHAS = {"prune": (5.0, 3.0, 2.0, 1.0), "pad": (5.0, 2.0, 1.0, 0.5, 0.0)}
 

@@ -35,7 +35,7 @@ HELP = {
     "segments": "Weight steps along K of norm-fed linears, whose columns are sorted.",
     "asymmetric": "Weights with zero points.",
     "weight_search": "Weight steps: minmax or mse.",
-    "head_bits": "8 or 16: as it is.",
+    "head_bits": "8, or 16: as it is, for rerankers and EAGLE.",
     "clipping": "none, channel or adaptive.",
     "compensation": "What is trained: elementwise, or low_rank (the paper's).",
     "compensation_rank": "Rank of low_rank; 0: nothing is trained.",

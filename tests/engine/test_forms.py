@@ -1,6 +1,6 @@
 """Stored forms that the other engines leave out, served at once: padding, offsets, groups, zero
-points, 3-bit weights, 8-bit static activations, the online rotation, an 8-bit head; compiled, on
-two ranks. Each form and kernel alone: tests/mergequant_vllm/test_stored_forms.py."""
+points, 3-bit weights, 8-bit static activations, the online rotation, a head that stays as it is;
+compiled, on two ranks. Each form and kernel alone: tests/mergequant_vllm/test_stored_forms.py."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ FORMS = Options(
     group_size=32,
     asymmetric=True,
     static_bits=8,
-    head_bits=8,
+    head_bits=16,
 )
 
 

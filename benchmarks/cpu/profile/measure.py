@@ -18,7 +18,8 @@ from benchmarks.common.shapes import MODELS
 from benchmarks.cpu.serve.measure import SHORT_PROMPT
 from benchmarks.cpu.serve.vllm_engine import VllmEngine
 
-LINEARS, TOKENS, NORMS = "int4 linears", "quantizing each token", "norms and static rounding"
+LINEARS = "integer linears, the head among them"
+TOKENS, NORMS = "quantizing each token", "norms and static rounding"
 ATTENTION, ELEMENTWISE = "attention and its cache", "activation functions, rotary embedding"
 HEAD, EMBEDDING, CALLS = "head", "embedding", "calls within the compiled graph"
 OPERATORS, PYTHON = "other operators (inputs, sampling)", "outside of operators (scheduler)"

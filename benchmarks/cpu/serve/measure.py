@@ -14,12 +14,15 @@ from typing import Any
 
 from benchmarks.common.shapes import MODELS
 from benchmarks.cpu import peers
+from benchmarks.cpu.linear.limits import CACHES, bandwidth
+from benchmarks.cpu.machine import cache_bytes
 from benchmarks.cpu.serve.child_process import ChildProcess, DiedError, python_path
 from benchmarks.cpu.serve.variants import DEFAULT_VARIANTS, OURS, VARIANTS
 
 ROOT = Path(__file__).parents[3]
 BATCHES = (1, 8)
 SHORT_PROMPT = 16
+BANDWIDTH_TRIES = 5
 START_SECONDS = 1800.0  # compiling takes minutes on a slow machine
 REQUEST_SECONDS = 900.0
 LONG_SECONDS = 120.0  # a variant whose round takes longer is measured in one round
@@ -68,7 +71,8 @@ def compare_pairwise(
     """Run rounds of ours and `name` in turns.
 
     Returns:
-        `name`; `ours` and `theirs`: `facts`, and by phase the seconds of each round; or `failed`.
+        `name`; `ours` and `theirs`: `facts`, and by phase the seconds of each round; or `failed`;
+        `bandwidth`: bytes/s that were read from memory before.
     """
     row: dict[str, Any] = {"name": name, "ours": {"name": ours.name, "facts": ours.facts}}
     peer = VARIANTS[name].peer
@@ -81,6 +85,7 @@ def compare_pairwise(
             other = RunningVariant(name, options, isa, threads, log)
         both = [ours] if other is ours else [ours, other]
         times: dict[str, list[dict[str, float]]] = {one.name: [] for one in both}
+        row["bandwidth"] = bandwidth(CACHES * cache_bytes(), BANDWIDTH_TRIES)
         for number in range(options.rounds):
             for one in both if number % 2 == 0 else both[::-1]:
                 times[one.name].append(one.round(options))

@@ -20,9 +20,13 @@ first token taken off. Ours and each other one run in turns, one other at a time
 over theirs within a round, median, in brackets the quartiles. vLLM: prefix caching off, key-value
 cache of 1 GiB in the dtype of its name, compiled; its int8 and w4a16 are compressed-tensors
 checkpoints on the kernels that vLLM chooses. llama.cpp: cache in float16."""
+BOUND = """\
+Decoding reads all weights for each token. Bound: {read:.1f} GB/s, measured with the same threads
+before each comparison, median, over those bytes; cache and activations left out, and steps except
+those of llama.cpp's blocks."""
 MEMORY = """\
 Weights are counted as packed, embedding, head and cache in the dtype that they are served in; vLLM
-itself is what {baseline} has resident beyond those three, a second copy of its head among it."""
+itself is what {baseline} has resident beyond those three and a second copy of its head."""
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -37,7 +41,8 @@ def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
         short=SHORT_PROMPT,
     )
     done = [row for row in rows if "theirs" in row]
-    parts = [head, _speeds(done, options), _speedups(done, options), _memory(done, model, layers)]
+    parts = [head, _speeds(done, options), _speedups(done, options)]
+    parts += [_bounds(done, options, model, layers), _memory(done, model, layers)]
     parts.append("\n".join(_troubles(rows)))
     return "\n\n".join(part for part in parts if part)
 
@@ -112,6 +117,27 @@ def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def read_bytes(variant: Variant, model: Model, layers: int) -> float:
+    """Bytes of weights that a decoded token reads: those of the blocks, and the head's."""
+    own = not model.tie_word_embeddings or variant.head_bits != variant.embedding_bits
+    bits = variant.head_bits if own else variant.embedding_bits
+    head = model.vocab_size * model.hidden_size * bits / 8
+    return expected_bytes(variant, model, layers)["weights"] + head
+
+
+def _bounds(rows: Sequence[Row], options: argparse.Namespace, model: Model, layers: int) -> str:
+    """Tokens a second that memory allows at batch 1, and how much of it each reaches."""
+    if not rows or any("bandwidth" not in row for row in rows):
+        return ""
+    read = quartiles([row["bandwidth"] for row in rows])[0]
+    lines = ["| batch 1 | reads, MiB a token | bound, tokens/s | reached |", "|---" * 4 + "|"]
+    for name, _, rounds in _participants(rows):
+        size = read_bytes(VARIANTS[name], model, layers)
+        reached = quartiles(speeds(rounds, options)["decode, batch 1"])[0] * size / read
+        lines.append(f"| {name} | {size / MIB:.0f} | {read / size:.1f} | {reached:.0%} |")
+    return BOUND.format(read=read / 1e9) + "\n\n" + "\n".join(lines)
+
+
 def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
     """Resident memory beside what must be there."""
     facts = {row["ours"]["name"]: row["ours"]["facts"] for row in rows}
@@ -120,6 +146,7 @@ def _memory(rows: Sequence[Row], model: Model, layers: int) -> str:
     own = None  # what vLLM takes for itself
     if BASELINE in facts:
         own = facts[BASELINE]["resident"] - sum(parts[BASELINE].values())
+        own -= model.vocab_size * model.hidden_size * VARIANTS[BASELINE].head_bits / 8
     lines = [
         "| MiB | resident | must be | more | weights | embedding and head | cache | vLLM itself |",
         "|---" * 8 + "|",

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -74,7 +75,11 @@ def _folders(options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
         return {"source": options.source, "quantized": options.checkpoint}
     from benchmarks.cpu.start.folders import write_quantized, write_source
 
+    if options.source or options.checkpoint:
+        raise ValueError("--source and --checkpoint go together: a model, and what was made of it")
     model = MODELS[options.model]
+    if model.model_type != "llama":
+        raise ValueError(f"--model {model.name}: random folders are written of Llama's shape alone")
     return {
         "source": write_source(scratch / "source", model, CONTEXT),
         "quantized": write_quantized(scratch / "quantized", model, CONTEXT),
@@ -104,7 +109,15 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["vllm", "serve", str(folder), "--dtype", dtype, "--port", str(port)]
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        str(folder),
+        "--dtype",
+        dtype,
+        "--port",
+        str(port),
+    ]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "8", "--skip-tokenizer-init"]
     own = {"VLLM_CPU_KVCACHE_SPACE": CACHE_GIBIBYTES, "HF_HUB_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name not in OPENMP}

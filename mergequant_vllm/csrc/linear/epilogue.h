@@ -78,10 +78,12 @@ void turn_integers(const Integer *from, int64_t count, int64_t spans, int32_t of
 {
     // No question within a loop, and one vector after another: it is a part of decoding a token.
     if (!from || count < Lanes) {
-        for (int64_t i = 0; i < Lanes * spans; ++i)
-            to[i] = i % Lanes < count ? offset : 0;
-        for (int64_t i = 0; from && i < count * spans; ++i)
-            to[i % spans * Lanes + i / spans] += from[i];
+        for (int64_t span = 0; span < spans; ++span) {
+            for (int64_t i = 0; i < Lanes; ++i)
+                to[span * Lanes + i] = i < count ? offset : 0;
+            for (int64_t i = 0; from && i < count; ++i)
+                to[span * Lanes + i] += from[i * spans + span];
+        }
     } else if (spans == 1) {
         for (int i = 0; i < Lanes; ++i)
             to[i] = offset + from[i];

@@ -31,6 +31,7 @@ _QSM: Mapping[str, Any] = {
     "staggered": False,
     "weights": "gptq",
     "weight_bits": 4,
+    "head_bits": 16,  # the paper quantizes blocks alone
     "group_size": None,
     "segments": None,
     "asymmetric": False,

@@ -36,6 +36,11 @@ def open_model(
     folder, architecture = open_folder(model)
     reader: ModelReader = folder
     head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
+    if head_quantized and folder.config.get("classifier_from_token"):
+        raise InputError(
+            "config.json has classifier_from_token: servers read the classes from rows of the "
+            "head, which must stay as it is: add --head-bits 16."
+        )
     if head_quantized and reader.config.get("tie_word_embeddings", False):
         reader = UntiedReader(reader, architecture)
     if channels.scales:

@@ -142,6 +142,17 @@ def test_the_tables_show_speedups_memory_and_failures() -> None:
     assert tied["embedding and head"] == 151936 * 1024 * 4
 
 
+def test_the_bound_is_bandwidth_over_what_a_token_reads() -> None:
+    # 462 MiB of 4-bit weights and a head of 62.5 MiB: 550 MB; 5.5 GB/s read them ten times.
+    model = MODELS["TinyLlama-1.1B"]
+    size = 22 * 44040192 / 2 + 32000 * 2048
+    assert serve_table.read_bytes(VARIANTS["mergequant"], model, 22) == size
+    one = {**row("vllm-float32", 2.0, 4.0), "bandwidth": 64 * size}
+    text = serve_table.table([one], OPTIONS)
+    assert "| mergequant | 524 | 64.0 | 50% |" in text  # it decodes 32 tokens a second
+    assert "reached" not in serve_table.table([row("vllm-float32", 2.0, 4.0)], OPTIONS)
+
+
 def test_every_variant_is_known_to_its_engine() -> None:
     assert set(DEFAULT_VARIANTS) <= set(VARIANTS)
     for variant in VARIANTS.values():

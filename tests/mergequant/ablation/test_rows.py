@@ -122,11 +122,14 @@ def test_rows_do_not_depend_on_the_methods_own_fields_of_the_base() -> None:
         "weights": "rtn",
         "weight_bits": 8,
         "group_size": 64,
+        "head_bits": 16 if BASE.head_bits == 8 else 8,
         "asymmetric": True,
         "clipping": "channel",
     }
     base = Options.model_validate({**BASE.model_dump(), **odd})
     assert distinct(made(base).values()) == distinct(made().values())
+    rows = distinct(made(base).values())
+    assert {row.options.head_bits for row in rows if row.options is not None} == {16}
 
 
 def test_what_rows_have_in_common_comes_from_the_base() -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from mergequant import quantize
+from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.layers.served_linear import from_stored
 from mergequant.model.reader import Reader
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
 from mergequant.quantizer.head import quantize_head
 from mergequant.quantizer.in_memory import quantize_in_memory
+from mergequant.quantizer.prepare import open_model
 from mergequant_vllm.format import FormatError, parse
 from mergequant_vllm.packing import unpack
 from tests.conftest import SMALL
@@ -82,3 +84,12 @@ def test_a_head_that_is_not_dynamic_is_refused(tmp_path: Path, text: Path, llama
     head["linear"]["input"] = {"kind": "static"}
     with pytest.raises(FormatError, match=r"lm_head: a static input needs a norm"):
         parse(config)
+
+
+def test_classes_that_are_read_from_the_head_keep_it_as_it_is(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classifier_from_token": ["no"]}))
+    with pytest.raises(InputError, match=r"classifier_from_token.*add --head-bits 16"):
+        open_model(model, EIGHT)
+    open_model(model, EIGHT.model_copy(update={"head_bits": 16}))

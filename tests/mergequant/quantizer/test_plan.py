@@ -187,4 +187,4 @@ def test_the_command_makes_what_its_flags_say(tmp_path: Path, llama: Path, text:
     assert "model.layers.0.mlp.down_proj" not in quantized
     assert quantized["model.layers.1.mlp.up_proj"].weight.bits == 8
     inspected = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
-    assert "not quantized: model.layers.0.mlp.down_proj" in inspected.output
+    assert "not quantized: model.layers.0.mlp.down_proj\n" in inspected.output
