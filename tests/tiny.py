@@ -11,6 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 pangrams (of a kind) in a row.\n"
 
 
+# Factors that a table must not forget, by model type: their default is 1.
+FACTORS: dict[str, dict[str, float]] = {
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.15,
+        "logits_scaling": 4.0,
+    }
+}
+
+
 def save_tokenizer(folder: Path) -> int:
     """A byte-level tokenizer that begins texts with <s>, as Llama's does; returns its size."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -59,7 +70,7 @@ def make_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **config,
+        **{**FACTORS.get(model_type, {}), **config},
     )
     model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     with torch.no_grad():

@@ -69,6 +69,26 @@ class Readers:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Constant factors, by the configuration's field that holds each; None: there is none.
+
+    Attributes:
+        embedding: multiplies the embedding's rows.
+        residual: multiplies what attention and MLP add to the residual stream.
+        logits: divides the logits.
+    """
+
+    embedding: str | None = None
+    residual: str | None = None
+    logits: str | None = None
+
+
+def factor(name: str | None, config: Mapping[str, Any]) -> float:
+    """The factor that the field `name` of a configuration holds; 1 where there is none."""
+    return 1.0 if name is None else float(config.get(name, 1.0))
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model type: its spaces, what is in a block in order of execution, and what is around.
 
@@ -88,6 +108,7 @@ class Architecture:
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
     slides: bool = True
+    scales: Scales = Scales()
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts the linear's input: it writes the residual stream."""

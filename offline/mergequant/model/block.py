@@ -44,6 +44,8 @@ class Block:
         name: the block's in the whole model.
         number: which block, from 0.
         device: of its tensors.
+
+    `residual_scale` multiplies what a linear that writes the residual adds to it.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Block:
         number: int,
         device: torch.device,
         arguments: Callable[[Tensor], Mapping[str, Any]],
+        residual_scale: float = 1.0,
     ) -> None:
         self.module = module
         self.source_tensors = source_tensors
@@ -61,6 +64,7 @@ class Block:
         self.number = number
         self.device = device
         self._arguments = arguments
+        self._residual_scale = residual_scale
         self._left_behind: dict[str, nn.Module] = {}
 
     def weight(self, linear: str) -> Tensor:
@@ -172,7 +176,8 @@ class Block:
         module = self.module.get_submodule(linear)
         with torch.no_grad():
             for index, x in enumerate(inputs):
-                batches[index] = batches[index] + module(x).reshape(batches[index].shape)
+                added = module(x).reshape(batches[index].shape) * self._residual_scale
+                batches[index] = batches[index] + added
 
     def restore(self) -> None:
         """Put back what `leave_behind` took out."""

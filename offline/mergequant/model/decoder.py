@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from mergequant.model.architecture import Architecture, outer_tensors
+from mergequant.model.architecture import Architecture, factor, outer_tensors
 from mergequant.model.block import Block
 from mergequant.model.head_loss import next_token_losses
 from mergequant.model.hugging_face_config import load_config
@@ -110,6 +110,7 @@ class Decoder:
             compensation: windows, from the first, that the compensation trains on.
         """
         table = self.reader.read_in_source_dtype(f"{self.architecture.embedding.name}.weight")
+        scale = factor(self.architecture.scales.embedding, self.reader.config)
         size = max(1, TOKENS_A_BATCH // windows.shape[1])
         wanted = (statistics, gptq, compensation, len(windows))
         borders = sorted({0, *(min(count, len(windows)) for count in wanted)})
@@ -117,7 +118,7 @@ class Decoder:
         counts = {0: 0}
         for start, stop in itertools.pairwise(borders):
             for ids in torch.split(windows[start:stop], size):
-                batches.append(table[ids].to(self.device, torch.float32))
+                batches.append(table[ids].to(self.device, torch.float32) * scale)
             counts[stop] = len(batches)
         return Activations(
             batches=batches,
@@ -155,11 +156,12 @@ class Decoder:
         tied = self.reader.config.get("tie_word_embeddings", False)
         owner = architecture.embedding if tied else architecture.head
         table = reader.read(f"{owner.name}.weight").to(self.device, torch.float32)
+        divisor = factor(architecture.scales.logits, reader.config)
         gradients = []
         for window, tokens in zip(hidden, ids.to(self.device), strict=True):
             x = window.detach().requires_grad_()
             with torch.enable_grad():
-                logits = F.linear(norm(x)[:-1], table)
+                logits = F.linear(norm(x)[:-1], table) / divisor
                 loss = F.cross_entropy(logits, tokens[1:], reduction="sum")
             gradients += torch.autograd.grad(loss, x)
         norm.to("meta")
@@ -179,10 +181,11 @@ class Decoder:
         tied = reader.config.get("tie_word_embeddings", False)
         owner = self.architecture.embedding if tied else self.architecture.head
         table = reader.read_in_source_dtype(f"{owner.name}.weight").to(self.device)
+        divisor = factor(self.architecture.scales.logits, reader.config)
         hidden = itertools.chain.from_iterable(batches)
         with torch.no_grad():
             losses = [
-                next_token_losses(norm(window), table, tokens)
+                next_token_losses(norm(window) / divisor, table, tokens)
                 for window, tokens in zip(hidden, ids.to(self.device), strict=False)
             ]
         norm.to("meta")
@@ -228,6 +231,7 @@ class Decoder:
             number,
             self.device,
             lambda hidden: self.forward_arguments(hidden, number),
+            factor(self.architecture.scales.residual, self.reader.config),
         )
         try:
             yield loaded

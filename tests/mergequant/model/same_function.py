@@ -76,6 +76,7 @@ def model_folder(folder: Path, case: str, tied: bool) -> Path:
     model_type = case.removesuffix("-24")
     biases = {
         "llama": {"attention_bias": True, "mlp_bias": True},
+        "granite": {"attention_bias": True, "mlp_bias": True},
     }
     make_model(
         folder,

@@ -32,9 +32,12 @@ def test_rows_at_a_time_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "granite"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_walk_ends_with_the_models_own_loss(tmp_path: Path, text: Path, tied: bool) -> None:
-    folder = make_model(tmp_path / "model", tied=tied)
+def test_a_walk_ends_with_the_models_own_loss(
+    tmp_path: Path, text: Path, tied: bool, model_type: str
+) -> None:
+    folder = make_model(tmp_path / "model", model_type, tied=tied)
     windows = calibration_of(Reader(folder), [text], SMALL)
     used = pilot_windows(windows, SMALL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -16,6 +16,7 @@ from mergequant.quantizer.prepare import calibration_of, open_folder, open_model
 from mergequant.quantizer.resolve import make_plan
 from mergequant_vllm.format import parse
 from tests.conftest import SMALL
+from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 
@@ -29,9 +30,13 @@ def decoder_of(model: Path, of: Options) -> Decoder:
     return Decoder(reader, architecture, CPU)
 
 
-def test_gradients_carried_back_block_by_block_are_the_models(llama: Path, text: Path) -> None:
-    windows = calibration_of(open_folder(llama)[0], [text], options())[:2]
-    model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+@pytest.mark.parametrize("model_type", ["llama", "granite"])
+def test_gradients_carried_back_block_by_block_are_the_models(
+    tmp_path: Path, text: Path, model_type: str
+) -> None:
+    model_folder = make_model(tmp_path / "model", model_type)
+    windows = calibration_of(open_folder(model_folder)[0], [text], options())[:2]
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     seen: dict[str, torch.Tensor] = {}
     names = [f"model.layers.{n}.{x}" for n in (0, 1) for x in ("self_attn.q_proj", "mlp.down_proj")]
     for name in names:
@@ -45,7 +50,7 @@ def test_gradients_carried_back_block_by_block_are_the_models(llama: Path, text:
     loss = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten(), reduction="sum")
     loss.backward()
 
-    decoder = decoder_of(llama, options())
+    decoder = decoder_of(model_folder, options())
     hidden = [decoder.embed(windows, 2, 2).batches[0]]
     for number in (0, 1):
         with decoder.block(number) as block:

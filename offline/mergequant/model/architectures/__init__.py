@@ -2,12 +2,13 @@
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
+from mergequant.model.architectures.granite import GRANITE
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.architectures.mistral import MISTRAL
 from mergequant.model.architectures.qwen2 import QWEN2
 from mergequant.model.architectures.qwen3 import QWEN3
 
-ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)}
 
 
 def find(model_type: str | None) -> Architecture:
