@@ -175,13 +175,13 @@ def test_readers_of_one_norm_read_it_alike(config: dict[str, Any]) -> None:
 
 
 def test_targets_are_written_as_few_as_the_model_allows(config: dict[str, Any]) -> None:
-    assert len(config["targets"]) == 2  # norm-fed linears, and o and down
+    assert len(config["targets"]) == 3  # norm-fed linears, o and down, the head
     contract = parse(config)
     usual = {x: _form(contract, x) for x in contract.quantized}
     roles = {x: x.replace(".0.", ".{block}.").replace(".1.", ".{block}.") for x in usual}
     other = usual[UP].model_copy(update={"weight": WeightForm(bits=8)})
     targets = shortest_targets({**usual, UP: other, GATE: other}, roles)
-    assert len(targets) == 3
+    assert len(targets) == 4
     quantized = parse({**config, "targets": [x.model_dump(mode="json") for x in targets]}).quantized
     for name, linear in contract.quantized.items():
         assert quantized[name].weight.bits == (8 if name in (UP, GATE) else linear.weight.bits)

@@ -2,13 +2,16 @@
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
+from mergequant.model.architectures.ernie4_5 import ERNIE4_5
 from mergequant.model.architectures.granite import GRANITE
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.architectures.mistral import MISTRAL
 from mergequant.model.architectures.qwen2 import QWEN2
 from mergequant.model.architectures.qwen3 import QWEN3
 
-ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)}
+ARCHITECTURES = {
+    table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE4_5)
+}
 
 
 def find(model_type: str | None) -> Architecture:
