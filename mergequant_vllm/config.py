@@ -11,11 +11,16 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from mergequant_vllm.compile_cache import read_compiled_again
+from mergequant_vllm.embedding import LookupMethod
 from mergequant_vllm.format import (
+    BLOCK,
     QUANT_METHOD,
     CheckpointFormat,
     FormatError,
@@ -100,12 +105,18 @@ class MergeQuantConfig(QuantizationConfig):
             if head is None:
                 return None
             return MergeQuantLinearMethod(prefix, [head], self.kernel, or_default=True)
+        if isinstance(layer, VocabParallelEmbedding):
+            return LookupMethod() if self._has_own_head() else None
         if not isinstance(layer, LinearBase):
             return None
         merged = self._linears_behind(prefix)
         if not merged:
             return UnquantizedLinearMethod()
         return MergeQuantLinearMethod(prefix, merged, self.kernel)
+
+    def _has_own_head(self) -> bool:
+        """Whether the head is a tensor of its own, so that no logit comes from the embedding."""
+        return any(BLOCK not in name for name in self.checkpoint.linears)
 
     def _linear(self, name: str) -> LinearFormat | None:
         """A linear of the checkpoint by vLLM's name, which begins otherwise within other models.

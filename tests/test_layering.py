@@ -24,7 +24,8 @@ SHARED += ("kernels.norm_round.cpu", "kernels.token_quant.cpu")
 SHARED += ("doctor",)
 # Modules that may import vLLM as they are imported.
 TOUCHES_VLLM = {
-    SERVER / name for name in ("compile_cache.py", "config.py", "linear.py", "parameters.py")
+    SERVER / name
+    for name in ("compile_cache.py", "config.py", "embedding.py", "linear.py", "parameters.py")
 }
 
 

@@ -31,10 +31,12 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from mergequant_vllm.compile_cache import SWITCH
 from mergequant_vllm.config import MergeQuantConfig
+from mergequant_vllm.embedding import LookupMethod
 from mergequant_vllm.linear import MergeQuantLinearMethod, record_in_compile_cache_key
 
 BLOCK = "model.layers.0"
@@ -316,3 +318,19 @@ def test_on_a_cpu_compiled_models_are_cached_where_they_can_be_read_again(
     monkeypatch.setenv(SWITCH, "1")
     plugin_config(checkpoint)
     assert os.environ[SWITCH] == "1"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_not_the_head_has_no_second_copy(
+    tmp_path: Path, text: Path, tied: bool
+) -> None:
+    options = SMALL.model_copy(update={"head_bits": 16})
+    model = make_model(tmp_path / "model", tied=tied)
+    folder = quantize(model, tmp_path / "out", [text], options, progress=False)
+    with set_current_vllm_config(VllmConfig()):
+        table = VocabParallelEmbedding(
+            258, 64, quant_config=plugin_config(folder), prefix="model.embed_tokens"
+        )
+    assert isinstance(table.quant_method, LookupMethod) == (not tied)
+    table.quant_method.process_weights_after_loading(table)
+    assert hasattr(table, "cpu_linear") == (tied and current_platform.is_cpu())
