@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.random_linears import make_codes, make_linear, make_token_step
+from benchmarks.common.random_linears import laid_out, make_codes, make_linear, make_token_step
 from benchmarks.common.result_cells import Refused
 from benchmarks.common.shapes import Linear, distinct
 from benchmarks.cpu.linear.measure import Plan, copies_of, make_spec
 from benchmarks.cpu.linear.timing import Call, compare, ratio
-from mergequant_vllm.kernels.codes import lay_out
 from mergequant_vllm.kernels.linear.reference import ReferenceLinear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, PreparedLinear, StoredLinear
 from mergequant_vllm.kernels.selection.linears import LINEAR_KERNELS
@@ -110,9 +109,9 @@ class FormedLinear:
         zero = torch.full((m, 1), 1, dtype=torch.int32) if spec.token_zero_points else None
         reference = ReferenceLinear()
         self._exact = reference.prepare(self._stored, spec)(
-            lay_out(codes, reference.layout, spec.in_features), step, zero, False
+            laid_out(codes, reference.layout, spec.in_features), step, zero, False
         )
-        given = lay_out(codes, kernel.layout, self._copies[0].columns).contiguous()
+        given = laid_out(codes, kernel.layout, self._copies[0].columns)
         return [partial(copy, given, step, zero, False) for copy in self._copies]
 
     def check(self, result: object) -> None:

@@ -70,8 +70,7 @@ def expected_bytes(variant: Variant, model: Model, layers: int) -> dict[str, flo
     weights = layers * sum(linear.n * linear.k for linear in model.linears())
     table = model.vocab_size * model.hidden_size
     bits = variant.embedding_bits
-    has_head = not model.tie_word_embeddings or variant.head_bits != variant.embedding_bits
-    bits += variant.head_bits if has_head else 0
+    bits += variant.head_bits if _has_head(variant, model) else 0
     return {"weights": weights * variant.bits / 8, "embedding and head": table * bits / 8}
 
 
@@ -119,10 +118,14 @@ def _speedups(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 def read_bytes(variant: Variant, model: Model, layers: int) -> float:
     """Bytes of weights that a decoded token reads: those of the blocks, and the head's."""
-    own = not model.tie_word_embeddings or variant.head_bits != variant.embedding_bits
-    bits = variant.head_bits if own else variant.embedding_bits
+    bits = variant.head_bits if _has_head(variant, model) else variant.embedding_bits
     head = model.vocab_size * model.hidden_size * bits / 8
     return expected_bytes(variant, model, layers)["weights"] + head
+
+
+def _has_head(variant: Variant, model: Model) -> bool:
+    """Whether the head is a tensor of its own, and not the embedding."""
+    return not model.tie_word_embeddings or variant.head_bits != variant.embedding_bits
 
 
 def _bounds(rows: Sequence[Row], options: argparse.Namespace, model: Model, layers: int) -> str:

@@ -1,7 +1,7 @@
 """Folders of a model of random weights as a server finds them on disk: 16 bits, and quantized."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from benchmarks.common.served_variants import find_variant
 from benchmarks.common.shapes import Model
+from mergequant.model.architecture import model_tensors
+from mergequant.model.architectures import find
 from mergequant_vllm.format import BLOCK, expected_tensors, parse
 
-Shapes = Mapping[str, tuple[int, ...]]
 FILE = "model.safetensors"
 
 
 def write_source(folder: Path, model: Model, context: int) -> Path:
     """The model in bfloat16."""
-    return _write(folder, model.config(context), dict(_random_weights(_shapes(model))))
+    config = model.config(context)
+    shapes = model_tensors(find(model.model_type), config)
+    return _write(folder, config, {name: _weight(name, shape) for name, shape in shapes.items()})
 
 
 def write_quantized(folder: Path, model: Model, context: int) -> Path:
@@ -49,33 +52,6 @@ def _outside_linears(model: Model) -> dict[str, list[int]]:
     norms = ("model.norm", f"{block}.input_layernorm", f"{block}.post_attention_layernorm")
     table = {"model.embed_tokens.weight": [model.vocab_size, hidden]}
     return table | {f"{name}.weight": [hidden] for name in norms}
-
-
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    hidden, inner = model.hidden_size, model.intermediate_size
-    linears = {
-        "self_attn.q_proj": (model.query_size, hidden),
-        "self_attn.k_proj": (model.key_value_size, hidden),
-        "self_attn.v_proj": (model.key_value_size, hidden),
-        "self_attn.o_proj": (hidden, model.query_size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    patterns = {name: tuple(shape) for name, shape in _outside_linears(model).items()}
-    patterns |= {f"model.layers.{BLOCK}.{name}.weight": shape for name, shape in linears.items()}
-    if not model.tie_word_embeddings:
-        patterns["lm_head.weight"] = (model.vocab_size, hidden)
-    return {
-        pattern.replace(BLOCK, str(number)): shape
-        for pattern, shape in patterns.items()
-        for number in (range(model.num_hidden_layers) if BLOCK in pattern else (0,))
-    }
-
-
-def _random_weights(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in shapes.items():
-        yield name, _weight(name, shape)
 
 
 def _weight(name: str, shape: tuple[int, ...]) -> Tensor:

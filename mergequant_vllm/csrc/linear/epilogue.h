@@ -166,21 +166,27 @@ MQ_INLINE typename Set::Floats centred(const int32_t *sums, const OutputValues &
                                    typename Set::Floats);
 }
 
-// A finished span: the sums of one token times the span's steps are the first, or are added.
+// One register, from output `at` of a block on: the sums of a finished span times its steps, and on
+// top of what the spans before it came to.
+template <class Set, int Planes, Terms Which>
+MQ_INLINE typename Set::Floats with_span(const int32_t *sums, const float *floats,
+                                         const OutputValues &values, int64_t span,
+                                         TokenValues token, int at)
+{
+    using Floats = typename Set::Floats;
+    const float *const step = values.step + span * Shape<Set>::lanes;
+    const Floats sum = centred<Set, Planes, Which>(sums, values, span, token, at) *
+                       load_vector<Floats>(step + at);
+    return span > 0 ? load_vector<Floats>(floats + at) + sum : sum;
+}
+
 template <class Set, int Planes, Terms Which>
 MQ_INLINE void add_span(const int32_t *sums, const OutputValues &values, int64_t span,
                         TokenValues token, float *floats)
 {
-    using Floats = typename Set::Floats;
-    constexpr int lanes = Shape<Set>::lanes;
-    const float *const step = values.step + span * lanes;
-    for (int i = 0; i < lanes / Planes; i += Set::width) {
-        Floats sum = centred<Set, Planes, Which>(sums, values, span, token, i) *
-                     load_vector<Floats>(step + i);
-        if (span > 0)
-            sum = load_vector<Floats>(floats + i) + sum;
-        store_vector(sum, floats + i);
-    }
+    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width)
+        store_vector(with_span<Set, Planes, Which>(sums, floats, values, span, token, i),
+                     floats + i);
 }
 
 template <class Set, int Planes, Terms Which>
@@ -201,14 +207,9 @@ MQ_INLINE void scale_spans(const int32_t *sums, const float *floats, const Outpu
                            int64_t span, TokenValues token, float token_step, float *y)
 {
     using Floats = typename Set::Floats;
-    constexpr int lanes = Shape<Set>::lanes;
-    const float *const step = values.step + span * lanes;
-    for (int i = 0; i < lanes / Planes; i += Set::width) {
-        Floats sum = centred<Set, Planes, Which>(sums, values, span, token, i) *
-                     load_vector<Floats>(step + i);
-        if (span > 0)
-            sum = load_vector<Floats>(floats + i) + sum;
-        const Floats scaled = sum * token_step;
+    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
+        const Floats scaled =
+            with_span<Set, Planes, Which>(sums, floats, values, span, token, i) * token_step;
         store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }
