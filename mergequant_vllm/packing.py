@@ -3,9 +3,9 @@
 Every width is stored offset-binary (code + 2^(b-1)), the first column in the lowest bits, and the
 bits of a row beyond its last code are zero.
 
-* 4 and 8 bits: compressed-tensors' pack-quantized layout, written by its own function. Reading is
-  ours, by bytes: its function takes 64-bit numbers for each code, and a server's start most of its
-  time with it.
+* 4 and 8 bits: compressed-tensors' pack-quantized layout, written by its own function. It is read
+  byte by byte here: its own reader widens each code to 64 bits, which took most of the time that
+  a server needs to load a checkpoint.
 * 3 bits: a tight stream, 32 codes in 3 words, so that some codes straddle two words.
   compressed-tensors would put ten codes in a word, which no kernel of vLLM takes.
 """
