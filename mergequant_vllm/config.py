@@ -1,6 +1,7 @@
 """vLLM's view of a mergequant checkpoint: validates it and hands each linear its method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ from mergequant_vllm.linear import MergeQuantLinearMethod
 from mergequant_vllm.version import unsupported_vllm
 
 logger = init_logger("vllm.mergequant")
+
+# What vLLM's classes merge that do not say so (StableLM).
+_USUALLY_MERGED: Mapping[str, Sequence[str]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 class MergeQuantConfig(QuantizationConfig):
@@ -101,7 +108,7 @@ class MergeQuantConfig(QuantizationConfig):
         refuse_lora()
         refuse_offload()
         if isinstance(layer, ParallelLMHead):
-            head = self._linear(prefix)
+            head = self._linear(prefix) or next(iter(self.checkpoint.outer.values()), None)
             if head is None:
                 return None
             return MergeQuantLinearMethod(prefix, [head], self.kernel, or_default=True)
@@ -119,18 +126,32 @@ class MergeQuantConfig(QuantizationConfig):
         return any(BLOCK not in name for name in self.checkpoint.linears)
 
     def _linear(self, name: str) -> LinearFormat | None:
-        """A linear of the checkpoint by vLLM's name, which begins otherwise within other models.
+        """A linear of the checkpoint by vLLM's name, which may begin otherwise.
 
-        The draft model of speculative decoding is called `draft_model.model...`.
+        The draft model of speculative decoding is called `draft_model.model...`; and what a
+        checkpoint calls `gpt_neox.layers...` is `model.layers...` in a class of transformers' own.
         """
-        while name not in self.checkpoint.quantized and "." in name:
+        while "." in name:
+            if name in self.checkpoint.quantized:
+                return self.checkpoint.quantized[name]
             name = name.partition(".")[2]
+            if name in self._below_the_first:
+                return self._below_the_first[name]
         return self.checkpoint.quantized.get(name)
+
+    @cached_property
+    def _below_the_first(self) -> dict[str, LinearFormat]:
+        """The linears within blocks by their names without the first part."""
+        linears = self.checkpoint.quantized
+        return {x.partition(".")[2]: linears[x] for x in linears if x.count(".") > 1}
 
     def _linears_behind(self, prefix: str) -> list[LinearFormat]:
         """The checkpoint's linears that vLLM merges into the module `prefix`, in its order."""
         parent, _, module = prefix.rpartition(".")
-        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(module, [module])]
+        parts = self.packed_modules_mapping.get(module)
+        if parts is None and self._linear(prefix) is None:
+            parts = _USUALLY_MERGED.get(module)
+        names = [f"{parent}.{part}" for part in parts or [module]]
         known = [linear for name in names if (linear := self._linear(name)) is not None]
         if known and len(known) != len(names):
             raise FormatError(

@@ -35,21 +35,15 @@ _NO_CHANNEL = -1
 
 
 class SharedInputParameter(BasevLLMParameter):
-    """A tensor of a linear's input, of which every merged linear brings an equal copy."""
+    """A tensor of a linear's input, of which every merged linear brings an equal copy.
 
-    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Take the whole copy: the input of a column-parallel linear is not sharded."""
-        self._take(loaded_weight)
+    Its loader is its own: vLLM's takes a fused linear's tensors for matrices that it must cut.
+    """
 
-    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """Take the whole copy of one of the merged linears."""
-        self._take(loaded_weight)
+    def __init__(self, data: Tensor) -> None:
+        super().__init__(data=data, weight_loader=_take_whole)
 
-    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """Take the whole copy of q, k or v."""
-        self._take(loaded_weight)
-
-    def _take(self, loaded: Tensor) -> None:
+    def take(self, loaded: Tensor) -> None:
         if self.data.is_meta:  # vLLM counts what it is going to load
             self._assert_and_load(loaded)
             return
@@ -61,6 +55,11 @@ class SharedInputParameter(BasevLLMParameter):
                 "Linears that vLLM merges have different input_index or input_offset tensors: "
                 "quantize the model again."
             )
+
+
+def _take_whole(parameter: SharedInputParameter, loaded: Tensor, *_: Any, **__: Any) -> None:
+    """Load the whole copy, whichever of the merged linears brings it."""
+    parameter.take(loaded)
 
 
 def create_parameters(
@@ -111,7 +110,7 @@ def create_parameters(
     if form.static.offsets:
         shared["input_offset"] = torch.full((in_features,), torch.nan, dtype=torch.float32)
     for name, data in shared.items():
-        layer.register_parameter(name, SharedInputParameter(data=data, weight_loader=loader))
+        layer.register_parameter(name, SharedInputParameter(data=data))
 
 
 def _create_weight_steps(

@@ -18,8 +18,16 @@ FACTORS: dict[str, dict[str, float]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.15,
         "logits_scaling": 4.0,
-    }
+    },
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"final_logit_softcapping": 4.0},
 }
+
+HEADS_ALIKE = ("opt", "gpt_neox", "bloom")  # each query head has a value head of its own
+TIED = ("bloom", "gemma2", "cohere")  # vLLM knows no head of theirs but the embedding
+# A head's size is the hidden one's share.
+HEAD_OF_HIDDEN = ("opt", "gpt_neox", "bloom", "starcoder2", "stablelm", "phi", "phi3")
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -36,6 +44,29 @@ def save_tokenizer(folder: Path) -> int:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     return len(vocabulary)
+
+
+def sizes(
+    model_type: str, hidden: int, intermediate: int, blocks: int, heads: int, kv_heads: int
+) -> dict[str, Any]:
+    """Fields of a configuration, by the names that the model type has for them; head size 32."""
+    fields: dict[str, Any] = {"num_hidden_layers": blocks, "num_attention_heads": heads}
+    if model_type in HEAD_OF_HIDDEN:
+        hidden = 32 * heads
+    else:
+        fields["head_dim"] = 32
+    if model_type not in HEADS_ALIKE:
+        fields["num_key_value_heads"] = kv_heads
+    if model_type == "opt":
+        return {
+            **fields,
+            "hidden_size": hidden,
+            "ffn_dim": intermediate,
+            "word_embed_proj_dim": hidden,
+        }
+    if model_type == "bloom":
+        return {**fields, "hidden_size": hidden}
+    return {**fields, "hidden_size": hidden, "intermediate_size": intermediate}
 
 
 def make_model(
@@ -59,14 +90,9 @@ def make_model(
     settings = AutoConfig.for_model(
         model_type,
         vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=32,
+        **sizes(model_type, hidden, intermediate, blocks, heads, kv_heads),
         max_position_embeddings=context,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=tied or model_type in TIED,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
@@ -75,11 +101,11 @@ def make_model(
     model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.3, 1.7)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
-            elif "embed" in name:
+            elif "norm" in name or "ln_f" in name:
+                parameter.uniform_(0.3, 1.7)
+            elif "embed" in name and "embed_out" not in name:
                 parameter.normal_(0.2, 1.0)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)

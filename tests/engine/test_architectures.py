@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mergequant.model.architecture import model_tensors
 from mergequant.model.architectures import ARCHITECTURES
 from mergequant.model.reader import Reader
+from mergequant.model.shapes import model_tensors
 from tests.tiny import make_model
 
 pytest.importorskip("vllm")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.common.served_variants import find_variant
 from benchmarks.common.shapes import Model
-from mergequant.model.architecture import model_tensors
 from mergequant.model.architectures import find
+from mergequant.model.shapes import model_tensors
 from mergequant_vllm.format import BLOCK, expected_tensors, parse
 
 FILE = "model.safetensors"

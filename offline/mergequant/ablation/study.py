@@ -11,8 +11,9 @@ from mergequant.ablation import paper
 from mergequant.ablation.measure import VLLM, Bench
 from mergequant.calibration.sources import calibration_sources
 from mergequant.calibration.text import sha256_of
-from mergequant.model.architecture import Architecture, widths
+from mergequant.model.architecture import Architecture
 from mergequant.model.reader import Reader
+from mergequant.model.shapes import widths
 from mergequant.options import Options
 from mergequant.output.fingerprint import config_sha256, unequal, versions_of, weights_sha256
 from mergequant.quantizer.prepare import open_folder, windows_of

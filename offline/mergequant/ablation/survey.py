@@ -14,10 +14,11 @@ from torch import Tensor
 from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.methods.migrate import activation_steps, migrate_weight
 from mergequant.methods.reconstruct import fold_columns, reconstruct, threshold
-from mergequant.model.architecture import Architecture, Readers, paper_alpha
+from mergequant.model.architecture import Architecture, Readers
 from mergequant.model.block import Block
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import ModelReader
+from mergequant.model.shapes import paper_alpha
 from mergequant.options import Options
 from mergequant.output.durable_files import write_durably
 from mergequant.quantizer.inputs.record import stacked_weights

@@ -27,8 +27,8 @@ from mergequant.evaluate.perplexity import (
 )
 from mergequant.evaluate.reference_forward import default_device, load_model
 from mergequant.evaluate.tasks import Tasks
-from mergequant.model.architecture import widths
 from mergequant.model.reader import Reader, locate, open_checkpoint
+from mergequant.model.shapes import widths
 from mergequant.output.companions import README
 from mergequant.output.durable_files import write_durably, write_json
 from mergequant.output.model_card import evaluation_table, with_evaluation

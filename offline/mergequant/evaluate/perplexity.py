@@ -19,8 +19,8 @@ from mergequant.calibration.text import evaluation_windows, window_length
 from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import default_device, load_model
-from mergequant.model.architecture import widths
 from mergequant.model.reader import Reader, is_mergequant, locate
+from mergequant.model.shapes import widths
 from mergequant_vllm.format import check_tensors, parse
 
 Engine = Literal["vllm", "transformers"]

@@ -66,12 +66,13 @@ def _load_quantized(reader: Reader, dtype: torch.dtype, ranks: int) -> Any:
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantized = checkpoint.quantized
+    architecture = find(reader.config["model_type"])
     for name, linear in quantized.items():
-        parent, _, child = name.rpartition(".")
+        parent, _, child = architecture.in_transformers(name).rpartition(".")
         module = served_module(reader, name, linear, dtype, ranks)
         setattr(model.get_submodule(parent), child, module)
     others = {
-        name: reader.read(name).to(dtype)
+        architecture.in_transformers(name): reader.read(name).to(dtype)
         for name in reader.headers
         if name.rpartition(".")[0] not in quantized
     }

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.reference_forward import load_model
-from mergequant.model.architecture import outer_tensors
 from mergequant.model.architectures import find
 from mergequant.model.reader import Reader
+from mergequant.model.shapes import outer_tensors
 from mergequant_vllm.format import parse
 
 QUESTION, BEGINNING = "What is the capital of France?", "The capital of France is"

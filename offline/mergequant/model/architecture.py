@@ -9,13 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mergequant.errors import InputError
 from mergequant_vllm.format import BLOCK
+
+# Spaces that transforms other than the norms' belong to, by the names that the tables give them.
+VALUE, MIX = "value", "attn_mix"  # o's input is a mixture of values
+UP, MIDDLE = "mlp_up", "mlp_mid"  # down's input is act(gate) * up
 
 
 @dataclass(frozen=True)
 class Space:
-    """Channels named once; `width` is a key of `widths`."""
+    """Channels named once; `width` is a key of `shapes.widths`.
+
+    A space that linears of a block read and nothing in it writes is the residual as it stands
+    there (OLMo 2, whose norms stand behind the linears).
+    """
 
     name: str
     width: str
@@ -23,12 +30,20 @@ class Space:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm within a block. `multiplier`: `plain` multiplies by w, `one_plus` by 1 + w (Gemma)."""
+    """A norm within a block.
+
+    Attributes:
+        kind: `rms` divides by the root mean square; `layer` takes the mean away first (LayerNorm).
+        multiplier: `plain` multiplies by w, `one_plus` by 1 + w (Gemma).
+        bias: whether it adds one: True, False, or the configuration's field that decides.
+    """
 
     name: str
     reads: str
     writes: str
     multiplier: Literal["plain", "one_plus"] = "plain"
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool | str = False
 
     @property
     def offset(self) -> float:
@@ -38,29 +53,55 @@ class Norm:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A norm over one head's channels, inside attention; nothing folds through it."""
+    """A norm over queries or keys, inside attention; nothing folds through it.
+
+    `width` is a key of `shapes.widths`: one head's channels, or those of all heads.
+    """
 
     name: str
+    width: str = "head"
 
 
 @dataclass(frozen=True)
 class Linear:
     """A matrix [width of `writes`, width of `reads`].
 
-    `bias` is True, False, or the name of the configuration's field that decides.
+    Attributes:
+        writes: a space; or several, where the model stores several matrices as one.
+        bias: True, False, or the name of the configuration's field that decides.
+        per_head: of several spaces, rows lie head by head (q, k and v of the first, then of the
+            second); else space by space.
     """
 
     name: str
     reads: str
-    writes: str
+    writes: str | tuple[str, ...]
     bias: bool | str = False
+    per_head: bool = False
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The spaces that it writes."""
+        return (self.writes,) if isinstance(self.writes, str) else self.writes
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A tensor beside embedding, blocks, last norm and head, of `widths`; `more_rows` before them.
+
+    Such are a table of positions and a norm behind the embedding.
+    """
+
+    name: str
+    widths: tuple[str, ...]
+    more_rows: int = 0
 
 
 @dataclass(frozen=True)
 class Readers:
     """The linears of a block that read one space, and the norm that writes it, if one does.
 
-    Where a norm writes it, vLLM merges them into one linear.
+    vLLM merges them into one linear, or a few.
     """
 
     space: str
@@ -73,14 +114,16 @@ class Scales:
     """Constant factors, by the configuration's field that holds each; None: there is none.
 
     Attributes:
-        embedding: multiplies the embedding's rows.
         residual: multiplies what attention and MLP add to the residual stream.
         logits: divides the logits.
+        logits_times: multiplies the logits.
+        logits_cap: c in c tanh(logits / c), the logits that count.
     """
 
-    embedding: str | None = None
     residual: str | None = None
     logits: str | None = None
+    logits_times: str | None = None
+    logits_cap: str | None = None
 
 
 def factor(name: str | None, config: Mapping[str, Any]) -> float:
@@ -92,8 +135,25 @@ def factor(name: str | None, config: Mapping[str, Any]) -> float:
 class Architecture:
     """One model type: its spaces, what is in a block in order of execution, and what is around.
 
-    `served_with` are fields of the configuration whose only value that vLLM's class serves is
-    given; `slides`: whether it serves a sliding window.
+    Attributes:
+        block: the module of a decoder block, `{block}` for its number. The module two levels above
+            runs the blocks, and `transformers` and vLLM give it this name.
+        outer: tensors beside those that the other fields name.
+        intermediate: the configuration's field of the MLP's width, or a multiple of the hidden one.
+        head_in_transformers: the head's module there, where it is not the stored name.
+        served_head: what vLLM's class knows for a head: `any`; `16_bit`, no quantized one; `tied`,
+            the embedding alone.
+        resumes: the module that holds attention returns what is to be added to the residual, and
+            the MLP's norm reads their sum: a pass can go on from there (not so where attention and
+            MLP are parallel).
+        ignored_suffixes: tensors of old files that hold nothing of the model.
+        bare_inputs: vLLM's loader reorders all tensors of a fused linear, so none can describe its
+            input: neither columns nor a clip ratio.
+        served_with: fields of the configuration whose only value that vLLM's class serves is given.
+        windows: which blocks may have a sliding window there: `none`; `all` of them or none;
+            `some`, as the configuration says.
+        scales: constant factors.
+        unserved: why vLLM cannot serve it on a CPU; None: it can.
     """
 
     model_type: str
@@ -103,16 +163,44 @@ class Architecture:
     head_norms: tuple[HeadNorm, ...] = ()
     block: str = f"model.layers.{BLOCK}"
     embedding: Linear = Linear("model.embed_tokens", reads="tokens", writes="residual")
+    outer: tuple[Outer, ...] = ()
     final_norm: Norm = Norm("model.norm", reads="residual", writes="final_in")
     head: Linear = Linear("lm_head", reads="final_in", writes="tokens")
+    intermediate: str | int = "intermediate_size"
+    head_in_transformers: str | None = None
+    served_head: Literal["any", "16_bit", "tied"] = "any"
+    resumes: bool = True
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    bare_inputs: bool = False
     served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
-    slides: bool = True
+    windows: Literal["none", "all", "some"] = "all"
     scales: Scales = Scales()
+    unserved: str | None = None
+
+    @property
+    def blocks(self) -> str:
+        """The module that holds the blocks."""
+        return self.block.rpartition(".")[0]
+
+    @property
+    def body(self) -> str:
+        """The module that embeds tokens, runs the blocks and the last norm."""
+        return self.blocks.rpartition(".")[0]
+
+    @property
+    def residual(self) -> str:
+        """The space that the embedding writes and blocks add to."""
+        return self.embedding.written[0]
+
+    def in_transformers(self, name: str) -> str:
+        """A module's or tensor's name in `transformers` for its stored one."""
+        if self.head_in_transformers is None or not f"{name}.".startswith(f"{self.head.name}."):
+            return name
+        return self.head_in_transformers + name.removeprefix(self.head.name)
 
     def is_row_parallel(self, name: str) -> bool:
-        """Whether tensor parallelism cuts the linear's input: it writes the residual stream."""
-        return any(name.endswith(x.name) and x.writes == "residual" for x in self.linears)
+        """Whether tensor parallelism cuts the linear's input: heads, or the MLP's channels."""
+        return any(name.endswith(x.name) and x.reads in (MIX, MIDDLE) for x in self.linears)
 
     def readers(self) -> tuple[Readers, ...]:
         """The block's linears grouped by the space that they read, in order of execution."""
@@ -122,138 +210,3 @@ class Architecture:
             Readers(space, norms.get(space), tuple(x for x in self.linears if x.reads == space))
             for space in spaces
         )
-
-
-# Spaces that transforms other than the norms' belong to, by the names that the tables give them.
-VALUE, MIX = "value", "attn_mix"  # o's input is a mixture of values
-UP, MIDDLE = "mlp_up", "mlp_mid"  # down's input is act(gate) * up
-
-_LLAMA_2_VOCABULARY = 65_536  # 32,000 and what was added to it; Llama-3's is 128,256
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-
-def widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """Widths in channels that a Hugging Face `config.json` gives, by the names tables use."""
-    missing = [field for field in _SIZES if not config.get(field)]
-    if missing:
-        raise InputError(f"config.json has no {missing[0]!r}: download the model again.")
-    heads = int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return {
-        "vocabulary": int(config["vocab_size"]),
-        "hidden": int(config["hidden_size"]),
-        "intermediate": int(config["intermediate_size"]),
-        "head": head,
-        "queries": heads * head,
-        "keys": int(config.get("num_key_value_heads") or heads) * head,
-    }
-
-
-def paper_alpha(config: Mapping[str, Any]) -> float:
-    """The threshold of Eq. 6 that the paper chose for models like this one (appendix B).
-
-    5 for Llama-2, 2 for Llama-3, which a `config.json` tells apart by the vocabulary alone.
-    """
-    return 2.0 if widths(config)["vocabulary"] > _LLAMA_2_VOCABULARY else 5.0
-
-
-def has_bias(linear: Linear, config: Mapping[str, Any]) -> bool:
-    """Whether `linear` has a bias in a model of this configuration."""
-    return linear.bias if isinstance(linear.bias, bool) else bool(config.get(linear.bias, False))
-
-
-def linear_shape(
-    architecture: Architecture, linear: Linear, config: Mapping[str, Any]
-) -> tuple[int, int]:
-    """(out, in) of a linear's weight."""
-    width, of = widths(config), {space.name: space.width for space in architecture.spaces}
-    return width[of[linear.writes]], width[of[linear.reads]]
-
-
-def block_tensors(
-    architecture: Architecture, config: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Name within the block and shape of every tensor that a block must have."""
-    width, of = widths(config), {space.name: space.width for space in architecture.spaces}
-    tensors: dict[str, tuple[int, ...]] = {}
-    for norm in architecture.norms:
-        tensors[f"{norm.name}.weight"] = (width[of[norm.writes]],)
-    for head_norm in architecture.head_norms:
-        tensors[f"{head_norm.name}.weight"] = (width["head"],)
-    for linear in architecture.linears:
-        shape = linear_shape(architecture, linear, config)
-        tensors[f"{linear.name}.weight"] = shape
-        if has_bias(linear, config):
-            tensors[f"{linear.name}.bias"] = shape[:1]
-    return tensors
-
-
-def outer_tensors(
-    architecture: Architecture, config: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor outside the blocks; a tied head has none of its own."""
-    width = widths(config)
-    tensors: dict[str, tuple[int, ...]] = {
-        f"{architecture.embedding.name}.weight": (width["vocabulary"], width["hidden"]),
-        f"{architecture.final_norm.name}.weight": (width["hidden"],),
-    }
-    if not config.get("tie_word_embeddings", False):
-        tensors[f"{architecture.head.name}.weight"] = (width["vocabulary"], width["hidden"])
-    return tensors
-
-
-def model_tensors(
-    architecture: Architecture, config: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model."""
-    tensors = outer_tensors(architecture, config)
-    for number in range(int(config["num_hidden_layers"])):
-        prefix = architecture.block.format(block=number)
-        for name, shape in block_tensors(architecture, config).items():
-            tensors[f"{prefix}.{name}"] = shape
-    return tensors
-
-
-def validate(
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Check that the table covers the checkpoint: each tensor once, each of the right shape.
-
-    Args:
-        shapes: shapes of the checkpoint's tensors, by name.
-
-    Raises:
-        InputError: names the first tensor that is missing, unknown or misshapen.
-    """
-    expected = model_tensors(architecture, config)
-    tied_head = f"{architecture.head.name}.weight"
-    known = {
-        name: shape
-        for name, shape in shapes.items()
-        if not name.endswith(architecture.ignored_suffixes)
-        and not (name == tied_head and tied_head not in expected)
-    }
-    kind = f"architecture {architecture.model_type!r}"
-    for name in sorted(expected.keys() - known.keys()):
-        raise InputError(
-            f"Tensor {name!r} of {kind} is not in the model's files: download it again."
-        )
-    for name in sorted(known.keys() - expected.keys()):
-        raise InputError(
-            f"Tensor {name!r} is not part of {kind} as mergequant knows it: "
-            "the model is a variant that needs a table of its own in model/architectures."
-        )
-    for name, shape in expected.items():
-        if tuple(known[name]) != shape:
-            raise InputError(
-                f"Tensor {name!r} has shape {list(known[name])}, but config.json makes it "
-                f"{list(shape)}: the weights and config.json do not belong together."
-            )

@@ -83,8 +83,9 @@ class Block:
     def forward(self, hidden: Tensor, *, gradient: bool = False) -> Tensor:
         """[windows, length, n] to the same; `gradient` records it for a backward pass."""
         with torch.set_grad_enabled(gradient):
-            output: Tensor = self.module(hidden, **self._arguments(hidden))
-        return output
+            output = self.module(hidden, **self._arguments(hidden))
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
 
     def forward_with_inputs(
         self, hidden: Tensor, linears: Sequence[str]

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from mergequant.model.architecture import Architecture, factor, outer_tensors
+from mergequant.model.architecture import Architecture, factor
 from mergequant.model.block import Block
-from mergequant.model.head_loss import next_token_losses
+from mergequant.model.head_loss import Head, next_token_losses
 from mergequant.model.hugging_face_config import load_config
 from mergequant.model.reader import ModelReader
+from mergequant.model.shapes import outer_tensors
+from mergequant.model.surroundings import Surroundings
 
 TOKENS_A_BATCH = 4096
 
@@ -93,10 +94,18 @@ class Decoder:
         self.config = load_config(reader.folder)
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="sdpa", dtype=torch.float32
+                self.config, dtype=torch.float32
             ).eval()
-        self._body: Any = self._model.model
-        self._rotary: Any = type(self._body.rotary_emb)(config=self.config).to(device)
+        self._blocks: Any = self._model.get_submodule(architecture.blocks)
+        self._around = Surroundings(
+            self._model,
+            self._model.get_submodule(architecture.body),
+            self._blocks,
+            self._model.get_submodule(architecture.embedding.name),
+            device,
+        )
+        outer = [x.name for x in architecture.outer if x.name in reader.headers]
+        self._around.load({name: reader.read(name) for name in outer}, self._model)
 
     def embed(
         self, windows: Tensor, statistics: int, gptq: int, compensation: int = 0
@@ -110,7 +119,6 @@ class Decoder:
             compensation: windows, from the first, that the compensation trains on.
         """
         table = self.reader.read_in_source_dtype(f"{self.architecture.embedding.name}.weight")
-        scale = factor(self.architecture.scales.embedding, self.reader.config)
         size = max(1, TOKENS_A_BATCH // windows.shape[1])
         wanted = (statistics, gptq, compensation, len(windows))
         borders = sorted({0, *(min(count, len(windows)) for count in wanted)})
@@ -118,7 +126,7 @@ class Decoder:
         counts = {0: 0}
         for start, stop in itertools.pairwise(borders):
             for ids in torch.split(windows[start:stop], size):
-                batches.append(table[ids].to(self.device, torch.float32) * scale)
+                batches.append(self._around.enter(ids, table))
             counts[stop] = len(batches)
         return Activations(
             batches=batches,
@@ -130,9 +138,10 @@ class Decoder:
     def whole_model(self) -> Any:
         """The `transformers` model around the blocks, which must all have been kept."""
         names = outer_tensors(self.architecture, dict(self.reader.config))
-        outer = {name: self.reader.read(name).to(self.device, torch.float32) for name in names}
-        self._body.rotary_emb = self._rotary
-        self._model.load_state_dict(outer, strict=False, assign=True)
+        self._around.load(
+            {self.architecture.in_transformers(name): self.reader.read(name) for name in names},
+            self._model,
+        )
         self._model.config.tie_word_embeddings = self.reader.config.get(
             "tie_word_embeddings", False
         )
@@ -149,22 +158,14 @@ class Decoder:
         Returns:
             like `hidden`.
         """
-        reader, architecture = self.reader, self.architecture
-        norm = self._model.get_submodule(architecture.final_norm.name)
-        weight = reader.read(f"{architecture.final_norm.name}.weight")
-        norm.load_state_dict({"weight": weight.to(self.device, torch.float32)}, assign=True)
-        tied = self.reader.config.get("tie_word_embeddings", False)
-        owner = architecture.embedding if tied else architecture.head
-        table = reader.read(f"{owner.name}.weight").to(self.device, torch.float32)
-        divisor = factor(architecture.scales.logits, reader.config)
-        gradients = []
-        for window, tokens in zip(hidden, ids.to(self.device), strict=True):
-            x = window.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = F.linear(norm(x)[:-1], table) / divisor
-                loss = F.cross_entropy(logits, tokens[1:], reduction="sum")
-            gradients += torch.autograd.grad(loss, x)
-        norm.to("meta")
+        head, gradients = self._head(), []
+        with self._final_norm() as norm:
+            for window, tokens in zip(hidden, ids.to(self.device), strict=True):
+                x = window.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = head.logits(norm(x)[:-1], slice(None))
+                    loss = F.cross_entropy(logits, tokens[1:], reduction="sum")
+                gradients += torch.autograd.grad(loss, x)
         return torch.stack(gradients)
 
     def loss(self, batches: Sequence[Tensor], ids: Tensor) -> float:
@@ -174,22 +175,36 @@ class Decoder:
             batches: the last block's output, [windows, length, n] each.
             ids: tokens of the first of these windows, int64 [windows, length].
         """
-        reader, name = self.reader, self.architecture.final_norm.name
-        norm = self._model.get_submodule(name)
-        weight = reader.read(f"{name}.weight").to(self.device, torch.float32)
-        norm.load_state_dict({"weight": weight}, assign=True)
-        tied = reader.config.get("tie_word_embeddings", False)
-        owner = self.architecture.embedding if tied else self.architecture.head
-        table = reader.read_in_source_dtype(f"{owner.name}.weight").to(self.device)
-        divisor = factor(self.architecture.scales.logits, reader.config)
+        head = self._head()
         hidden = itertools.chain.from_iterable(batches)
-        with torch.no_grad():
+        with torch.no_grad(), self._final_norm() as norm:
             losses = [
-                next_token_losses(norm(window) / divisor, table, tokens)
+                next_token_losses(norm(window), head, tokens)
                 for window, tokens in zip(hidden, ids.to(self.device), strict=False)
             ]
-        norm.to("meta")
         return float(torch.cat(losses).mean())
+
+    def _head(self) -> Head:
+        """The head in the dtype of the source, on the device."""
+        reader, architecture = self.reader, self.architecture
+        tied = reader.config.get("tie_word_embeddings", False)
+        owner = architecture.embedding if tied else architecture.head
+        table = reader.read_in_source_dtype(f"{owner.name}.weight").to(self.device)
+        bias = f"{owner.name}.bias"
+        own = reader.read(bias).to(self.device) if bias in reader.headers else None
+        return Head.of(architecture, reader.config, table, own)
+
+    @contextmanager
+    def _final_norm(self) -> Iterator[Any]:
+        """The last norm in float32, on the device for the time of the context."""
+        name = self.architecture.final_norm.name
+        norm = self._model.get_submodule(name)
+        parts = (f"{name}.weight", f"{name}.bias")
+        self._around.load(
+            {x: self.reader.read(x) for x in parts if x in self.reader.headers}, self._model
+        )
+        yield norm
+        norm.to("meta")
 
     def walk(self, batches: list[Tensor], blocks: int, title: str, shown: bool) -> Iterator[Block]:
         """The first `blocks` blocks in turn, each with `batches` at its input.
@@ -212,7 +227,7 @@ class Decoder:
 
         It is unloaded when the context ends, unless it is to be kept for `whole_model`.
         """
-        module: nn.Module = self._body.layers[number]
+        module: nn.Module = self._blocks[number]
         prefix = self.architecture.block.format(block=number)
         source_tensors = self.reader.read_block(prefix)
         weights = {
@@ -230,7 +245,7 @@ class Decoder:
             prefix,
             number,
             self.device,
-            lambda hidden: self.forward_arguments(hidden, number),
+            lambda hidden: self._around.arguments(hidden, number),
             factor(self.architecture.scales.residual, self.reader.config),
         )
         try:
@@ -251,25 +266,3 @@ class Decoder:
                 yield block.get_submodule(linear.name).register_forward_pre_hook(
                     lambda _, inputs, rotation=rotation: (rotation(inputs[0]),)
                 )
-
-    def forward_arguments(self, hidden: Tensor, number: int) -> dict[str, Any]:
-        """What `transformers` passes to a decoder block beside the hidden states."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        kinds = getattr(self.config, "layer_types", None)
-        kind = kinds[number] if kinds else self._only_kind()
-        make = (
-            create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
-        )
-        mask = make(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-        )
-        return {
-            "attention_mask": mask,
-            "position_embeddings": self._rotary(hidden, positions),
-            "position_ids": positions,
-            "use_cache": False,
-        }
-
-    def _only_kind(self) -> str:
-        sliding = getattr(self.config, "sliding_window", None) is not None
-        return "sliding_attention" if sliding else "full_attention"

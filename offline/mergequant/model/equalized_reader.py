@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.model.architecture import MIDDLE, MIX, UP, VALUE, Architecture, Linear, widths
+from mergequant.model.architecture import MIDDLE, MIX, UP, VALUE, Architecture, Linear
+from mergequant.model.fused_rows import rows_of
 from mergequant.model.reader import ModelReader, computed
+from mergequant.model.shapes import linear_shape, widths
 
 # By the space that a linear reads, the one whose writer carries the channel's size.
 CARRIED_BY: Mapping[str, str] = {MIDDLE: UP, MIX: VALUE}
@@ -49,7 +51,8 @@ class EqualizedReader(ModelReader):
                 if scale is None:
                     continue
                 self._columns[f"{prefix}{linear.name}.weight"] = scale
-                rows = own_channels(scale, reader.config, linear)
+                own = own_channels(scale, reader.config, linear)
+                rows = _all_rows(architecture, carrier, CARRIED_BY[linear.reads], own, reader)
                 for part in ("weight", "bias"):
                     self._rows[f"{prefix}{carrier.name}.{part}"] = rows
         for name in {*self._columns, *self._rows} & headers.keys():
@@ -87,11 +90,24 @@ class EqualizedReader(ModelReader):
 
 def equalized(architecture: Architecture) -> Iterator[tuple[Linear, Linear]]:
     """Linears whose inputs can be scaled, each with the linear that carries its channels' size."""
-    writers = {linear.writes: linear for linear in architecture.linears}
+    writers = {space: linear for linear in architecture.linears for space in linear.written}
     for linear in architecture.linears:
         carrier = writers.get(CARRIED_BY.get(linear.reads, ""))
         if carrier is not None:
             yield linear, carrier
+
+
+def _all_rows(
+    architecture: Architecture, carrier: Linear, space: str, scale: Tensor, reader: ModelReader
+) -> Tensor:
+    """What each row of `carrier` is divided by, where those that write `space` are by `scale`."""
+    rows = rows_of(architecture, carrier, reader.config)
+    mine = rows[space]
+    if mine is None:
+        return scale
+    whole = torch.ones(linear_shape(architecture, carrier, reader.config)[0], dtype=scale.dtype)
+    whole[mine] = scale
+    return whole
 
 
 def own_channels(scale: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:

@@ -92,7 +92,8 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
                 f"{served!r}: such a model cannot be served as it is."
             )
     kinds = attention_kinds(config)
-    if len(kinds) > 1 or (SLIDING in kinds and not architecture.slides):
+    mixed, windows = len(kinds) > 1, architecture.windows
+    if (mixed and windows != "some") or (SLIDING in kinds and windows == "none"):
         raise InputError(
             f"config.json gives some blocks a sliding window ({', '.join(sorted(kinds))}), and "
             f"vLLM does not serve that for {kind}: set use_sliding_window to false, or remove "

@@ -18,6 +18,8 @@ from torch import Tensor
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.other_kinds import refuse_other_kinds
+from mergequant.model.settled_config import settle
+from mergequant.model.stored_names import stored_names
 from mergequant.model.weight_files import DUPLICATES, find_weights
 from mergequant_vllm.format import QUANT_METHOD, StoredTensor
 
@@ -127,8 +129,11 @@ class Reader(ModelReader):
     def __init__(self, folder: Path) -> None:
         refuse_other_kinds(folder)
         stored = find_weights(folder)
+        config = settle(_read_config(folder))
+        self._stored_name = stored_names(config, stored.headers)
         self._file_of = stored.file_of
-        super().__init__(folder, _read_config(folder), stored.headers)
+        headers = {name: stored.headers[x] for name, x in self._stored_name.items()}
+        super().__init__(folder, config, headers)
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, by name."""
@@ -136,9 +141,10 @@ class Reader(ModelReader):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the file's dtype, on the CPU, in memory of its own."""
-        with safe_open(self._file_of[name], framework="pt") as tensors:
+        stored = self._stored_name[name]
+        with safe_open(self._file_of[stored], framework="pt") as tensors:
             # A copy: pages of the mapped file must not stay with the tensor.
-            tensor: Tensor = tensors.get_tensor(name).clone()
+            tensor: Tensor = tensors.get_tensor(stored).clone()
         return tensor
 
     def check_finite(self) -> None:

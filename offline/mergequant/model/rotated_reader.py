@@ -5,7 +5,8 @@ A space owns a rotation, not a layer: `residual` and what norms make of it have 
 `mlp_mid` has the Hadamard blocks R4 of which the server does the other half, as it does where o's
 input is mixed across heads. A linear's weight is rotated by the space that it writes and by the
 space that it reads. Linears that are not quantized are the server's own, which rotate no input:
-their weights have R2, but neither R4 nor the mixing.
+their weights have R2, but neither R4 nor the mixing. Where nothing rotates through a norm over the
+residual, as through a LayerNorm, R1 is left out, see `fixed_residual`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -29,8 +30,10 @@ from mergequant.methods.rotate import (
     rotate_reader,
     rotate_writer,
 )
-from mergequant.model.architecture import MIDDLE, MIX, VALUE, Architecture, Norm, widths
+from mergequant.model.architecture import MIDDLE, MIX, VALUE, Architecture, Norm
+from mergequant.model.fused_rows import rows_of
 from mergequant.model.reader import ModelReader, computed
+from mergequant.model.shapes import widths
 
 Rotation = Literal["offline", "online"]
 ROWS_AT_ONCE = 8192  # a vocabulary of float64 rows would be the largest thing in memory
@@ -42,14 +45,14 @@ class _Turn:
 
     Attributes:
         source: the tensor in the source model.
-        writes: rotation of its first dimension's space.
+        writes: rotations of its first dimension's spaces, and the rows of each; None: all rows.
         reads: rotation of its last dimension's space.
         gain: the norm tensor folded into its inputs, and what a norm adds to that.
         constant: what every element becomes (a folded norm's); nothing else is done.
     """
 
     source: str
-    writes: Orthogonal | None = None
+    writes: tuple[tuple[Tensor | None, Orthogonal], ...] = ()
     reads: Orthogonal | None = None
     gain: tuple[str, float] | None = None
     constant: float | None = None
@@ -58,9 +61,9 @@ class _Turn:
 class RotatedReader(ModelReader):
     """A view of `reader`'s model with R1 and R2 (`offline`), and R4 (`online`), in its weights.
 
-    Norms over the residual multiply by 1, and the head is no longer tied to the embedding. Rotated
-    tensors are float32 whatever the source's dtype: rounded to 16 bits they would no longer be the
-    same model.
+    With R1, norms over the residual multiply by 1, and the head is no longer tied to the embedding.
+    Rotated tensors are float32 whatever the source's dtype: rounded to 16 bits they would no longer
+    be the same model.
 
     Args:
         reader: the plain model.
@@ -88,13 +91,16 @@ class RotatedReader(ModelReader):
     ) -> None:
         self._source = reader
         self._dtype = dtype
-        self._outer = [f"{x.name}.weight" for x in (architecture.embedding, architecture.head)]
         within = online_rotations(architecture, reader.config, rotation, most, heads)
         online = dict(_of_each_block(architecture, reader.config, within, unquantized))
-        config = {**reader.config, "tie_word_embeddings": False}
-        super().__init__(reader.folder, config, reader.headers, online)
         rotations = _space_rotations(architecture, reader.config, seed, order)
-        self._stream = rotations[architecture.embedding.writes]
+        self._stream = rotations.get(architecture.residual)
+        config, self._outer = reader.config, list[str]()
+        if self._stream is not None:
+            config = {**config, "tie_word_embeddings": False}
+            outer = (architecture.embedding, architecture.head)
+            self._outer = [f"{x.name}.weight" for x in outer]
+        super().__init__(reader.folder, config, reader.headers, online)
         shared = {
             x.name: _shared_with_the_server(within[x.name], rotations.get(x.reads))
             for x in architecture.linears
@@ -112,7 +118,7 @@ class RotatedReader(ModelReader):
 
     def residual(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., n] times R1, in their dtype."""
-        return self._stream.rotate(hidden).to(hidden.dtype)
+        return hidden if self._stream is None else self._stream.rotate(hidden).to(hidden.dtype)
 
     def read_in_source_dtype(self, name: str) -> Tensor:
         """Read one tensor, rounded to the dtype of the source: what a 16-bit checkpoint holds."""
@@ -125,7 +131,7 @@ class RotatedReader(ModelReader):
         tensor = self._source.read(turn.source)
         if turn.constant is not None:
             return torch.full_like(tensor, turn.constant)
-        whole = turn.writes is not None  # else each row is rotated by itself
+        whole = bool(turn.writes)  # else each row is rotated by itself
         parts = (tensor,) if whole else torch.split(tensor, ROWS_AT_ONCE)
         gain = None
         if turn.gain is not None:
@@ -153,8 +159,11 @@ def _turned(tensor: Tensor, turn: _Turn, gain: Tensor | None) -> Tensor:
         tensor = fold_gain(tensor, gain)
     if turn.reads is not None:
         tensor = rotate_reader(tensor, turn.reads)
-    if turn.writes is not None:
-        tensor = rotate_writer(tensor, turn.writes)
+    for rows, rotation in turn.writes:
+        if rows is None:
+            tensor = rotate_writer(tensor, rotation)
+        else:
+            tensor[rows] = rotate_writer(tensor[rows], rotation)
     return tensor
 
 
@@ -195,18 +204,17 @@ def online_rotations(
     return {x.name: of_space[x.reads] for x in architecture.linears if x.reads in of_space}
 
 
-def refuse_rotation(architecture: Architecture, config: Mapping[str, Any]) -> None:
-    """Raise InputError where nothing rotates through the architecture."""
-    residual = architecture.embedding.writes
+def fixed_residual(architecture: Architecture) -> str | None:
+    """Why R1 cannot rotate the residual of such a model; None: it can."""
+    kind = architecture.model_type
     for norm in (*architecture.norms, architecture.final_norm):
-        if norm.reads != residual or norm.writes == residual:
-            raise InputError(
-                f"Norm {norm.name!r} of architecture {architecture.model_type!r} does not stand "
-                "between the residual and its readers, so nothing rotates through it: choose "
-                "rotation 'none'."
-            )
-    for space in (residual, VALUE, MIX):
-        _width(architecture, config, space)
+        if norm.kind == "layer":
+            return f"the LayerNorm {norm.name!r} of {kind} takes the mean of its channels away"
+        if norm.reads != architecture.residual or norm.writes == architecture.residual:
+            return f"norm {norm.name!r} of {kind} does not stand between residual and readers"
+    if architecture.served_head == "tied":
+        return f"vLLM knows no head of {kind} but the embedding"
+    return None
 
 
 def _space_rotations(
@@ -216,14 +224,17 @@ def _space_rotations(
     order: Tensor | None,
 ) -> dict[str, Orthogonal]:
     """The rotation of each space that has one, but for what the server does."""
-    refuse_rotation(architecture, config)
-    residual = architecture.embedding.writes
-    norms = (*architecture.norms, architecture.final_norm)
+    for space in (VALUE, MIX):
+        _width(architecture, config, space)
     head = orthogonal(widths(config)["head"], seed + 1)
+    rotations = {VALUE: head, MIX: head}
+    if fixed_residual(architecture) is not None:
+        return rotations
+    residual = architecture.residual
+    norms = (*architecture.norms, architecture.final_norm)
     width = _width(architecture, config, residual)
     stream = orthogonal(width, seed) if order is None else graded(order, seed)
-    rotations = {residual: stream, **{norm.writes: stream for norm in norms}}
-    return {**rotations, VALUE: head, MIX: head}
+    return {residual: stream, **{norm.writes: stream for norm in norms}, **rotations}
 
 
 def _of_each_block(
@@ -272,28 +283,42 @@ def _turns(
         shared: by linear's name within the block, of inputs that the server rotates too.
         online: full names of the linears whose inputs it does rotate.
     """
-    embedding = f"{architecture.embedding.name}.weight"
-    head = f"{architecture.head.name}.weight"
+    stream = rotations.get(architecture.residual)
+    if stream is not None:
+        yield from _outer_turns(architecture, config, rotations)
+    norms = {norm.writes: norm for norm in architecture.norms}
+    rows = {x.name: rows_of(architecture, x, config) for x in architecture.linears}
+    for number in range(int(config["num_hidden_layers"])):
+        prefix = f"{architecture.block.format(block=number)}."
+        if stream is not None:
+            yield from _norm_turns(prefix, architecture.norms)
+        for linear in architecture.linears:
+            reads = rotations.get(linear.reads)
+            if f"{prefix}{linear.name}" in online:
+                reads = shared[linear.name]
+            written = rows[linear.name].items()
+            writes = tuple((of, rotations[x]) for x, of in written if x in rotations)
+            gain = None
+            if stream is not None and linear.reads in norms:
+                gain = _gain(prefix, norms[linear.reads])
+            weight, bias = (f"{prefix}{linear.name}.{part}" for part in ("weight", "bias"))
+            if writes or reads is not None:
+                yield weight, _Turn(weight, writes, reads, gain)
+            if writes:
+                yield bias, _Turn(bias, writes)
+
+
+def _outer_turns(
+    architecture: Architecture, config: Mapping[str, Any], rotations: Mapping[str, Orthogonal]
+) -> Iterator[tuple[str, _Turn]]:
+    """Embedding, last norm and head under R1."""
+    embedding, head = (f"{x.name}.weight" for x in (architecture.embedding, architecture.head))
     yield from _norm_turns("", (architecture.final_norm,))
     # A lookup table lies the other way round: what it writes is its last dimension.
-    yield embedding, _Turn(embedding, reads=rotations[architecture.embedding.writes])
+    yield embedding, _Turn(embedding, reads=rotations[architecture.residual])
     source = embedding if config.get("tie_word_embeddings", False) else head
     final = _gain("", architecture.final_norm)
     yield head, _Turn(source, reads=rotations[architecture.head.reads], gain=final)
-    norms = {norm.writes: norm for norm in architecture.norms}
-    for number in range(int(config["num_hidden_layers"])):
-        prefix = f"{architecture.block.format(block=number)}."
-        yield from _norm_turns(prefix, architecture.norms)
-        for linear in architecture.linears:
-            writes, reads = rotations.get(linear.writes), rotations.get(linear.reads)
-            if f"{prefix}{linear.name}" in online:
-                reads = shared[linear.name]
-            gain = _gain(prefix, norms[linear.reads]) if linear.reads in norms else None
-            weight, bias = (f"{prefix}{linear.name}.{part}" for part in ("weight", "bias"))
-            if not (writes is None and reads is None):
-                yield weight, _Turn(weight, writes, reads, gain)
-            if writes is not None:
-                yield bias, _Turn(bias, writes)
 
 
 def _norm_turns(prefix: str, norms: Iterable[Norm]) -> Iterator[tuple[str, _Turn]]:

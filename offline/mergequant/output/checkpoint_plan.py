@@ -3,13 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergequant.model.architecture import (
-    Architecture,
-    block_tensors,
-    has_bias,
-    linear_shape,
-    outer_tensors,
-)
+from mergequant.model.architecture import Architecture
+from mergequant.model.shapes import block_tensors, has_bias, linear_shape, outer_tensors
 from mergequant.options import Options
 from mergequant.output.fingerprint import library_versions
 from mergequant_vllm.format import (
@@ -77,7 +72,8 @@ def _entries(
     head = architecture.head.name
     shape = outer_tensors(architecture, config).get(f"{head}.weight")
     if shape is not None:
-        yield head, LinearEntry(shape=(shape[0], shape[1]))
+        bias = has_bias(architecture.head, config)
+        yield head, LinearEntry(shape=(shape[0], shape[1]), bias=bias)
 
 
 def _roles(architecture: Architecture, forms: Mapping[str, object]) -> dict[str, str]:

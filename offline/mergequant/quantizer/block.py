@@ -52,7 +52,7 @@ def quantize_block(
             bar.set_postfix_str(f"loss={result.line.loss:.2e}{_growth(result)}")
             bar.update()
     last = architecture.linears[-1]
-    if borders and not ahead and last.writes == architecture.embedding.writes:
+    if borders and not ahead and last.writes == architecture.residual:
         # Every border is passed: the block's output is the last linear's, added to what is there.
         inputs = known.pop(last.name, [])
         block.add_output(last.name, activations.batches, inputs)
@@ -71,11 +71,13 @@ def borders_within(architecture: Architecture) -> dict[str, tuple[str, list[str]
         for each: the norm, and the linears before it, all in one submodule.
     """
     borders: dict[str, tuple[str, list[str]]] = {}
+    if not architecture.resumes:
+        return borders
     before: list[str] = []
-    last_write = None
+    last_write: object = None
     for readers in architecture.readers():
         norm = readers.norm
-        residual = architecture.embedding.writes
+        residual = architecture.residual
         if norm is not None and norm.reads == residual == last_write:
             owners = {name.partition(".")[0] for name in before}
             if len(owners) == 1:

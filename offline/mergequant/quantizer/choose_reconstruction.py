@@ -25,9 +25,10 @@ from mergequant.methods.gptq import (
 )
 from mergequant.methods.reconstruct import Reconstruction
 from mergequant.methods.weights import weight_grid
-from mergequant.model.architecture import Norm, paper_alpha, widths
+from mergequant.model.architecture import Norm
 from mergequant.model.block import Block
 from mergequant.model.decoder import Decoder
+from mergequant.model.shapes import paper_alpha, widths
 from mergequant.options import Options
 from mergequant.quantizer.columns import columns_plan, padded_columns, tile_of
 from mergequant.quantizer.decision import Decision

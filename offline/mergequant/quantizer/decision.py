@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mergequant.errors import InputError
-from mergequant.model.architecture import Architecture, paper_alpha, widths
-from mergequant.model.rotated_reader import online_rotations, refuse_rotation
+from mergequant.model.architecture import Architecture
+from mergequant.model.rotated_reader import online_rotations
+from mergequant.model.shapes import paper_alpha, widths
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.columns import padded_columns
 
@@ -92,10 +93,6 @@ def possible_rotations(
     """
     if options.rotation != "auto":
         return (options.rotation,)
-    try:
-        refuse_rotation(architecture, config)
-    except InputError:
-        return ("none",)
     try:
         online_rotations(architecture, config, "online", options.hadamard_block, options.mix_heads)
     except InputError:

@@ -6,8 +6,9 @@ from typing import Any
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
-from mergequant.model.architecture import Architecture, Readers, linear_shape, outer_tensors
+from mergequant.model.architecture import Architecture, Readers
 from mergequant.model.rotated_reader import online_rotations
+from mergequant.model.shapes import linear_shape, outer_tensors
 from mergequant.options import DYNAMIC_ONLY, STATIC_ONLY, Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
@@ -27,13 +28,17 @@ def linear_forms(
                 )
                 for x in readers.linears
             }
-            if readers.norm is not None:
-                _refuse_unlike(forms)
+            _refuse_unlike(forms)
             yield from forms.items()
     head = architecture.head.name
     if f"{head}.weight" in outer_tensors(architecture, config):
-        quantized = options.head_bits == BITS and not options.ignores(head)
-        yield head, HEAD_FORM if quantized else None
+        yield head, HEAD_FORM if quantizes_head(architecture, options) else None
+
+
+def quantizes_head(architecture: Architecture, options: Options) -> bool:
+    """Whether the head gets 8 bits: it is asked for, and vLLM's class can serve it."""
+    asked = options.head_bits == BITS and not options.ignores(architecture.head.name)
+    return asked and architecture.served_head == "any"
 
 
 def _form(

@@ -14,10 +14,12 @@ from torch import Tensor
 from mergequant.calibration.statistics import outlier_ratio
 from mergequant.methods.equalize import channel_scales, relative_energy
 from mergequant.methods.rotate import group_count
-from mergequant.model.architecture import Architecture, Linear, Readers, widths
+from mergequant.model.architecture import Architecture, Linear, Readers
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
 from mergequant.model.equalized_reader import equalized, shared_channels
+from mergequant.model.rotated_reader import fixed_residual
+from mergequant.model.shapes import widths
 from mergequant.options import Options
 from mergequant.quantizer.decision import possible_rotations
 
@@ -36,7 +38,8 @@ class ChannelMeter:
         width = widths(config)["hidden"]
         rotated = set(possible_rotations(architecture, config, options)) - {"none"}
         graded = options.residual_rotation == "graded" and options.activations == "static"
-        self._graded = graded and bool(rotated) and group_count(width) > 1
+        turns = bool(rotated) and fixed_residual(architecture) is None
+        self._graded = graded and turns and group_count(width) > 1
         self._shares = torch.zeros(width, dtype=torch.float64)
         self._scales: dict[str, Tensor] = {}
         self._outliers: dict[str, float] = {}

@@ -10,16 +10,17 @@ from mergequant.calibration.sources import calibration_sources
 from mergequant.calibration.text import calibration_windows, window_length
 from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_tokens
 from mergequant.errors import InputError
-from mergequant.model.architecture import Architecture, validate, widths
+from mergequant.model.architecture import Architecture
 from mergequant.model.architectures import find
 from mergequant.model.channels import Channels
 from mergequant.model.equalized_reader import EqualizedReader
 from mergequant.model.hugging_face_config import load_config, refuse_unserved, settle_head
 from mergequant.model.reader import ModelReader, Reader, locate
 from mergequant.model.rotated_reader import RotatedReader
+from mergequant.model.shapes import validate, widths
 from mergequant.model.untied_reader import UntiedReader
 from mergequant.options import Options
-from mergequant.quantizer.head import BITS
+from mergequant.quantizer.forms import quantizes_head
 from mergequant.quantizer.plan import Samples
 from mergequant.quantizer.resolve import samples_of
 
@@ -35,7 +36,7 @@ def open_model(
     channels = channels or Channels()
     folder, architecture = open_folder(model)
     reader: ModelReader = folder
-    head_quantized = options.head_bits == BITS and not options.ignores(architecture.head.name)
+    head_quantized = quantizes_head(architecture, options)
     if head_quantized and folder.config.get("classifier_from_token"):
         raise InputError(
             "config.json has classifier_from_token: servers read the classes from rows of the "

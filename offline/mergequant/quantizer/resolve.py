@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergequant.model.architecture import Architecture, Norm, Readers, linear_shape
+from mergequant.model.architecture import Architecture, Norm, Readers
+from mergequant.model.shapes import linear_shape
 from mergequant.options import Options
 from mergequant.output.checkpoint_plan import checkpoint_format
 from mergequant.quantizer.columns import columns_plan
@@ -96,12 +97,11 @@ def _readers_plans(
     forms: Mapping[str, LinearForm | None],
 ) -> Iterator[ReadersPlan]:
     for readers in architecture.readers():
-        names = [x.name for x in readers.linears if forms[f"{prefix}{x.name}"] is not None]
-        for group in [names] if readers.norm is not None else [[name] for name in names]:
-            if group:
-                own = options.for_linear(f"{prefix}{group[0]}")
-                plans = {x: _weight_plan(options, prefix, x, forms) for x in group}
-                yield ReadersPlan(_input_plan(architecture, config, own, readers), plans)
+        group = [x.name for x in readers.linears if forms[f"{prefix}{x.name}"] is not None]
+        if group:
+            own = options.for_linear(f"{prefix}{group[0]}")
+            plans = {x: _weight_plan(options, prefix, x, forms) for x in group}
+            yield ReadersPlan(_input_plan(architecture, config, own, readers), plans)
 
 
 def _input_plan(

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from mergequant.calibration.text import sha256_of
 from mergequant.layers.in_block import load_stored
-from mergequant.model.architecture import Architecture, outer_tensors
+from mergequant.model.architecture import Architecture
 from mergequant.model.block import Block
 from mergequant.model.channels import Channels
 from mergequant.model.decoder import Activations, Decoder, frozen_heap
 from mergequant.model.reader import ModelReader
+from mergequant.model.shapes import outer_tensors
 from mergequant.options import Options
 from mergequant.output.disk_space import checkpoint_bytes, refuse_if_full
 from mergequant.output.fingerprint import fingerprint
@@ -192,7 +193,7 @@ def _around_the_blocks(
     tensors = {}
     for name in outer_tensors(architecture, reader.config):
         owner = name.rpartition(".")[0]
-        if owner in checkpoint.outer:
+        if owner in checkpoint.outer and name.endswith(".weight"):
             stored = quantize_head(reader.read(name))
             tensors.update({f"{owner}.{suffix}": tensor for suffix, tensor in stored.items()})
         else:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.methods.rotate import (
     OnlineRotation,
 )
+from mergequant.model.architectures import find
 from mergequant.model.reader import Reader
 from mergequant_vllm.kernels.hadamard import reference
 from tests.tiny import make_model
@@ -22,13 +24,19 @@ WINDOWS = torch.randint(2, 250, (2, 24), generator=torch.Generator().manual_seed
 class ExactNorm(nn.Module):
     """An RMSNorm in the input's dtype: transformers' own computes in float32."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.eps = eps
+        gemma = type(norm).__name__.startswith("Gemma")
+        self.weight = nn.Parameter(norm.weight.data + (1 if gemma else 0), requires_grad=False)
+        self.eps = norm.eps if gemma else norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+def exact_layer_norm(norm: Any, x: Tensor) -> Tensor:
+    """Cohere's norm in the input's dtype."""
+    return F.layer_norm(x, x.shape[-1:], norm.weight, None, norm.variance_epsilon)
 
 
 def in_float64(rotation: OnlineRotation, x: Tensor) -> Tensor:
@@ -43,15 +51,17 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
     config = AutoConfig.from_pretrained(str(reader.folder))
     config.tie_word_embeddings = reader.config.get("tie_word_embeddings", False)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    tensors = {name: reader.read(name) for name in reader.headers}
+    architecture = find(reader.config["model_type"])
+    tensors = {architecture.in_transformers(name): reader.read(name) for name in reader.headers}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
     for name, module in list(model.named_modules()):
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
             parent, _, child = name.rpartition(".")
-            exact = ExactNorm(module.weight.data, module.variance_epsilon)
-            setattr(model.get_submodule(parent), child, exact)
+            setattr(model.get_submodule(parent), child, ExactNorm(module))
+        if dtype == torch.float64 and type(module).__name__ == "CohereLayerNorm":
+            module.forward = partial(exact_layer_norm, module)
     for name, rotation in reader.online.items():
         for linear in (m for full, m in model.named_modules() if full.endswith(name)):
             rotated = partial(in_float64, rotation) if dtype == torch.float64 else rotation
@@ -77,6 +87,10 @@ def model_folder(folder: Path, case: str, tied: bool) -> Path:
     biases = {
         "llama": {"attention_bias": True, "mlp_bias": True},
         "granite": {"attention_bias": True, "mlp_bias": True},
+        "smollm3": {"attention_bias": True, "mlp_bias": True},
+        "gemma2": {"attention_bias": True},
+        "gemma3_text": {"attention_bias": True},
+        "stablelm": {"use_qkv_bias": True},
     }
     make_model(
         folder,

@@ -7,27 +7,30 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergequant.errors import InputError
-from mergequant.model.architecture import model_tensors, validate, widths
 from mergequant.model.architectures import ARCHITECTURES, find
+from mergequant.model.settled_config import settle
+from mergequant.model.shapes import model_tensors, validate, widths
+from tests.tiny import sizes
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 172,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+SIZES = {"vocab_size": 99, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
 
 
 def config_and_shapes(model_type: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = AutoConfig.for_model(model_type, **SIZES, **more)
+    fields = {**sizes(model_type, 64, 172, 3, 4, 2), **more}
+    config = AutoConfig.for_model(model_type, **SIZES, **fields)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     names = {name for name, _ in model.named_parameters()}  # a tied head is listed once
     shapes = {x: tuple(t.shape) for x, t in model.state_dict().items() if x in names}
-    return config.to_dict(), shapes
+    stored = {_stored(model_type, name): shape for name, shape in shapes.items()}
+    return settle(config.to_dict()), stored
+
+
+def _stored(model_type: str, name: str) -> str:
+    """A tensor's name in a file for that in transformers."""
+    head = find(model_type).head.name
+    theirs = find(model_type).in_transformers(head)
+    return head + name.removeprefix(theirs) if name.startswith(f"{theirs}.") else name
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -49,16 +52,17 @@ def test_each_matrix_of_a_block_has_exactly_one_input(model_type: str) -> None:
     architecture = find(model_type)
     named = [linear.name for readers in architecture.readers() for linear in readers.linears]
     assert sorted(named) == sorted(linear.name for linear in architecture.linears)
-    with_norm = [readers.norm.name for readers in architecture.readers() if readers.norm]
-    assert with_norm == ["input_layernorm", "post_attention_layernorm"]
 
 
 def test_spaces_that_tables_name_exist() -> None:
     for architecture in ARCHITECTURES.values():
         names = {space.name for space in architecture.spaces}
         for linear in (*architecture.linears, architecture.head, architecture.embedding):
-            assert {linear.reads, linear.writes} <= names
-        assert {space.width for space in architecture.spaces} <= widths(SIZES).keys()
+            assert {linear.reads, *linear.written} <= names
+        for norm in (*architecture.norms, architecture.final_norm):
+            assert {norm.reads, norm.writes} <= names
+        known = widths(config_and_shapes("llama")[0]).keys()
+        assert {space.width for space in architecture.spaces} <= known
 
 
 def test_an_unknown_model_type_is_refused_by_name() -> None:

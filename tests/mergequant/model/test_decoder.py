@@ -35,8 +35,10 @@ def test_blocks_add_up_to_the_model(tmp_path: Path, model_type: str, more: dict[
         assert all(parameter.is_meta for parameter in block.module.parameters())
     model = load_model(folder)
     with torch.no_grad():
-        expected = model.model(windows, use_cache=False).last_hidden_state
-        ours = model.model.norm(torch.cat(activations.batches))
+        body = model.get_submodule(decoder.architecture.body)
+        expected = body(windows, use_cache=False).last_hidden_state
+        norm = model.get_submodule(decoder.architecture.final_norm.name)
+        ours = norm(torch.cat(activations.batches))
     # The same float32 operations, batched otherwise: some roundings of numbers of size 1 to 10.
     assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
 

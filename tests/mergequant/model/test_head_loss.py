@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from mergequant import quantize
 from mergequant.model import head_loss
+from mergequant.model.architectures import ARCHITECTURES
 from mergequant.model.decoder import Decoder
-from mergequant.model.head_loss import next_token_losses
+from mergequant.model.head_loss import Head, next_token_losses
 from mergequant.model.reader import Reader
 from mergequant.quantizer.pilot_walk import pilot_windows, walk_plain_model
 from mergequant.quantizer.prepare import calibration_of
@@ -28,11 +29,11 @@ def test_rows_at_a_time_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch
     table = 10 * torch.randn(258, 16, generator=generator)  # logits far apart
     ids = torch.randint(258, (9,), generator=generator)
     expected = F.cross_entropy(x[:-1].double() @ table.double().T, ids[1:], reduction="none")
-    found = next_token_losses(x, table, ids)
+    found = next_token_losses(x, Head(table), ids)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "granite"])
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_walk_ends_with_the_models_own_loss(
     tmp_path: Path, text: Path, tied: bool, model_type: str

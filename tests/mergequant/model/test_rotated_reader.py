@@ -15,12 +15,12 @@ from mergequant.methods.rotate import (
     fold_gain,
     orthogonal,
 )
-from mergequant.model.architecture import Norm, validate
 from mergequant.model.architectures import ARCHITECTURES, find
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
-from mergequant.model.rotated_reader import RotatedReader, online_rotations
+from mergequant.model.rotated_reader import RotatedReader, fixed_residual, online_rotations
+from mergequant.model.shapes import validate
 from tests.mergequant.model.same_function import (
     WINDOWS,
     logits,
@@ -198,13 +198,37 @@ def test_refusals(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(InputError, match="'online' needs an even intermediate_size"):
         online_rotations(LLAMA, odd, "online")
     assert online_rotations(LLAMA, odd, "offline") == {} == online_rotations(LLAMA, odd, "none")
-    after = Norm("post_feedforward_layernorm", reads="mlp_out", writes="residual")
-    sandwich = dataclasses.replace(LLAMA, norms=(*LLAMA.norms, after))
-    with pytest.raises(InputError, match=r"Norm 'post_feedforward_layernorm' .* rotation 'none'"):
-        RotatedReader(reader, sandwich, "offline", seed=0)
     unnamed = tuple(space for space in LLAMA.spaces if space.name != "value")
     with pytest.raises(InputError, match="no space 'value' to rotate"):
         RotatedReader(reader, dataclasses.replace(LLAMA, spaces=unnamed), "offline", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama", None),
+        ("opt", "LayerNorm 'self_attn_layer_norm' of opt takes the mean"),
+        ("gemma3_text", "'post_attention_layernorm' of gemma3_text does not stand between"),
+        ("olmo2", "'post_attention_layernorm' of olmo2 does not stand between"),
+    ],
+)
+def test_some_residuals_stay_as_they_are(model_type: str, reason: str | None) -> None:
+    found = fixed_residual(find(model_type))
+    assert found == reason if reason is None else reason in str(found)
+
+
+def test_a_model_whose_residual_stays_keeps_its_tied_head(tmp_path: Path) -> None:
+    reader = Reader(model_folder(tmp_path / "model", "opt", tied=True))
+    view = RotatedReader(reader, find("opt"), "online", seed=0)
+    assert view.config["tie_word_embeddings"]
+    hidden = torch.randn(3, 96)
+    assert torch.equal(view.residual(hidden), hidden)
+    changed = {
+        ".".join(name.split(".")[-2:])
+        for name in view.headers
+        if not torch.equal(view.read(name), reader.read(name))
+    }
+    assert changed == {"v_proj.weight", "v_proj.bias", "out_proj.weight", "fc2.weight"}
 
 
 def test_damaged_models_are_named_by_the_source(llama: Path) -> None:

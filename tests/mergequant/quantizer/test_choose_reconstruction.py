@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mergequant import InputError, Options, quantize
-from mergequant.model.architecture import paper_alpha
 from mergequant.model.decoder import Decoder
 from mergequant.model.reader import Reader
+from mergequant.model.shapes import paper_alpha
 from mergequant.quantizer import choose_reconstruction as pilot
 from mergequant.quantizer.choose_reconstruction import (
     Candidate,

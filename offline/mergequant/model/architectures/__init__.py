@@ -2,16 +2,30 @@
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
+from mergequant.model.architectures.bloom import BLOOM
+from mergequant.model.architectures.cohere import COHERE
 from mergequant.model.architectures.ernie4_5 import ERNIE4_5
+from mergequant.model.architectures.gemma2 import GEMMA2
+from mergequant.model.architectures.gemma3_text import GEMMA3_TEXT
+from mergequant.model.architectures.gpt_neox import GPT_NEOX
 from mergequant.model.architectures.granite import GRANITE
 from mergequant.model.architectures.llama import LLAMA
 from mergequant.model.architectures.mistral import MISTRAL
+from mergequant.model.architectures.olmo2 import OLMO2
+from mergequant.model.architectures.opt import OPT
+from mergequant.model.architectures.phi import PHI
+from mergequant.model.architectures.phi3 import PHI3
 from mergequant.model.architectures.qwen2 import QWEN2
 from mergequant.model.architectures.qwen3 import QWEN3
+from mergequant.model.architectures.smollm3 import SMOLLM3
+from mergequant.model.architectures.stablelm import STABLELM
+from mergequant.model.architectures.starcoder2 import STARCODER2
 
-ARCHITECTURES = {
-    table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE4_5)
-}
+_GATED = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE4_5, SMOLLM3, PHI3)
+_POST_NORM = (GEMMA2, GEMMA3_TEXT, OLMO2)
+_LAYER_NORM = (OPT, BLOOM, GPT_NEOX, STARCODER2, STABLELM, PHI, COHERE)
+
+ARCHITECTURES = {table.model_type: table for table in (*_GATED, *_POST_NORM, *_LAYER_NORM)}
 
 
 def find(model_type: str | None) -> Architecture:

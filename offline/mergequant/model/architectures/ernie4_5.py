@@ -9,5 +9,5 @@ ERNIE4_5 = replace(
     model_type="ernie4_5",
     # vLLM serves it by Llama's class, which looks for biases under other names.
     served_with={"hidden_act": "silu", "use_bias": False},
-    slides=False,
+    windows="none",
 )

@@ -9,7 +9,6 @@ GRANITE = replace(
     LLAMA,
     model_type="granite",
     scales=Scales(
-        embedding="embedding_multiplier",
         residual="residual_multiplier",
         logits="logits_scaling",
     ),

@@ -24,7 +24,7 @@ NORMS = (
 
 LLAMA = Architecture(
     model_type="llama",
-    slides=False,
+    windows="none",
     spaces=SPACES,
     norms=NORMS,
     linears=(

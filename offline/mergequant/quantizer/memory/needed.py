@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mergequant.model.architecture import Architecture, Readers, linear_shape, widths
+from mergequant.model.architecture import Architecture, Readers
 from mergequant.model.decoder import TOKENS_A_BATCH
 from mergequant.model.rotated_reader import ROWS_AT_ONCE
+from mergequant.model.shapes import linear_shape, widths
 from mergequant.options import Options
 from mergequant.quantizer.columns import padded_columns
 from mergequant.quantizer.train_compensation import TOKENS_A_STEP

@@ -1,0 +1,65 @@
+"""A `config.json` with what it leaves to `transformers` written out.
+
+Old files name sizes in their own way (`n_layer`, `ffn_dim`), and leave out fields whose defaults
+differ between model types. What the quantizer looks at is filled in; what stands is not changed.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import AutoConfig
+
+from mergequant.model.architecture import Architecture
+from mergequant.model.architectures import ARCHITECTURES
+
+_ALWAYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def settle(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration and, of a known model type, the fields that it leaves out.
+
+    One that `transformers` refuses comes back as it is: `load_config` says so.
+    """
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
+        return config
+    quiet = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        whole: Any = AutoConfig.for_model(architecture.model_type, **quiet)
+    except Exception:  # transformers raises many types, all meaning: refused
+        return config
+    settled = dict(config)
+    for field in _fields(architecture):
+        value = getattr(whole, field, None)
+        if settled.get(field) is None and value is not None:
+            settled[field] = value
+    return {**_intermediate(architecture, settled), **settled}
+
+
+def _fields(architecture: Architecture) -> Iterator[str]:
+    """What the table and the shapes look at."""
+    yield from _ALWAYS
+    if isinstance(architecture.intermediate, str):
+        yield architecture.intermediate
+    linears, norms = (*architecture.linears, architecture.head), architecture.norms
+    yield from (x.bias for x in linears if isinstance(x.bias, str))
+    yield from (x.bias for x in (*norms, architecture.final_norm) if isinstance(x.bias, str))
+    yield from architecture.served_with
+    scales = vars(architecture.scales).values()
+    yield from (x for x in scales if x is not None)
+
+
+def _intermediate(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int]:
+    """The MLP's width under the name that it has in most models."""
+    source = architecture.intermediate
+    if isinstance(source, int):
+        hidden = config.get("hidden_size")
+        return {"intermediate_size": source * int(hidden)} if hidden else {}
+    return {"intermediate_size": config[source]} if config.get(source) else {}
