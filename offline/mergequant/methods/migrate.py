@@ -7,7 +7,7 @@ what the weights absorb, so the pair agrees in whatever dtype the server runs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,29 @@ def fold_norm(
     exact = torch.where(alive, gain / torch.where(alive, multiplier, 1.0), step.to(torch.float64))
     adder = None if bias is None else bias.to(torch.float64) / exact
     return FoldedNorm(weight=torch.where(alive, folded, -offset), bias=adder, step=exact)
+
+
+def centred(
+    folded: FoldedNorm,
+    shift: Tensor,
+    stored: Callable[[Tensor], Tensor] = round_to_16_bit_normal,
+) -> tuple[FoldedNorm, Tensor]:
+    """Let the bias of a LayerNorm take away the middle z of each channel (OutlierTune, step 1).
+
+    Exact: (X - z) W^T + W z = X W^T. The rounding is the server's stored bias's, so z is what that
+    really takes away.
+
+    Args:
+        folded: with a bias.
+        shift: float64 [n], z.
+        stored: as in `fold_norm`.
+
+    Returns:
+        the norm with bias (beta - z) / s as stored, and z: float64 [n].
+    """
+    assert folded.bias is not None
+    bias = stored(folded.bias - shift / folded.step).to(torch.float64)
+    return replace(folded, bias=bias), (folded.bias - bias) * folded.step
 
 
 def migrate_weight(weight: Tensor, step: Tensor) -> Tensor:

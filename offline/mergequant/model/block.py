@@ -163,7 +163,7 @@ class Block:
         hidden: list[Tensor] = []
         for index in range(len(known), len(batches)):
             self._observe(norm, batches[index], hidden.append)
-            batches[index] = hidden.pop()
+            batches[index] = hidden.pop().reshape(batches[index].shape)
         self._left_behind[owner] = part
         self.replace(owner, _NothingToAdd(outputs[0]))
 

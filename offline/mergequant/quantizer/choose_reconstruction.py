@@ -81,12 +81,14 @@ class _Site:
         inputs: [tokens, n] each, what its readers read.
         weights: [out, n], of all of them.
         calibration: of its channels.
+        norm_adds: the norm has a bias.
         unchanged: the error of the channels as they are, which several candidates leave so.
     """
 
     inputs: list[Tensor]
     weights: Tensor
     calibration: ChannelCalibration
+    norm_adds: bool
     unchanged: float | None = None
 
 
@@ -180,7 +182,7 @@ def _try_all(
     block.observe(linears[0], batches, inputs.append)
     plan = static_input_plan(candidates[0].options, norm, None)
     calibration = calibrate_channels(plan, block, linears[0], inputs, weights)
-    site = _Site(inputs, weights, calibration)
+    site = _Site(inputs, weights, calibration, calibration.folded.bias is not None)
     for candidate in candidates:
         candidate.errors.append(_error(site, candidate))
 
@@ -203,11 +205,11 @@ def _error(site: _Site, candidate: Candidate) -> float:
 
 
 def _output_error(site: _Site, columns: Reconstruction | None, options: Options) -> float:
-    calibration, weights, step = site.calibration, site.weights, site.calibration.folded.step
+    calibration, weights = site.calibration, site.weights
     source = static_input(calibration, columns, options.static_bits, {}, {})
-    divided = [source.dequantized(x / step.to(torch.float32)) for x in site.inputs]
+    divided = [source.dequantized(calibration.emitted(x)) for x in site.inputs]
     wide = weights.to(torch.float64)
-    form = static_form(options, len(step)).weight
+    form = static_form(options, len(calibration.clip), site.norm_adds).weight
     weight = _rounded(source.folded_weight(wide), divided, weight_plan(options, form))
     offset = source.output_offset(wide)
     error = energy = 0.0

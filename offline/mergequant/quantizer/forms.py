@@ -8,7 +8,7 @@ from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.architecture import Architecture, Readers
 from mergequant.model.rotated_reader import online_rotations
-from mergequant.model.shapes import linear_shape, outer_tensors
+from mergequant.model.shapes import has_bias, linear_shape, outer_tensors
 from mergequant.options import DYNAMIC_ONLY, STATIC_ONLY, Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
@@ -52,7 +52,9 @@ def _form(
         return None
     own = options.for_linear(name)
     if is_static(readers, own):
-        return static_form(own, channels_of(architecture, config, readers))
+        assert readers.norm is not None
+        adds = has_bias(readers.norm, config)
+        return static_form(own, channels_of(architecture, config, readers), adds)
     rotation = rotation_of(architecture, config, own, readers)
     return LinearForm(
         weight=_weight_form(own, None),
@@ -65,20 +67,25 @@ def _form(
     )
 
 
-def static_form(own: Options, channels: int) -> LinearForm:
-    """What a linear behind a norm of `channels` channels is like."""
+def static_form(own: Options, channels: int, norm_adds: bool) -> LinearForm:
+    """What a linear behind a norm of `channels` channels is like.
+
+    Args:
+        norm_adds: the norm has a bias, which takes the channels' zero points in.
+    """
     columns = columns_plan(own, channels)
     lengths = None
     if own.segments is not None:
         lengths = segment_lengths(channels if columns is None else columns.count, own.segments)
+    offsets = own.static_zero_points and not norm_adds
     staggered = columns is not None and columns.mode != "none" and columns.staggered
     return LinearForm(
         weight=_weight_form(own, lengths),
         input=StaticInput(
             bits=own.static_bits,
-            zero_points=own.static_zero_points,
+            zero_points=offsets,
             columns=None if columns is None else columns.count,
-            offsets=staggered or own.static_zero_points,
+            offsets=staggered or offsets,
         ),
         output_offset="float32" if own.static_zero_points else None,
     )

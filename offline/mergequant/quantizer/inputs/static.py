@@ -19,6 +19,7 @@ from mergequant.methods.clip import (
 from mergequant.methods.migrate import (
     FoldedNorm,
     activation_steps,
+    centred,
     fold_norm,
     migrate_weight,
 )
@@ -93,10 +94,7 @@ class StaticInputPlan:
         block.observe(linears[0], batches, inputs.append)
         weights = stacked_weights(block, linears)
         calibration = calibrate_channels(self, block, linears[0], inputs, weights)
-        name = f"{self.norm.name}.weight"
-        module: Any = block.module.get_submodule(self.norm.name)
-        folded = calibration.folded.weight
-        module.weight = nn.Parameter(folded.to(torch.float32), requires_grad=False)
+        tensors = _fold_into(block, self.norm.name, calibration.folded)
         columns = None
         if self.columns is not None:
             columns = columns_of(calibration, weights, self.columns)
@@ -107,7 +105,6 @@ class StaticInputPlan:
             "outliers": _outliers_report(calibration, columns),
             "reconstruction": _reconstruction_report(columns, len(clips)),
         }
-        tensors = {name: folded.to(block.source_tensors[name].dtype)}
         # What was observed is not yet divided by the steps, which no division can make up for.
         return static_input(calibration, columns, self.bits, report, tensors), []
 
@@ -121,6 +118,18 @@ class StaticInputPlan:
         return activation_steps(spans.extent, torch.ones_like(spans.extent), spans.levels)
 
 
+def _fold_into(block: Block, norm: str, folded: FoldedNorm) -> dict[str, Tensor]:
+    """Give a norm of the block its folded parameters; what is to be stored, by name within it."""
+    module: Any = block.module.get_submodule(norm)
+    stored = {}
+    for part, value in (("weight", folded.weight), ("bias", folded.bias)):
+        if value is not None:
+            name = f"{norm}.{part}"
+            stored[name] = value.to(block.source_tensors[name].dtype)
+            setattr(module, part, nn.Parameter(stored[name].to(torch.float32), requires_grad=False))
+    return stored
+
+
 @dataclass(frozen=True)
 class ChannelCalibration:
     """What calibration says of a norm's output.
@@ -128,6 +137,7 @@ class ChannelCalibration:
     Attributes:
         folded: the norm with 1/s in its multiplier.
         shift: float64 [n], z, what the code 0 stands for; None where codes are symmetric.
+        centred: the norm's bias takes z away; else the server adds an offset before it rounds.
         energy: float64 [n], sum of X^2 over the tokens.
         clip: float64 [n], ratios c; with zero points, how much of what was seen the codes span.
         largest: float32 [n], max_t |X_tk|.
@@ -138,6 +148,12 @@ class ChannelCalibration:
     energy: Tensor
     clip: Tensor
     largest: Tensor
+    centred: bool = False
+
+    def emitted(self, x: Tensor) -> Tensor:
+        """What the folded norm emits where the plain one emits x [..., n]: float32 [..., n]."""
+        x = x - self.shift.to(x.dtype) if self.centred and self.shift is not None else x
+        return x / self.folded.step.to(torch.float32)
 
 
 def calibrate_channels(
@@ -166,14 +182,18 @@ def calibrate_channels(
         step = activation_steps(spans.extent, clip, spans.levels)
     if step is None:
         step = plan.unclipped_steps(spans, weights)
+    source, name = block.source_tensors, plan.norm.name
+    bias = source.get(f"{name}.bias")
     folded = fold_norm(
-        block.source_tensors[f"{plan.norm.name}.weight"].to(clip.device),
-        None,
+        source[f"{name}.weight"].to(clip.device),
+        None if bias is None else bias.to(clip.device),
         step,
         one_plus=plan.norm.multiplier == "one_plus",
     )
     shift = spans.shift(folded.step)
-    return ChannelCalibration(folded, shift, magnitudes.energy, clip, magnitudes.largest)
+    if absorbed := shift is not None and bias is not None:
+        folded, shift = centred(folded, shift)
+    return ChannelCalibration(folded, shift, magnitudes.energy, clip, magnitudes.largest, absorbed)
 
 
 def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRange:
@@ -205,7 +225,8 @@ class StaticInput:
     Attributes:
         bits: width of an activation code.
         step: float64 [n], what migrates into the weights.
-        shift: float64 [n], what the code 0 stands for once `offset` is rounded; None: 0.
+        shift: float64 [n], what the code 0 stands for, as `offset` or the norm's bias are stored;
+            None: 0.
         columns: of the linears; None: the channels as they are.
         offset: float32 [K], added before rounding; None: 0.
         report: fields of the report.
@@ -282,10 +303,13 @@ def static_input(
     report: Mapping[str, Any],
     norm_tensors: Mapping[str, Tensor],
 ) -> StaticInput:
-    """The input behind a norm that was calibrated; zero points become offsets of its columns."""
+    """The input behind a norm that was calibrated; zero points become offsets of its columns.
+
+    Not so where the norm's bias has taken them in.
+    """
     step, shift = calibration.folded.step, calibration.shift
     offset = None if columns is None else columns.offset
-    if shift is not None:
+    if shift is not None and not calibration.centred:
         # As it is stored: W z is then the constant of what the server really subtracts.
         zero = (-shift / step).to(torch.float32)
         shift = -zero.to(torch.float64) * step
