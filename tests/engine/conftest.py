@@ -19,6 +19,7 @@ from mergequant.calibration.text import evaluation_windows
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import reference_logits, reference_logprobs, vllm_engine
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.model.architectures import find
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTROL_RUNS = 5
@@ -95,12 +96,18 @@ def perturb_by_one_ulp(model: Any, seed: int) -> list[Any]:
 
     def hook(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ulps = torch.randint(-1, 2, inputs[0].shape, generator=generator)
+        if not inputs[0].is_floating_point():
+            return inputs
         return (inputs[0] * (1 + ulps.to(inputs[0].dtype) * 2**-23), *inputs[1:])
 
     operations = (
-        module for block in model.model.layers for module in block.modules() if not _parts(module)
+        module for block in _blocks(model) for module in block.modules() if not _parts(module)
     )
     return [module.register_forward_pre_hook(hook) for module in operations]
+
+
+def _blocks(model: Any) -> Any:
+    return model.get_submodule(find(model.config.model_type).blocks)
 
 
 def _parts(module: Any) -> list[Any]:

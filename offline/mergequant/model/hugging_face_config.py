@@ -41,6 +41,8 @@ def load_config(folder: Path) -> Any:
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and not 0 <= padding < config.vocab_size:
         config.pad_token_id = None
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
 
 

@@ -101,7 +101,11 @@ def resolve_reconstruction(
         inputs: by number of block, what the plain model's reads, see `PilotWalk`.
         options: with the rotation decided.
     """
-    if options.reconstruction == "none" or options.activations == "dynamic":
+    architecture = decoder.architecture
+    impossible = options.reconstruction == "auto" and architecture.bare_inputs
+    if all(readers.norm is None for readers in architecture.readers()):
+        impossible = True  # OLMo 2: there is no norm to reconstruct behind
+    if impossible or options.reconstruction == "none" or options.activations == "dynamic":
         return Decision(
             rotation=options.decided_rotation,
             reconstruction="none",

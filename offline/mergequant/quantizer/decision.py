@@ -64,7 +64,9 @@ class Decision(BaseModel):
         """`options` with the largest of what a pilot may decide."""
         channels = widths(config)["hidden"]
         mode = options.reconstruction
-        if mode == "auto":
+        if mode == "auto" and architecture.bare_inputs:
+            mode = "none"
+        elif mode == "auto":
             mode = "pad" if padded_columns(options, channels) > channels else "prune"
         alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(config)
         return cls(

@@ -29,6 +29,8 @@ def linear_forms(
                 for x in readers.linears
             }
             _refuse_unlike(forms)
+            if architecture.bare_inputs:
+                _refuse_described(readers, forms)
             yield from forms.items()
     head = architecture.head.name
     if f"{head}.weight" in outer_tensors(architecture, config):
@@ -129,6 +131,19 @@ def _refuse_unlike(forms: Mapping[str, LinearForm | None]) -> None:
                 f"{first} and {other} must be quantized alike, because vLLM merges them into one "
                 f"linear: give --ignore and --override a pattern that matches "
                 f"{', '.join(name.rpartition('.')[2] for name in forms)} together."
+            )
+
+
+def _refuse_described(readers: Readers, forms: Mapping[str, LinearForm | None]) -> None:
+    """Raise InputError where a fused linear would store tensors of its input."""
+    for linear, (name, form) in zip(readers.linears, forms.items(), strict=True):
+        if form is None or len(linear.written) == 1:
+            continue
+        if not isinstance(form.input, StaticInput) or form.input.columns or form.input.offsets:
+            raise InputError(
+                f"vLLM reorders every tensor of {name} as it loads it, so its input can have no "
+                "columns, offsets or clip ratio: give --activations static --reconstruction none "
+                f"and no --segments, or --ignore 're:.*{linear.name}$'."
             )
 
 
