@@ -1,0 +1,94 @@
+"""Every model type, quantized with every step of the method and served, against the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.models.bloom.modeling_bloom as bloom
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergequant import quantize
+from mergequant.calibration.sources import read_source
+from mergequant.calibration.text import evaluation_windows
+from mergequant.calibration.tokenizer import load_tokenizer
+from mergequant.evaluate.perplexity import reference_logprobs
+from mergequant.evaluate.reference_forward import load_model
+from mergequant.model.architectures import ARCHITECTURES
+from tests.conftest import WHOLE
+from tests.tiny import make_model, write_text
+
+pytestmark = pytest.mark.engine
+
+SERVED = sorted(name for name, table in ARCHITECTURES.items() if table.unserved is None)
+PROGRAM = Path(__file__).with_name("serve_types.py")
+LENGTH, MOST = 60, 24
+# Two hundred roundings of numbers up to 16, the logits, by 2^-24 of them each.
+ROUNDINGS = 200 * 16 * 2.0**-24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each type."""
+    scratch = tmp_path_factory.mktemp("types")
+    text = write_text(scratch / "text.txt", repeats=40)
+    made = {}
+    for kind in SERVED:
+        model = make_model(
+            scratch / "source" / kind, kind, context=512, heads=4, kv_heads=2, hidden=128
+        )
+        fields = {"rotation": "online", "compensation_rank": 0}
+        if ARCHITECTURES[kind].bare_inputs:
+            fields["reconstruction"] = "none"
+        options = WHOLE.model_copy(update=fields)
+        made[kind] = quantize(model, scratch / kind, [text], options, progress=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def windows(folders: dict[str, Path]) -> Tensor:
+    """Token ids int64 [windows, length]."""
+    first = folders[SERVED[0]]
+    text = read_source(str(first.parent / "text.txt"))
+    return evaluation_windows(text, load_tokenizer(first), LENGTH)[:MOST]
+
+
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path], windows: Tensor
+) -> dict[str, Tensor]:
+    """Log-probabilities that vLLM gives, by type and mode."""
+    scratch = tmp_path_factory.mktemp("served")
+    save_file({"windows": windows}, scratch / "windows.safetensors")
+    output = scratch / "logprobs.safetensors"
+    command = [sys.executable, PROGRAM, scratch / "windows.safetensors", output, *folders.values()]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": root, "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_log_probabilities_are_the_references(
+    folders: dict[str, Path],
+    windows: Tensor,
+    served: dict[str, Tensor],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # vLLM computes BLOOM's activation function exactly, transformers by a formula with tanh.
+    monkeypatch.setattr(bloom, "BloomGelu", torch.nn.GELU)
+    expected = reference_logprobs(load_model(folders[kind]), windows)
+    for mode in ("eager", "compiled"):
+        largest = (served[f"{kind}.{mode}"] - expected).abs().amax(dim=1)
+        # A number that one of the two rounds to the next code moves the rest of its window; that
+        # is rare. A wrong name, order or factor moves every window.
+        assert float((largest <= ROUNDINGS).float().mean()) > 0.5, (mode, largest)
