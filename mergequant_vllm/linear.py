@@ -23,7 +23,7 @@ from mergequant_vllm.kernels.selection.quantizers import (
     TokenQuantizer,
     writer_for,
 )
-from mergequant_vllm.packing import codes_per_border
+from mergequant_vllm.packing import codes_per_border, stored_bits
 from mergequant_vllm.parameters import STORED, check_loaded, create_parameters, fill_dummy
 
 
@@ -79,8 +79,8 @@ class MergeQuantLinearMethod(LinearMethodBase):
         self.spec = LinearSpec(
             in_features=in_features,
             out_features=rows,
-            weight_bits=form.weight.bits,
-            activation_bits=form.input.bits,
+            weight_bits=stored_bits(form.weight.bits),
+            activation_bits=stored_bits(form.input.bits),
             dynamic=form.static is None,
             device=device,
             dtype=params_dtype,
@@ -155,8 +155,10 @@ class MergeQuantLinearMethod(LinearMethodBase):
         layer.product = self.kernel.prepare(stored, self.spec)
         layer.quantizer = self._quantizer(layer)
         # Where one call quantizes each token and multiplies.
-        layer.joined = isinstance(layer.quantizer, TokenQuantizer) and isinstance(
-            layer.product, CpuPackedLinear
+        layer.joined = (
+            isinstance(layer.quantizer, TokenQuantizer)
+            and isinstance(layer.product, CpuPackedLinear)
+            and self.spec.activation_bits == self.format.input.bits
         )
         for name in STORED:
             if hasattr(layer, name):
@@ -189,7 +191,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
         index, offset = getattr(layer, "input_index", None), getattr(layer, "input_offset", None)
         return StaticQuantizer(
             form,
-            channels=self.format.shape[1],
+            channels=self.format.shape[1] if self.format.norm else self.spec.in_features,
             index=None if index is None else index.data,
             offset=None if offset is None else offset.data,
             device=layer.weight_packed.device,

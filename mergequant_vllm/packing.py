@@ -8,6 +8,8 @@ bits of a row beyond its last code are zero.
   a server needs to load a checkpoint.
 * 3 bits: a tight stream, 32 codes in 3 words, so that some codes straddle two words.
   compressed-tensors would put ten codes in a word, which no kernel of vLLM takes.
+* 6 bits: as 8 bits, whose kernels multiply them; they are meant for accuracy between 4 and 8, not
+  for size.
 """
 
 import sys
@@ -26,9 +28,14 @@ _CODES_AT_ONCE = 2**22
 STREAM_CODES = 32  # codes after which a stream of any width is back at a word's border
 
 
+def stored_bits(bits: int) -> int:
+    """Bits that a code of `bits` takes in memory, where kernels see it as one of so many."""
+    return 8 if bits == 6 else bits
+
+
 def codes_per_word(bits: int) -> Fraction:
     """How many codes of `bits` one int32 word holds: 8, 4 or, at 3 bits, 32/3."""
-    return Fraction(WORD_BITS, bits)
+    return Fraction(WORD_BITS, stored_bits(bits))
 
 
 def codes_per_border(bits: int) -> int:
@@ -38,19 +45,20 @@ def codes_per_border(bits: int) -> int:
 
 def words_per_row(columns: int, bits: int) -> int:
     """Length in words of a packed row of `columns` codes."""
-    return -(-columns * bits // WORD_BITS)
+    return -(-columns * stored_bits(bits) // WORD_BITS)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack `codes` int8 [rows, columns] into int32 [rows, words_per_row(columns)]."""
     if bits == 3:
         return _pack_stream(codes, bits)
-    packed: Tensor = pack_to_int32(codes, bits, packed_dim=1)
+    packed: Tensor = pack_to_int32(codes, stored_bits(bits), packed_dim=1)
     return packed
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: int32 [rows, words] to int8 codes [rows, columns]."""
+    bits = stored_bits(bits)
     codes = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
     rows = max(1, _CODES_AT_ONCE // max(1, columns))
     for start in range(0, packed.shape[0], rows):

@@ -110,6 +110,7 @@ RESOLVES_OPTIONS |= {
         "decision",
         "forms",
         "in_memory",
+        "left_out",
         "pilot_walk",
         "prepare",
         "resolve",

@@ -37,6 +37,7 @@ from mergequant.cli_flags import BEST
 FAST: Mapping[str, Any] = {"compensation_rank": 0, "gptq_samples": None}
 PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
 EIGHT: Mapping[str, Any] = {"static_bits": 8, "dynamic_bits": 8}
+CARRIED: Mapping[str, Any] = {"activations": "fully_static", "static_bits": 8}
 # What each row changes of the defaults; those of `PLAIN` tell the steps apart.
 ROWS: dict[str, Mapping[str, Any] | None] = {
     FULL: None,
@@ -53,6 +54,10 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W4A8 --fast": {**FAST, **EIGHT},
     "W4A8": EIGHT,
     "W8A8 --fast": {**FAST, **EIGHT, "weight_bits": 8},
+    "W8A8 --fast --activations fully_static": {**FAST, **CARRIED, "weight_bits": 8},
+    "W6A6 --fast": {**FAST, "static_bits": 6, "dynamic_bits": 6, "weight_bits": 6},
+    "W4A8 --fast --activations fully_static": {**FAST, **CARRIED},
+    "W4A4 --fast --activations fully_static": {**FAST, **CARRIED, "static_bits": 4},
     "W4A4 plain": PLAIN,
     "W4A4 plain --rotation none": {**PLAIN, "rotation": "none"},
     "W4A4 plain --no-static-zero-points": {**PLAIN, "static_zero_points": False},

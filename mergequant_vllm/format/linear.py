@@ -31,7 +31,7 @@ class WeightForm(Strict):
         zero_points: codes are asymmetric.
     """
 
-    bits: Literal[3, 4, 8] = 4
+    bits: Literal[3, 4, 6, 8] = 4
     group_size: int | None = Field(default=None, ge=STREAM_CODES, multiple_of=STREAM_CODES)
     segments: tuple[int, ...] | None = Field(default=None, min_length=2)
     zero_points: bool = False
@@ -48,7 +48,10 @@ class WeightForm(Strict):
 
 
 class StaticInput(Strict):
-    """Activation steps per channel, folded into the norm that the linear reads.
+    """Activation steps per channel, folded into what writes the channels.
+
+    That is the norm that the linear reads; or, where it reads none, the linear whose rows its
+    channels' sizes come from: v for o, up for down.
 
     Attributes:
         bits: width of an activation code.
@@ -58,7 +61,7 @@ class StaticInput(Strict):
     """
 
     kind: Literal["static"] = "static"
-    bits: Literal[4, 8] = 4
+    bits: Literal[4, 6, 8] = 4
     zero_points: bool = False
     columns: int | None = Field(default=None, ge=1)
     offsets: bool = False
@@ -82,7 +85,7 @@ class DynamicInput(Strict):
     """
 
     kind: Literal["dynamic"] = "dynamic"
-    bits: Literal[4, 8] = 4
+    bits: Literal[4, 6, 8] = 4
     zero_points: bool = False
     hadamard: int | None = Field(default=None, ge=2)
     heads: tuple[int, int] | None = None
@@ -149,8 +152,9 @@ class LinearFormat:
     def __post_init__(self) -> None:
         """Raise ValueError where what the target says does not fit the linear."""
         if isinstance(self.input, StaticInput):
-            if self.norm is None:
-                raise ValueError("a static input needs a norm to carry its steps")
+            described = self.input.columns is not None or self.input.offsets
+            if self.norm is None and described:
+                raise ValueError("a static input without a norm has neither columns nor offsets")
         else:
             _refuse_uneven("hadamard block", self.input.hadamard, self.in_features)
             _refuse_uneven("run of heads", self.input.heads_run, self.in_features)

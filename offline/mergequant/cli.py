@@ -284,6 +284,26 @@ def push(
 
 
 @app.command()
+def architectures(
+    model_type: Annotated[
+        str | None, typer.Argument(help="As config.json names it; without: all in short.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which model types are known, and how each of their linears will be served."""
+    from mergequant.model.architectures import ARCHITECTURES, find
+    from mergequant.model.overview import as_records, details, overview
+
+    known = ARCHITECTURES if model_type is None else {model_type: find(model_type)}
+    if as_json:
+        _print_json(as_records(known))
+    elif model_type is None:
+        typer.echo(overview(known))
+    else:
+        typer.echo(details(known[model_type]))
+
+
+@app.command()
 def doctor() -> None:
     """Which kernels would serve a checkpoint here, and why."""
     from mergequant_vllm.doctor import report

@@ -13,14 +13,14 @@ from mergequant.options import Options
 from mergequant.recipe import load_recipe
 
 HELP = {
-    "activations": "static (steps folded into the norms) or dynamic (baseline).",
+    "activations": "static (steps in norms), fully_static (in v and up too) or dynamic (baseline).",
     "rotation": "none, offline, online, or auto: what measures best.",
     "residual_rotation": "full, or graded: channels of like variance only are mixed.",
     "equalization": "o's and down's channels are brought to like size by v's and up's rows.",
     "hadamard_block": "Largest block of the online rotation.",
     "mix_heads": "Heads mixed together at o's input (with rotation online); 0: none.",
-    "static_bits": "Bits of norm-fed activations: 4 or 8.",
-    "dynamic_bits": "Bits of o's and down's: 4 or 8.",
+    "static_bits": "Bits of norm-fed activations: 4, 6 or 8.",
+    "dynamic_bits": "Bits of o's and down's: 4, 6 or 8.",
     "static_zero_points": "Norm-fed activations with a zero point a channel.",
     "dynamic_zero_points": "o's and down's with a zero point a token.",
     "reconstruction": "none, prune, pad, or auto: what measures best.",
@@ -30,7 +30,7 @@ HELP = {
     "max_extra_channels": "Growth of K allowed to pad, as a fraction.",
     "weights": "gptq or rtn (round to nearest).",
     "input_correction": "Weights are fitted to their rounded input before GPTQ.",
-    "weight_bits": "3, 4 or 8.",
+    "weight_bits": "3, 4, 6 or 8.",
     "group_size": "Channels that share a weight step.",
     "segments": "Weight steps along K of norm-fed linears, whose columns are sorted.",
     "asymmetric": "Weights with zero points.",

@@ -52,7 +52,9 @@ class Options(BaseModel):
 
     Attributes:
         activations: `static`: per-channel steps migrated into the norms, o and down per token (the
-            paper's scheme); `dynamic`: a step per token for every linear (the baseline).
+            paper's scheme); `fully_static`: o's and down's too, migrated into the rows of v and up,
+            so that the KV cache holds v / s; `dynamic`: a step per token for every linear (the
+            baseline).
         rotation: `none`; `offline`: the residual stream and the heads' values are rotated in the
             weights (R1, R2); `online`: also down's input, by the server (R4); `auto`: `online` or
             `none`, what measures best, see `choose_rotation`.
@@ -124,14 +126,14 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    activations: Literal["static", "dynamic"] = "static"
+    activations: Literal["static", "dynamic", "fully_static"] = "static"
     rotation: Literal["none", "offline", "online", "auto"] = "auto"
     residual_rotation: Literal["full", "graded"] = "graded"
     equalization: bool = True
     hadamard_block: int = Field(default=128, ge=2)
     mix_heads: int = Field(default=0, ge=0)
-    static_bits: Literal[4, 8] = 4
-    dynamic_bits: Literal[4, 8] = 4
+    static_bits: Literal[4, 6, 8] = 4
+    dynamic_bits: Literal[4, 6, 8] = 4
     static_zero_points: bool = True
     dynamic_zero_points: bool = False
     reconstruction: Literal["none", "prune", "pad", "auto"] = "auto"
@@ -141,7 +143,7 @@ class Options(BaseModel):
     max_extra_channels: float = Field(default=0.125, gt=0)
     weights: Literal["gptq", "rtn"] = "gptq"
     input_correction: bool = True
-    weight_bits: Literal[3, 4, 8] = 4
+    weight_bits: Literal[3, 4, 6, 8] = 4
     group_size: int | None = Field(default=None, ge=32, multiple_of=32)
     segments: int | None = Field(default=None, ge=2)
     asymmetric: bool = False
@@ -177,6 +179,22 @@ class Options(BaseModel):
     def _heads_are_mixed_online(self) -> Self:
         if self.mix_heads and self.rotation not in ("online", "auto"):
             raise ValueError("mix_heads is done by the server: give --rotation online")
+        return self
+
+    @model_validator(mode="after")
+    def _carried_steps_are_chosen_once(self) -> Self:
+        if self.activations != "fully_static":
+            return self
+        if self.rotation == "online":
+            raise ValueError(
+                "fully static activations leave the server nothing to rotate: give --rotation "
+                "offline, auto or none"
+            )
+        if self.average_bits is not None or self.within is not None:
+            raise ValueError(
+                "fully static activations take their widths from --static-bits alone: leave "
+                "--average-bits, --within and --best out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,40 @@ from tests.tiny import make_model, write_text
 
 pytestmark = pytest.mark.engine
 
-SERVED = sorted(name for name, table in ARCHITECTURES.items() if table.unserved is None)
+# What is made of each type; a name with a dash is a variant of the type before it.
+CASES: dict[str, dict[str, Any]] = {
+    name: {} for name, table in ARCHITECTURES.items() if table.unserved is None
+}
+CASES["llama-llama3"] = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+}
+CASES["qwen2-yarn"] = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 32,
+    }
+}
+CASES["gpt_neox-sequential"] = {"use_parallel_residual": False}
+# What is made of a type beside what is made of all.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama-fully_static": {
+        "activations": "fully_static",
+        "rotation": "offline",
+        "static_bits": 8,
+        "weight_bits": 8,
+    },
+    "opt-6_bits": {"static_bits": 6, "dynamic_bits": 6, "weight_bits": 6},
+}
+SERVED = sorted({*CASES, *OPTIONS})
 PROGRAM = Path(__file__).with_name("serve_types.py")
 LENGTH, MOST = 60, 24
 # Two hundred roundings of numbers up to 16, the logits, by 2^-24 of them each.
@@ -37,11 +71,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = write_text(scratch / "text.txt", repeats=40)
     made = {}
     for kind in SERVED:
-        model = make_model(
-            scratch / "source" / kind, kind, context=512, heads=4, kv_heads=2, hidden=128
-        )
-        fields = {"rotation": "online", "compensation_rank": 0}
-        if ARCHITECTURES[kind].bare_inputs:
+        model_type = kind.partition("-")[0]
+        source, sizes = scratch / "source" / kind, {"heads": 4, "kv_heads": 2, "hidden": 128}
+        model = make_model(source, model_type, context=512, **sizes, **CASES.get(kind, {}))
+        fields = {"rotation": "online", "compensation_rank": 0, **OPTIONS.get(kind, {})}
+        if ARCHITECTURES[model_type].bare_inputs:
             fields["reconstruction"] = "none"
         options = WHOLE.model_copy(update=fields)
         made[kind] = quantize(model, scratch / kind, [text], options, progress=False)

@@ -40,7 +40,13 @@ def test_words_hold_code_plus_8_lowest_column_in_the_lowest_nibble() -> None:
     assert nibbles == [0, 1, 8, 9, 15, 10, 11, 7, 13, 0, 0, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("bits", "border"), [(3, 32), (4, 8), (8, 4)])
+def test_6_bits_are_stored_as_8() -> None:
+    codes = torch.arange(-32, 32, dtype=torch.int8).reshape(2, 32)
+    assert torch.equal(pack(codes, 6), pack(codes, 8))
+    assert torch.equal(unpack(pack(codes, 6), 6, 32), codes)
+
+
+@pytest.mark.parametrize(("bits", "border"), [(3, 32), (4, 8), (6, 4), (8, 4)])
 def test_a_row_can_be_cut_where_words_end(bits: int, border: int) -> None:
     assert codes_per_border(bits) == border
     generator = torch.Generator().manual_seed(0)

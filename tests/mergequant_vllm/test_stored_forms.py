@@ -129,6 +129,7 @@ WEIGHTS: list[dict[str, Any]] = [
     {"weight_bits": 3, "group_size": 32, "zero_points": True},
     {"weight_bits": 3, "zero_points": True},
     {"weight_bits": 4, "group_size": 64},
+    {"weight_bits": 6, "zero_points": True},
     {"weight_bits": 8},
     {},
 ]
@@ -144,6 +145,7 @@ SEGMENTS: list[dict[str, Any]] = [
     [
         {"columns": 128, "offsets": True},
         {"columns": 64, "activation_bits": 8},
+        {"offsets": True, "activation_bits": 6},
         {"offsets": True},
         {"columns": 131},
         {},
@@ -186,9 +188,27 @@ def row_layer(form: LinearFormat, kernel: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_linears_whose_steps_another_carries_equal_the_reference(
+    weights: dict[str, Any], bits: int
+) -> None:
+    form = linear_form((43, 192), "static", norm=None, activation_bits=bits, **weights)
+    tensors = make_tensors(form, 3)
+    layer = row_layer(form)
+    load(layer, tensors)
+    x = 3 * torch.randn(9, 192, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(layer(x)[0], reference(form, tensors)(x))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize(
     "inputs",
-    [{"hadamard": 32}, {"activation_bits": 8}, {"input_zero_points": True, "hadamard": 64}],
+    [
+        {"hadamard": 32},
+        {"activation_bits": 8},
+        {"activation_bits": 6, "hadamard": 32},
+        {"input_zero_points": True, "hadamard": 64},
+    ],
     ids=str,
 )
 def test_dynamic_linears_equal_the_reference(

@@ -175,7 +175,7 @@ def _clipped_row(
         for row in table.rows
         if row.key in records
         and row.options is not None
-        and row.options.activations == "static"
+        and row.options.activations != "dynamic"
         and row.options.clipping == "adaptive"
     ]
     return min(clipped, key=lacks, default=None)

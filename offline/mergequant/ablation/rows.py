@@ -124,7 +124,7 @@ class RowMaker:
 def key_of(options: Options, baseline: Baseline = PLAIN) -> str:
     """A file's name that says every field in which rows differ; equal for equal rows."""
     parts: list[str] = [options.activations]
-    if options.activations == "static":
+    if options.activations != "dynamic":
         parts = [f"static-{baseline.norm_step}"]
         parts += ["mix-tensor"] * (baseline.tensor_mix)
     parts += [f"rotation-{options.rotation}"] * (options.rotation != "none")

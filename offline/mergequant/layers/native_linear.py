@@ -18,7 +18,7 @@ from mergequant_vllm.kernels.linear.cpu.int4 import CpuInt4Linear
 from mergequant_vllm.kernels.linear.spec import LinearSpec, StoredLinear
 from mergequant_vllm.kernels.norm_round.cpu import static_codes
 from mergequant_vllm.kernels.token_quant.cpu import token_codes
-from mergequant_vllm.packing import pack
+from mergequant_vllm.packing import pack, stored_bits
 
 
 def native_linear(
@@ -33,8 +33,8 @@ def native_linear(
     spec = LinearSpec(
         in_features=codes.shape[1],
         out_features=codes.shape[0],
-        weight_bits=form.weight.bits,
-        activation_bits=form.input.bits,
+        weight_bits=stored_bits(form.weight.bits),
+        activation_bits=stored_bits(form.input.bits),
         dynamic=form.static is None,
         device=codes.device.type,
         dtype=torch.float32,

@@ -110,6 +110,11 @@ def _all_rows(
     return whole
 
 
+def is_carried(architecture: Architecture, space: str) -> bool:
+    """Whether a linear of the block carries the size of the channels of `space`."""
+    return any(linear.reads == space for linear, _ in equalized(architecture))
+
+
 def own_channels(scale: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:
     """The carrier's scale for the linear's [K]: of a value head, that of its first query head."""
     if linear.reads != MIX:
@@ -127,6 +132,30 @@ def shared_channels(x: Tensor, config: Mapping[str, Any], linear: Linear) -> Ten
         return x
     by_group = _by_group(x, config)
     return by_group.mean(dim=1, keepdim=True).expand_as(by_group).reshape(-1)
+
+
+def as_carried(x: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:
+    """What `linear` reads, or its weight, by the channels of what carries it: [..., K] to [t, k].
+
+    Query heads that share a value head become further rows.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if linear.reads != MIX:
+        return rows
+    width = widths(config)
+    heads = width["keys"] // width["head"]
+    grouped = rows.reshape(len(rows), heads, -1, width["head"]).transpose(1, 2)
+    return grouped.reshape(-1, width["keys"])
+
+
+def as_read(x: Tensor, config: Mapping[str, Any], linear: Linear) -> Tensor:
+    """Numbers of the carrier's channels [k] for each channel that `linear` reads: [K]."""
+    if linear.reads != MIX:
+        return x
+    width = widths(config)
+    shared = width["queries"] // width["keys"]
+    by_head = x.reshape(-1, 1, width["head"])
+    return by_head.expand(-1, shared, -1).reshape(-1)
 
 
 def _by_group(x: Tensor, config: Mapping[str, Any]) -> Tensor:

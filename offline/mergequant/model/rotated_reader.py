@@ -72,6 +72,7 @@ class RotatedReader(ModelReader):
         heads: mixed together at o's input by the server; 0: none are.
         order: int64 [n], the residual's channels by falling variance: R1 mixes like ones only.
             None: all with all.
+        residual_only: R1 alone.
         unquantized: whether the linear of a full name stays in 16 bits.
         dtype: of what is rotated; float64 for proofs.
     """
@@ -86,6 +87,7 @@ class RotatedReader(ModelReader):
         most: int = LARGEST_BLOCK,
         heads: int = 0,
         order: Tensor | None = None,
+        residual_only: bool = False,
         unquantized: Callable[[str], bool] = lambda _: False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -94,6 +96,8 @@ class RotatedReader(ModelReader):
         within = online_rotations(architecture, reader.config, rotation, most, heads)
         online = dict(_of_each_block(architecture, reader.config, within, unquantized))
         rotations = _space_rotations(architecture, reader.config, seed, order)
+        if residual_only:
+            rotations = {x: rotations[x] for x in rotations if x not in (VALUE, MIX)}
         self._stream = rotations.get(architecture.residual)
         config, self._outer = reader.config, list[str]()
         if self._stream is not None:

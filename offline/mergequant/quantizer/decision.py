@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
-from mergequant.model.rotated_reader import online_rotations
+from mergequant.model.rotated_reader import fixed_residual, online_rotations
 from mergequant.model.shapes import paper_alpha, widths
 from mergequant.options import Options, Rotation
 from mergequant.quantizer.columns import padded_columns
@@ -95,6 +95,8 @@ def possible_rotations(
     """
     if options.rotation != "auto":
         return (options.rotation,)
+    if options.activations == "fully_static":  # v, up and what they feed stay as they are
+        return ("none",) if fixed_residual(architecture) is not None else ("offline", "none")
     try:
         online_rotations(architecture, config, "online", options.hadamard_block, options.mix_heads)
     except InputError:

@@ -7,6 +7,7 @@ from typing import Any
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.model.architecture import Architecture, Readers
+from mergequant.model.equalized_reader import is_carried
 from mergequant.model.rotated_reader import online_rotations
 from mergequant.model.shapes import has_bias, linear_shape, outer_tensors
 from mergequant.options import DYNAMIC_ONLY, STATIC_ONLY, Options
@@ -53,8 +54,10 @@ def _form(
     if options.ignores(name):
         return None
     own = options.for_linear(name)
-    if is_static(readers, own):
-        assert readers.norm is not None
+    if is_static(architecture, readers, own):
+        if readers.norm is None:
+            carried = StaticInput(bits=own.static_bits)
+            return LinearForm(weight=_weight_form(own, None), input=carried)
         adds = has_bias(readers.norm, config)
         return static_form(own, channels_of(architecture, config, readers), adds)
     rotation = rotation_of(architecture, config, own, readers)
@@ -102,9 +105,14 @@ def _weight_form(own: Options, segments: tuple[int, ...] | None) -> WeightForm:
     )
 
 
-def is_static(readers: Readers, own: Options) -> bool:
-    """Whether linears of the options `own` have static activations: a norm carries their steps."""
-    return readers.norm is not None and own.activations == "static"
+def is_static(architecture: Architecture, readers: Readers, own: Options) -> bool:
+    """Whether linears of the options `own` have static activations.
+
+    A norm carries their steps, or, if that is asked for, the linear that writes their channels.
+    """
+    if readers.norm is None:
+        return own.activations == "fully_static" and is_carried(architecture, readers.space)
+    return own.activations != "dynamic"
 
 
 def rotation_of(
@@ -200,7 +208,7 @@ def _refuse_idle_field(
     pattern: str, field: str, value: object, inputs: Sequence[StaticInput | DynamicInput]
 ) -> None:
     """Raise InputError where an override's field means nothing to any linear that it matches."""
-    if field in STATIC_ONLY or (field, value) == ("activations", "static"):
+    if field in STATIC_ONLY or (field == "activations" and value != "dynamic"):
         kind, meant = "static", any(isinstance(x, StaticInput) for x in inputs)
     elif field in DYNAMIC_ONLY:
         kind, meant = "per-token", any(isinstance(x, DynamicInput) for x in inputs)

@@ -21,7 +21,9 @@ from mergequant.model.equalized_reader import equalized, shared_channels
 from mergequant.model.rotated_reader import fixed_residual
 from mergequant.model.shapes import widths
 from mergequant.options import Options
+from mergequant.quantizer.carried_steps import carried_steps
 from mergequant.quantizer.decision import possible_rotations
+from mergequant.quantizer.inputs.record import ClipSearch
 
 
 class ChannelMeter:
@@ -37,9 +39,10 @@ class ChannelMeter:
         self._architecture, self._config, self._options = architecture, config, options
         width = widths(config)["hidden"]
         rotated = set(possible_rotations(architecture, config, options)) - {"none"}
-        graded = options.residual_rotation == "graded" and options.activations == "static"
+        graded = options.residual_rotation == "graded" and options.activations != "dynamic"
         turns = bool(rotated) and fixed_residual(architecture) is None
         self._graded = graded and turns and group_count(width) > 1
+        self._carries = options.activations == "fully_static"
         self._shares = torch.zeros(width, dtype=torch.float64)
         self._scales: dict[str, Tensor] = {}
         self._outliers: dict[str, float] = {}
@@ -47,7 +50,7 @@ class ChannelMeter:
     @property
     def is_wanted(self) -> bool:
         """Whether anything is to be measured."""
-        return self._graded or self._options.equalization
+        return self._graded or self._options.equalization or self._carries
 
     def advance(self, block: Block, batches: Sequence[Tensor]) -> list[Tensor]:
         """Measure what `block` reads and does; returns what it emits.
@@ -60,9 +63,15 @@ class ChannelMeter:
         scaled = [
             linear
             for linear, _ in equalized(self._architecture)
-            if self._options.equalization and not self._options.ignores(block.name_of(linear.name))
+            if not self._options.ignores(block.name_of(linear.name))
         ]
-        outputs, energy, largest = _run(block, scaled, self._behind_norms(), batches)
+        carried = [x for x in scaled if self._carries_input_of(block, x)]
+        scaled = [x for x in scaled if self._options.equalization and x not in carried]
+        kept: dict[str, list[Tensor]] = {linear.name: [] for linear in carried}
+        outputs, energy, largest = _run(block, scaled, self._behind_norms(), kept, batches)
+        for linear in carried:
+            steps = self._steps(block, linear, kept.pop(linear.name))
+            self._scales[block.name_of(linear.name)] = steps.to("cpu", torch.float32)
         for name, scale in self._channel_scales(block, scaled, energy):
             self._scales[block.name_of(name)] = scale.to("cpu", torch.float32)
         for readers in self._behind_norms():
@@ -71,9 +80,24 @@ class ChannelMeter:
                 self._outliers |= {block.name_of(x.name): ratio for x in readers.linears}
         return outputs
 
+    def _carries_input_of(self, block: Block, linear: Linear) -> bool:
+        """Whether another linear carries the steps of what `linear` reads."""
+        own = self._options.for_linear(block.name_of(linear.name))
+        return own.activations == "fully_static"
+
+    def _steps(self, block: Block, linear: Linear, inputs: Sequence[Tensor]) -> Tensor:
+        """Steps of what `linear` reads, see `carried_steps`."""
+        own = self._options.for_linear(block.name_of(linear.name))
+        search = None
+        if own.clipping == "adaptive":
+            search = ClipSearch(own.lowest_clip, own.clip_points)
+        weight = block.weight(linear.name)
+        bits, weight_bits = own.static_bits, own.weight_bits
+        return carried_steps(inputs, weight, linear, self._config, bits, weight_bits, search)
+
     def _behind_norms(self) -> list[Readers]:
         """The linears whose channels have steps, by the norm that they read."""
-        static = self._options.activations == "static"
+        static = self._options.activations != "dynamic"
         return [x for x in self._architecture.readers() if static and x.norm is not None]
 
     def channels(self) -> Channels:
@@ -94,9 +118,16 @@ class ChannelMeter:
 
 
 def _run(
-    block: Block, scaled: Sequence[Linear], behind: Sequence[Readers], batches: Sequence[Tensor]
+    block: Block,
+    scaled: Sequence[Linear],
+    behind: Sequence[Readers],
+    kept: Mapping[str, list[Tensor]],
+    batches: Sequence[Tensor],
 ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """What the block emits, and what its linears read.
+
+    Args:
+        kept: gets what the linears that it names read, [windows, length, K] each.
 
     Returns:
         outputs; of the linears that are to be `scaled` the inputs' relative energy [K]; of the
@@ -105,12 +136,15 @@ def _run(
     outputs: list[Tensor] = []
     energy: dict[str, Tensor] = {}
     largest: dict[str, Tensor] = {}
-    observed = [x.name for x in scaled] + [x.linears[0].name for x in behind]
+    observed = [x.name for x in scaled] + [x.linears[0].name for x in behind] + list(kept)
     energetic = {x.name for x in scaled}
     for hidden in batches:
         output, inputs = block.forward_with_inputs(hidden, observed)
         outputs.append(output)
         for name, x in inputs.items():
+            if name in kept:
+                kept[name].append(x)
+                continue
             if name in energetic:
                 energy[name] = energy.get(name, 0.0) + relative_energy(x)
                 continue

@@ -55,22 +55,28 @@ def walk_plain_model(
     reader, architecture, _ = open_model(model, options.model_copy(update={"rotation": "none"}))
     meter = ChannelMeter(architecture, reader.config, options)
     rotations = possible_rotations(architecture, reader.config, options)
-    reconstructed = options.reconstruction != "none" and options.activations == "static"
+    reconstructed = options.reconstruction != "none" and options.activations != "dynamic"
     count = int(reader.config["num_hidden_layers"])
     tried = _spread(count) if len(rotations) > 1 or reconstructed else []
     last = count if meter.is_wanted else max(tried, default=-1) + 1
     if last == 0:
         return PilotWalk()
     used = pilot_windows(windows, options)
+    if options.activations == "fully_static":
+        # Steps that nothing later corrects: from as much text as those of the norms.
+        walked = windows[: max(len(used), min(options.statistics_samples, len(windows)))]
+    else:
+        walked = used
     decoder = Decoder(reader, architecture, device)
-    batches = decoder.embed(used, len(used), len(used)).batches
+    embedded = decoder.embed(walked, len(used), len(used))
+    batches, tried_on = embedded.batches, embedded.statistics
     inputs: dict[int, list[Tensor]] = {}
     for number in tqdm(range(last), desc="Pilot, plain model", unit="block", disable=not progress):
         if number in tried:
-            inputs[number] = list(batches)
+            inputs[number] = batches[:tried_on]
         with decoder.block(number) as block:
             batches = meter.advance(block, batches)
-    loss = decoder.loss(batches, used) if last == count else None
+    loss = decoder.loss(batches[:tried_on], used) if last == count else None
     return PilotWalk(meter.channels(), inputs, loss)
 
 

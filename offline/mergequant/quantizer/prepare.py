@@ -56,6 +56,7 @@ def open_model(
             most=options.hadamard_block,
             heads=options.mix_heads,
             order=channels.order,
+            residual_only=options.activations == "fully_static",
             unquantized=options.ignores,
         )
     return reader, architecture, folder.weight_files()

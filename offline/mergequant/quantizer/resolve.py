@@ -20,6 +20,7 @@ from mergequant.quantizer.forms import (
     refuse_idle_patterns,
     rotation_of,
 )
+from mergequant.quantizer.inputs.carried import CarriedInputPlan
 from mergequant.quantizer.inputs.dynamic import DynamicInputPlan
 from mergequant.quantizer.inputs.record import ClipSearch, InputPlan
 from mergequant.quantizer.inputs.static import ColumnsPlan, StaticInputPlan
@@ -108,8 +109,9 @@ def _input_plan(
     architecture: Architecture, config: Mapping[str, Any], own: Options, readers: Readers
 ) -> InputPlan:
     """How an input is calibrated whose readers have the options `own`."""
-    if is_static(readers, own):
-        assert readers.norm is not None
+    if is_static(architecture, readers, own):
+        if readers.norm is None:
+            return CarriedInputPlan(own.static_bits)
         channels = channels_of(architecture, config, readers)
         return static_input_plan(own, readers.norm, columns_plan(own, channels))
     return DynamicInputPlan(

@@ -23,6 +23,7 @@ from mergequant.output.writer import Writer
 from mergequant.quantizer.decide import decide
 from mergequant.quantizer.decision import Decision
 from mergequant.quantizer.head import quantize_head
+from mergequant.quantizer.left_out import left_out
 from mergequant.quantizer.memory.available import peak_bytes, refuse_if_short
 from mergequant.quantizer.memory.needed import needed_memory
 from mergequant.quantizer.pilot_walk import pilot_windows
@@ -70,6 +71,8 @@ def quantize(
     """
     options = options or Options()
     folder, architecture = open_folder(model)
+    for sentence in left_out(architecture, options):
+        logger.info("%s", sentence)
     blocks = int(folder.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer, frozen_heap():
         trusted = trust_remote_code

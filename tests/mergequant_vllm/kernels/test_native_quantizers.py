@@ -36,7 +36,7 @@ def check_tokens(x: Tensor, clip: float, bits: int, block: int | None, columns: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_token_codes(dtype: torch.dtype, bits: int) -> None:
     for k, tokens in itertools.product(WIDTHS, (0, 1, 2, 33)):
         for clip in (1.0, 0.73):
@@ -79,7 +79,7 @@ def test_tokens_of_any_size(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_static_codes(dtype: torch.dtype, bits: int) -> None:
     for n in WIDTHS:
         check_static(dtype, bits, n)

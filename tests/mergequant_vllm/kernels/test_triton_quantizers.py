@@ -228,7 +228,7 @@ def test_token_formats(layout: CodeLayout, bits: int, dtype: torch.dtype) -> Non
 
 @runs
 @pytest.mark.parametrize("clip", [1.0, 0.95, 0.7, 1 / 3, 1e-3])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_token_clip_ratios(bits: int, clip: float) -> None:
     check_tokens(random(3, 352), bits, CodeLayout.INT8, clip)
 

@@ -17,6 +17,7 @@ from mergequant.model.shapes import linear_shape, widths
 from mergequant.options import Options
 from mergequant.quantizer.columns import padded_columns
 from mergequant.quantizer.train_compensation import TOKENS_A_STEP
+from mergequant_vllm.packing import stored_bits
 
 # The most that a case of `python -m benchmarks.method.memory` needed, rounded up: in float32
 # copies, of the largest matrix that a step works on, and of what the compensation trains. Models
@@ -191,7 +192,7 @@ class Terms:
         """Beside the device: token ids, the block as read, and packed before and after training."""
         transformed = self.options.rotation != "none" or self.options.equalization
         size = _F32 if transformed else _source_bytes(self.config)
-        bits = max(x.weight_bits for x in self._variants)
+        bits = max(stored_bits(x.weight_bits) for x in self._variants)
         packed = 2 * bits * sum(x.out * x.columns for x in self._linears) // 8
         read = size * sum(x.out * x.channels for x in self._linears)
         return 8 * self.windows * self.length + read + packed
@@ -261,7 +262,7 @@ class Terms:
 
 def _columns(options: Options, channels: int) -> int:
     """The longest K behind a norm."""
-    padded = options.activations == "static" and options.reconstruction in ("pad", "auto")
+    padded = options.activations != "dynamic" and options.reconstruction in ("pad", "auto")
     return max(channels, padded_columns(options, channels)) if padded else channels
 
 

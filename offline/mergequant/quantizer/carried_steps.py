@@ -1,0 +1,48 @@
+"""Static steps of what o and down read, carried by rows of v and up (migration beyond the paper).
+
+A channel of o's input is a mixture of one value channel, one of down's act(gate) * up: where v's or
+up's row is divided by s, what o or down reads is in units of s. Every query head that shares a
+value head shares its steps, so that its tokens count as further tokens of the value's channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergequant.methods.clip import ChannelClipStatistics, ChannelRange, choose_channel_clips
+from mergequant.methods.migrate import activation_steps
+from mergequant.model.architecture import Linear
+from mergequant.model.equalized_reader import as_carried, as_read
+from mergequant.quantizer.inputs.record import ClipSearch
+
+
+def carried_steps(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    linear: Linear,
+    config: Mapping[str, Any],
+    bits: int,
+    weight_bits: int,
+    search: ClipSearch | None,
+) -> Tensor:
+    """The step of each channel that `linear` reads: float64 [K], alike where a value is shared.
+
+    Args:
+        inputs: [..., K] each, what it reads in the plain model.
+        weight: [out, K], its own.
+        search: None: nothing is clipped.
+    """
+    tokens = [as_carried(x, config, linear) for x in inputs]
+    rows = as_carried(weight, config, linear)
+    largest = torch.stack([x.abs().amax(dim=0) for x in tokens]).amax(dim=0)
+    spans = ChannelRange.symmetric(largest, bits)
+    clip = torch.ones_like(largest, dtype=torch.float64)
+    if search is not None:
+        grid = search.grid()
+        sums = ChannelClipStatistics.empty(len(grid), len(largest), largest.device)
+        for x in tokens:
+            sums.add(x, spans, grid, bits)
+        clip = choose_channel_clips(sums, rows, spans, grid, weight_bits)
+    return as_read(activation_steps(largest, clip, spans.levels), config, linear)
