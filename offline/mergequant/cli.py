@@ -196,7 +196,8 @@ def ablate(
     calibration: Annotated[list[str], typer.Option(help="Text to calibrate on. Repeatable.")],
     text: Annotated[list[str], typer.Option(help="Text to evaluate on. Repeatable.")],
     paper: Annotated[
-        list[str] | None, typer.Option(help="table1, table4, table5 or table7. Repeatable; all.")
+        list[str] | None,
+        typer.Option(help="table1, table4, table5, table7 (all these), outliertune."),
     ] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks: piqa,arc_easy,...")] = "",
     task_folder: Annotated[Path | None, typer.Option(help="Folder of task files.")] = None,

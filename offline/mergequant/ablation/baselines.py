@@ -28,18 +28,23 @@ class Baseline:
         norm_step: of the norm-fed linears: one a `channel` (the paper); one for the whole `tensor`;
             one for the tensor after its channels were evened out as SmoothQuant does, `smooth`
             (Tables 1 and 4).
+        middle: of the norm-fed channels with zero points: between the `ends` that the clip search
+            leaves; or the mean over windows of the middle between a window's, `windows`, as
+            OutlierTune's symmetrization has it.
         tensor_mix: o and down have one static step for the tensor (Tables 1 and 4).
         kept_weights: weights stay in floating point (Table 7).
     """
 
     norm_step: Literal["channel", "tensor", "smooth"] = "channel"
+    middle: Literal["ends", "windows"] = "ends"
     tensor_mix: bool = False
     kept_weights: bool = False
 
     @property
     def exported(self) -> bool:
         """Whether `quantize` makes the row; else it runs in the reference engine alone."""
-        return self.norm_step == "channel" and not (self.tensor_mix or self.kept_weights)
+        own = self.norm_step != "channel" or self.middle != "ends"
+        return not (own or self.tensor_mix or self.kept_weights)
 
     def change(self, plan: Plan) -> Plan:
         """The plan of this baseline, made of the whole method's."""
@@ -55,7 +60,10 @@ class Baseline:
         source, weights = readers.input, readers.weights
         if self.tensor_mix and isinstance(source, DynamicInputPlan):
             source = TensorInputPlan(source.bits, source.rotation)
-        if self.norm_step != "channel" and isinstance(source, StaticInputPlan):
+        if self.middle == "windows" and isinstance(source, StaticInputPlan):
+            fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
+            source = WindowMiddlesPlan(**fields)
+        elif self.norm_step != "channel" and isinstance(source, StaticInputPlan):
             fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
             source = OneStepPlan(**fields, smooth=self.norm_step == "smooth")
         if self.kept_weights:
@@ -81,6 +89,29 @@ class OneStepPlan(StaticInputPlan):
         if self.smooth:
             return smooth_steps(spans.extent, weights.abs().amax(dim=0), self.bits)
         return tensor_steps(spans.extent, self.bits)
+
+
+class _AboutMiddle(ChannelRange):
+    """Codes that reach as far below a middle as above it."""
+
+    def shift(self, step: Tensor) -> Tensor | None:
+        """The middle: [n]."""
+        assert self.middle is not None
+        return self.middle.to(step.dtype)
+
+
+@dataclass(frozen=True)
+class WindowMiddlesPlan(StaticInputPlan):
+    """Symmetrization as OutlierTune (arXiv 2406.18832) has it; nothing is clipped."""
+
+    def span(
+        self, magnitudes: ChannelMagnitudes, inputs: Sequence[Tensor], length: int
+    ) -> ChannelRange:
+        """z_k: the mean over windows of (max + min) / 2; the extent: max |X_k - z_k|."""
+        windows = torch.cat([x.reshape(-1, length, x.shape[-1]) for x in inputs])
+        middle = ((windows.amax(dim=1) + windows.amin(dim=1)) / 2).mean(dim=0)
+        extent = torch.maximum(magnitudes.highest - middle, middle - magnitudes.lowest)
+        return _AboutMiddle(extent, largest_code(self.bits), middle)
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,13 @@ def key_of(options: Options, baseline: Baseline = PLAIN) -> str:
     if options.activations != "dynamic":
         parts = [f"static-{baseline.norm_step}"]
         parts += ["mix-tensor"] * (baseline.tensor_mix)
+        parts += [f"a{options.static_bits}"] * (options.static_bits != 4)
+        parts += [f"middle-{baseline.middle}"] * options.static_zero_points
     parts += [f"rotation-{options.rotation}"] * (options.rotation != "none")
     parts += ["none" if baseline.kept_weights else options.weights]
     parts += [f"w{options.weight_bits}"] * (options.weight_bits != 4)
     parts += ["asym"] * options.asymmetric
+    parts += ["corrected"] * options.input_correction
     parts += [f"g{options.group_size}"] * (options.group_size is not None)
     parts += [options.reconstruction] * (options.reconstruction != "none")
     parts += [f"clip-{options.clipping}"] * (options.clipping != "none")

@@ -71,7 +71,7 @@ def ablate(
         output: folder to make, or one whose run is to be continued or gets further tables.
         calibration: text files (.txt, .jsonl) or data set names; several are mixed.
         texts: evaluated texts, a column each.
-        paper: of `table1`, `table4`, `table5`, `table7`; all if empty.
+        paper: of `table1`, `table4`, `table5`, `table7`; all of these if empty; `outliertune`.
         tasks: names of lm-eval's tasks, zero-shot.
         task_folder: where YAML files of further tasks are.
         plots: draw the paper's Figures 1, 2c, 5, 6 and 7.

@@ -10,7 +10,9 @@ from mergequant.errors import InputError
 from mergequant.options import Options
 from mergequant.quantizer.columns import reconstructed_columns
 
-NAMES = ("table1", "table4", "table5", "table7")  # what `--paper` takes
+NAMES = ("table1", "table4", "table5", "table7")  # of the paper: all are made if none is named
+OUTLIERTUNE = "outliertune"
+CHOICES = (*NAMES, OUTLIERTUNE)  # what `--paper` takes
 FIGURE1 = "figure1"
 
 _TENSOR: Mapping[str, Any] = {"baseline": Baseline(norm_step="tensor", tensor_mix=True)}
@@ -38,15 +40,15 @@ def chosen_tables(
     """The tables asked for, all if none is; each row's options are checked.
 
     Args:
-        names: of `NAMES`.
+        names: of `CHOICES`.
         figure1: also the rows of Figure 1.
 
     Raises:
         InputError: a table is unknown, or the model cannot be quantized as a row says.
     """
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in CHOICES]
     if unknown:
-        raise InputError(f"--paper {unknown[0]!r} is unknown: choose of {', '.join(NAMES)}.")
+        raise InputError(f"--paper {unknown[0]!r} is unknown: choose of {', '.join(CHOICES)}.")
     wanted = {*(names or NAMES), *([FIGURE1] if figure1 else [])}
     every = tables(base, widths, shapes)
     if base.reconstruction == "pad":
@@ -70,6 +72,7 @@ def tables(
         _table1(make),
         _table5(make, _group_size(widths)),
         _table7(make),
+        _outliertune(make),
         _figure1(make),
     )
     return {table.name: table for table in made}
@@ -160,6 +163,27 @@ def _table7(make: RowMaker) -> Table:
         clipping("adaptive", "adaptive clipping", "Adaptive clipping"),
     )
     return Table("table7", "Table 7: clipping, W16A4, no rotation", rows)
+
+
+def _outliertune(make: RowMaker) -> Table:
+    """Steps of OutlierTune (arXiv 2406.18832) at its widths, o and down per token in all rows."""
+    rows: list[Row] = [_FULL]
+    for bits in (8, 6):
+        widths: dict[str, Any] = {"static_bits": bits, "dynamic_bits": bits, "weight_bits": bits}
+        plain = {**widths, "weights": "rtn", "asymmetric": True}
+        centred = {**plain, "static_zero_points": True}
+        best = {**widths, "static_zero_points": True, "input_correction": True}
+        start = f"W{bits}A{bits}: "
+        tensor, smooth = Baseline(norm_step="tensor"), Baseline(norm_step="smooth")
+        rows += [
+            make.row(f"{start}static per tensor", baseline=tensor, **plain),
+            make.row(f"{start}SmoothQuant-like", baseline=smooth, **plain),
+            make.row(f"{start}pre-execution of dequantization", **plain),
+            make.row(f"{start}+ symmetrization", baseline=Baseline(middle="windows"), **centred),
+            make.row(f"{start}+ middles by our search", **centred, clipping="channel"),
+            make.row(f"{start}+ GPTQ, correction, both clippings", **best, clipping="adaptive"),
+        ]
+    return Table(OUTLIERTUNE, "OutlierTune: static INT8 and INT6, no rotation", tuple(rows))
 
 
 def _figure1(make: RowMaker) -> Table:

@@ -12,7 +12,7 @@ from mergequant import Options
 from mergequant.ablation import paper
 from mergequant.ablation.rows import FULL, Row, RowMaker, key_of
 from mergequant.ablation.study import subject_of, with_samples
-from mergequant.ablation.tables import NAMES, Table, distinct, tables
+from mergequant.ablation.tables import CHOICES, Table, distinct, tables
 
 WIDTHS = {"hidden": 4096, "queries": 4096, "intermediate": 11008}
 BASE = Options(compensation_rank=8, split_by="step")
@@ -30,7 +30,7 @@ def difference(one: Row, other: Row) -> dict[str, tuple[Any, Any]]:
 
 
 def test_there_is_a_table_for_every_name() -> None:
-    assert set(made()) == {*NAMES, "figure1"}
+    assert set(made()) == {*CHOICES, "figure1"}
     assert all(table.rows[0].key == FULL for table in made().values())
 
 
@@ -46,7 +46,18 @@ def test_full_precision_runs_first_and_each_row_once() -> None:
     assert [row.key for row in rows].count(FULL) == 1 and rows[0].key == FULL
     shared = {row.key for row in made()["table1"].rows} & {row.key for row in made()["table4"].rows}
     assert len(shared) == 3  # full precision, and the whole method with and without rotation
-    assert len(rows) == len({row.key for row in rows}) == 27
+    assert len(rows) == len({row.key for row in rows}) == 39
+
+
+def test_each_step_of_outliertune_adds_what_it_says() -> None:
+    rows = made()["outliertune"].rows[1:7]
+    steps = [difference(a, b) for a, b in pairwise(rows)]
+    assert steps[0] == {"norm_step": ("tensor", "smooth")}
+    assert steps[1] == {"norm_step": ("smooth", "channel")}
+    assert steps[2] == {"static_zero_points": (False, True), "middle": ("ends", "windows")}
+    assert steps[3] == {"middle": ("windows", "ends"), "clipping": ("none", "channel")}
+    assert {row.options.static_bits for row in rows if row.options} == {8}
+    assert [row.baseline.exported for row in rows] == [False, False, True, False, True, True]
 
 
 TENSOR = {"norm_step": ("tensor", "channel")}

@@ -93,7 +93,8 @@ class StaticInputPlan:
         inputs: list[Tensor] = []
         block.observe(linears[0], batches, inputs.append)
         weights = stacked_weights(block, linears)
-        calibration = calibrate_channels(self, block, linears[0], inputs, weights)
+        length = batches[0].shape[1]
+        calibration = calibrate_channels(self, block, linears[0], inputs, weights, length)
         tensors = _fold_into(block, self.norm.name, calibration.folded)
         columns = None
         if self.columns is not None:
@@ -107,6 +108,16 @@ class StaticInputPlan:
         }
         # What was observed is not yet divided by the steps, which no division can make up for.
         return static_input(calibration, columns, self.bits, report, tensors), []
+
+    def span(
+        self, magnitudes: ChannelMagnitudes, inputs: Sequence[Tensor], length: int
+    ) -> ChannelRange:
+        """What the channels span.
+
+        Args:
+            inputs: [tokens, n] each, windows of `length` tokens; for plans that look at windows.
+        """
+        return _span(self, magnitudes.lowest, magnitudes.highest)
 
     def unclipped_steps(self, spans: ChannelRange, weights: Tensor) -> Tensor:
         """Steps with which nothing is clipped: float64 [n].
@@ -157,7 +168,12 @@ class ChannelCalibration:
 
 
 def calibrate_channels(
-    plan: StaticInputPlan, block: Block, linear: str, inputs: Sequence[Tensor], weights: Tensor
+    plan: StaticInputPlan,
+    block: Block,
+    linear: str,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    length: int = 1,
 ) -> ChannelCalibration:
     """Steps, zero points and clip ratios of a norm's channels; the block is left as it was.
 
@@ -165,12 +181,13 @@ def calibrate_channels(
         linear: one of the norm's readers.
         inputs: [tokens, n] each, what it reads.
         weights: [out, n], of all of them.
+        length: tokens in a window.
     """
     magnitudes = ChannelMagnitudes()
     for x in inputs:
         magnitudes.add(x)
     refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
-    seen = _span(plan, magnitudes.lowest, magnitudes.highest)
+    seen = plan.span(magnitudes, inputs, length)
     spans, clip, step = seen, torch.ones_like(seen.extent, dtype=torch.float64), None
     if plan.clip is not None and plan.zero_points:
         # Ends that were searched need no ratio beside them: searched as well, it stays 1.
