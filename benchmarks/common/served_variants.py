@@ -1,7 +1,8 @@
 """Ways to serve one model, as folders with a config.json and no tensors: weights are random.
 
 `mergequant` is ours with the default kernels, `mergequant-head16` leaves the head in the model's
-dtype; `mergequant:KERNEL` asks for a kernel by name, which may refuse the head. Any name may end
+dtype, `mergequant-w8a8` has 8 bits, `mergequant-w8a8-static` no step per token in its blocks;
+`mergequant:KERNEL` asks for a kernel by name, which may refuse the head. Any name may end
 in `+fp8-cache`: keys and values in 8 bits.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.common.shapes import Model
 from mergequant_vllm.format import (
@@ -46,8 +47,20 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _mergequant(model: Model, blocks: int, head: bool = True) -> Config:
-    """`head`: in 8 bits, as the quantizer writes it by default."""
+def _mergequant(
+    model: Model,
+    blocks: int,
+    head: bool = True,
+    bits: Literal[4, 8] = 4,
+    fully_static: bool = False,
+) -> Config:
+    """Our format.
+
+    Args:
+        head: in 8 bits, as the quantizer writes it by default.
+        bits: of weights and activations in the blocks.
+        fully_static: o and down have static inputs too.
+    """
     hidden, inner = model.hidden_size, model.intermediate_size
     static = {
         "self_attn.q_proj": (model.query_size, hidden, "input_layernorm"),
@@ -63,9 +76,11 @@ def _mergequant(model: Model, blocks: int, head: bool = True) -> Config:
     }
     dynamic = {"self_attn.o_proj": (hidden, model.query_size), "mlp.down_proj": (hidden, inner)}
     linears |= {f"{block}.{name}": LinearEntry(shape=shape) for name, shape in dynamic.items()}
-    token = LinearForm(input=DynamicInput())
+    weight, steps = WeightForm(bits=bits), StaticInput(bits=bits)
+    normed = LinearForm(weight=weight, input=steps)
+    token = LinearForm(weight=weight, input=steps if fully_static else DynamicInput(bits=bits))
     targets = [
-        Target(pattern=r"re:.*\.(q|k|v|gate|up)_proj$", linear=LinearForm(input=StaticInput())),
+        Target(pattern=r"re:.*\.(q|k|v|gate|up)_proj$", linear=normed),
         Target(pattern=r"re:.*\.(o|down)_proj$", linear=token),
     ]
     if head:
@@ -134,6 +149,10 @@ VARIANTS = {
     ),
     "mergequant": Variant(_mergequant, weight_step=0.004, norm=2.0),
     "mergequant-head16": Variant(partial(_mergequant, head=False), weight_step=0.004, norm=2.0),
+    "mergequant-w8a8": Variant(partial(_mergequant, bits=8), weight_step=0.0003, norm=30.0),
+    "mergequant-w8a8-static": Variant(
+        partial(_mergequant, bits=8, fully_static=True), weight_step=0.0003, norm=30.0
+    ),
 }
 
 

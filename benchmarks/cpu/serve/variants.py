@@ -43,6 +43,8 @@ class Variant:
 VARIANTS = {
     OURS: Variant("mergequant", "float32", 4, 32, 8, 32),
     "mergequant-head16": Variant("mergequant-head16", "float32", 4, 32, 32, 32),
+    "mergequant-w8a8": Variant("mergequant-w8a8", "bfloat16", 8, 16, 8, 16),
+    "mergequant-w8a8-static": Variant("mergequant-w8a8-static", "bfloat16", 8, 16, 8, 16),
     "mergequant-bfloat16": Variant("mergequant", "bfloat16", 4, 16, 8, 16),
     "mergequant-cpu-fp32": Variant("mergequant:cpu-fp32", "float32", 32, 32, 32, 32),
     BASELINE: Variant("bf16", "float32", 32, 32, 32, 32),

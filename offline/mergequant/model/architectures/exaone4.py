@@ -1,0 +1,14 @@
+"""EXAONE 4: OLMo 2's block with a norm on each query and key head; some blocks have a window."""
+
+from dataclasses import replace
+
+from mergequant.model.architecture import HeadNorm
+from mergequant.model.architectures.olmo2 import OLMO2
+
+EXAONE4 = replace(
+    OLMO2,
+    model_type="exaone4",
+    head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
+    windows="some",
+    served_with={"hidden_act": "silu"},
+)
