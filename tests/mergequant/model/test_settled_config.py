@@ -1,0 +1,53 @@
+"""Old names of sizes and of tensors, and defaults that files leave out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergequant.model.reader import Reader
+from mergequant.model.settled_config import settle
+from tests.tiny import make_model
+
+
+def test_sizes_get_their_usual_names() -> None:
+    bloom = {"model_type": "bloom", "n_embed": 64, "n_layer": 3, "num_attention_heads": 4}
+    settled = settle({**bloom, "vocab_size": 99})
+    assert settled["hidden_size"] == 64 and settled["num_hidden_layers"] == 3
+    assert settled["intermediate_size"] == 256 and settled["tie_word_embeddings"] is True
+    opt = settle({"model_type": "opt", "hidden_size": 64, "ffn_dim": 100})
+    assert opt["intermediate_size"] == 100 and opt["enable_bias"] is True
+
+
+def test_what_stands_is_not_changed() -> None:
+    given = {"model_type": "llama", "hidden_size": 64, "attention_bias": True, "mine": 1}
+    settled = settle(given)
+    assert {key: settled[key] for key in given} == given
+    assert settled["mlp_bias"] is False
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None])
+def test_an_unknown_type_comes_back_as_it_is(model_type: str | None) -> None:
+    config = {"model_type": model_type, "n_layer": 2}
+    assert settle(config) == config
+
+
+def test_what_transformers_refuses_comes_back_as_it_is() -> None:
+    config = {"model_type": "llama", "hidden_size": "many"}
+    assert settle(config)["hidden_size"] == "many"
+
+
+def test_a_model_saved_without_its_head_has_the_whole_models_names(tmp_path: Path) -> None:
+    whole = Reader(make_model(tmp_path / "model", "bloom"))
+    file = whole.folder / "model.safetensors"
+    tensors = load_file(file)
+    names = set(whole.headers)
+    body = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    save_file(body, file, metadata={"format": "pt"})
+    config = json.loads((whole.folder / "config.json").read_text())
+    reader = Reader(whole.folder)
+    assert set(reader.headers) == names and config["model_type"] == "bloom"
+    name = "transformer.h.1.mlp.dense_h_to_4h.weight"
+    assert torch.equal(reader.read(name), tensors[name])

@@ -1,0 +1,65 @@
+"""What a model type does not allow is said; BLOOM's loader wants fused linears undescribed."""
+
+from pathlib import Path
+
+import pytest
+
+from mergequant import Options, quantize
+from mergequant.errors import InputError
+from mergequant.model.architectures import find
+from mergequant.quantizer.left_out import left_out
+from tests.conftest import FEW
+from tests.tiny import make_model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "said"),
+    [
+        ("llama", {}, []),
+        ("opt", {}, ["not rotated (R1)", "The head stays in 16 bits"]),
+        ("opt", {"rotation": "none", "head_bits": 16}, []),
+        ("olmo2", {}, ["not rotated (R1)", "No norm of olmo2"]),
+        ("gemma2", {"rotation": "none"}, ["The head stays in 16 bits"]),
+        (
+            "phi",
+            {"activations": "fully_static", "rotation": "none"},
+            ["An activation function stands between"],
+        ),
+    ],
+)
+def test_sentences(model_type: str, fields: dict[str, object], said: list[str]) -> None:
+    sentences = list(left_out(find(model_type), Options.model_validate(fields)))
+    assert len(sentences) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, sentences, strict=True))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reconstruction": "pad", "alpha": 0.0, "max_extra_channels": 0.5},
+        {"activations": "dynamic"},
+    ],
+)
+def test_bloom_refuses_what_its_loader_would_reorder(
+    tmp_path: Path, text: Path, fields: dict[str, object]
+) -> None:
+    model = make_model(tmp_path / "model", "bloom")
+    options = FEW.model_copy(update=fields)
+    with pytest.raises(InputError, match=r"vLLM reorders every tensor of .*query_key_value"):
+        quantize(model, tmp_path / "out", [text], options, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rotation": "online"}, "leave the server nothing to rotate"),
+        ({"average_bits": 5.0}, "take their widths from --static-bits alone"),
+        ({"within": 0.1}, "take their widths from --static-bits alone"),
+    ],
+)
+def test_fully_static_activations_refuse_what_they_cannot_have(
+    fields: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        Options.model_validate({"activations": "fully_static", **fields})
