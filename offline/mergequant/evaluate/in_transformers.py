@@ -54,7 +54,7 @@ class ReferenceQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("A mergequant checkpoint is loaded from its folder, by name alone.")
         self.folder = Path(checkpoint_files[0]).parent
         self.dtype = dtype or torch.float32
-        names = list(self.checkpoint.quantized)
+        names = [_their_name(model, name) for name in self.checkpoint.quantized]
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Module())
@@ -73,7 +73,7 @@ class ReferenceQuantizer(HfQuantizer):  # type: ignore[misc]
         check_tensors(self.checkpoint, reader.headers)
         device = model.get_input_embeddings().weight.device
         for name, linear in self.checkpoint.quantized.items():
-            parent, _, child = name.rpartition(".")
+            parent, _, child = _their_name(model, name).rpartition(".")
             module = served_module(reader, name, linear, self.dtype).to(device)
             setattr(model.get_submodule(parent), child, module)
         return model
@@ -86,6 +86,13 @@ class ReferenceQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Whether gradients go through it: codes have none."""
         return False
+
+
+def _their_name(model: Any, name: str) -> str:
+    """A linear's name in `model` for that in the checkpoint."""
+    from mergequant.model.architectures import find
+
+    return find(model.config.model_type).in_transformers(name)
 
 
 def register() -> None:
