@@ -17,7 +17,7 @@ from mergequant.ablation.results import Results, as_json, as_markdown
 from mergequant.ablation.rows import FULL, Row, Shapes
 from mergequant.ablation.study import Subject, note_of, study_of, subject_of, with_samples
 from mergequant.ablation.survey import kept_survey
-from mergequant.ablation.tables import NAMES, Table, chosen_tables, distinct
+from mergequant.ablation.tables import CHOICES, Table, chosen_tables, distinct
 from mergequant.evaluate.perplexity import PUBLISHED_WINDOW
 from mergequant.evaluate.tasks import Tasks
 from mergequant.options import Options
@@ -176,7 +176,7 @@ class _Run:
             texts=list(self.bench.windows),
             note=f"{note_of(self.base, self.bench)} {describe(self.shapes)}".rstrip(),
         )
-        markdown = as_markdown([x for x in self.tables if x.name in NAMES], results)
+        markdown = as_markdown([x for x in self.tables if x.name in CHOICES], results)
         output = self.shelf.output
         write_durably(output / "ablation.md", lambda path: path.write_text(markdown))
         write_json(output / "ablation.json", as_json(self.tables, results))

@@ -166,9 +166,9 @@ def _table7(make: RowMaker) -> Table:
 
 
 def _outliertune(make: RowMaker) -> Table:
-    """Steps of OutlierTune (arXiv 2406.18832) at its widths, o and down per token in all rows."""
+    """Steps of OutlierTune (arXiv 2406.18832) at its widths and at 4 bits; o and down per token."""
     rows: list[Row] = [_FULL]
-    for bits in (8, 6):
+    for bits in (8, 6, 4):
         widths: dict[str, Any] = {"static_bits": bits, "dynamic_bits": bits, "weight_bits": bits}
         plain = {**widths, "weights": "rtn", "asymmetric": True}
         centred = {**plain, "static_zero_points": True}
@@ -183,7 +183,7 @@ def _outliertune(make: RowMaker) -> Table:
             make.row(f"{start}+ middles by our search", **centred, clipping="channel"),
             make.row(f"{start}+ GPTQ, correction, both clippings", **best, clipping="adaptive"),
         ]
-    return Table(OUTLIERTUNE, "OutlierTune: static INT8 and INT6, no rotation", tuple(rows))
+    return Table(OUTLIERTUNE, "OutlierTune: static INT8, INT6 and INT4, no rotation", tuple(rows))
 
 
 def _figure1(make: RowMaker) -> Table:

@@ -46,7 +46,7 @@ def test_full_precision_runs_first_and_each_row_once() -> None:
     assert [row.key for row in rows].count(FULL) == 1 and rows[0].key == FULL
     shared = {row.key for row in made()["table1"].rows} & {row.key for row in made()["table4"].rows}
     assert len(shared) == 3  # full precision, and the whole method with and without rotation
-    assert len(rows) == len({row.key for row in rows}) == 39
+    assert len(rows) == len({row.key for row in rows}) == 45
 
 
 def test_each_step_of_outliertune_adds_what_it_says() -> None:
