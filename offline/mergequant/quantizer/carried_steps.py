@@ -13,9 +13,24 @@ from torch import Tensor
 
 from mergequant.methods.clip import ChannelClipStatistics, ChannelRange, choose_channel_clips
 from mergequant.methods.migrate import activation_steps
-from mergequant.model.architecture import Linear
+from mergequant.model.architecture import MIDDLE, Linear
 from mergequant.model.equalized_reader import as_carried, as_read
 from mergequant.quantizer.inputs.record import ClipSearch
+
+
+# Of down's input at 8 bits, where rounding costs less than clamping what calibration did not see.
+# SmolLM2-135M, down's inputs alone in 8 bits, 12,000 tokens of calibration: the search of Eq. 7
+# loses 0.052 nats, no clipping 0.047, these 0.014; of o's inputs the search loses 0.0002.
+_WIDE, _MARGIN, _FLOOR = 8, 1.25, 0.9
+
+
+def with_headroom(largest: Tensor) -> Tensor:
+    """What channels are to reach whose `largest` magnitudes [n] calibration saw.
+
+    A quarter more; and no less than nine tenths of the channels were seen to reach, since one that
+    was small on this text may be as large as others on the next.
+    """
+    return torch.maximum(largest * _MARGIN, largest.quantile(_FLOOR))
 
 
 def carried_steps(
@@ -39,7 +54,9 @@ def carried_steps(
     largest = torch.stack([x.abs().amax(dim=0) for x in tokens]).amax(dim=0)
     spans = ChannelRange.symmetric(largest, bits)
     clip = torch.ones_like(largest, dtype=torch.float64)
-    if search is not None:
+    if linear.reads == MIDDLE and bits == _WIDE:
+        largest = with_headroom(largest)
+    elif search is not None:
         grid = search.grid()
         sums = ChannelClipStatistics.empty(len(grid), len(largest), largest.device)
         for x in tokens:

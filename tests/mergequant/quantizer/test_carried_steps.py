@@ -54,6 +54,15 @@ def test_without_a_search_nothing_is_clipped(bits: int) -> None:
     torch.testing.assert_close(largest, torch.full_like(largest, 2 ** (bits - 1) - 1))
 
 
+def test_channels_of_downs_input_have_headroom_at_8_bits() -> None:
+    x = numbers(1, 50, 10) * torch.logspace(-3, 0, 10)
+    steps = carried_steps([x], numbers(5, 10), DOWN, CONFIG, 8, 8, ClipSearch(0.4, 13))
+    largest = x.abs().amax(dim=(0, 1))
+    reach = 127 * steps.float()
+    torch.testing.assert_close(reach[-1], 1.25 * largest[-1])
+    torch.testing.assert_close(reach[0], largest.quantile(0.9))
+
+
 def test_the_search_clips_what_is_rare() -> None:
     x = numbers(1, 2000, 10)
     x[0, 0] = 30.0
