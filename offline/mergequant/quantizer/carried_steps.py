@@ -17,7 +17,6 @@ from mergequant.model.architecture import MIDDLE, Linear
 from mergequant.model.equalized_reader import as_carried, as_read
 from mergequant.quantizer.inputs.record import ClipSearch
 
-
 # Of down's input at 8 bits, where rounding costs less than clamping what calibration did not see.
 # SmolLM2-135M, down's inputs alone in 8 bits, 12,000 tokens of calibration: the search of Eq. 7
 # loses 0.052 nats, no clipping 0.047, these 0.014; of o's inputs the search loses 0.0002.
