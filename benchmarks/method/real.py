@@ -37,7 +37,11 @@ from mergequant.cli_flags import BEST
 FAST: Mapping[str, Any] = {"compensation_rank": 0, "gptq_samples": None}
 PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
 EIGHT: Mapping[str, Any] = {"static_bits": 8, "dynamic_bits": 8}
-CARRIED: Mapping[str, Any] = {"activations": "fully_static", "static_bits": 8}
+CARRIED: Mapping[str, Any] = {
+    "activations": "fully_static",
+    "static_bits": 8,
+    "overrides": {"re:.*down_proj": {"group_size": 64}},
+}
 # What each row changes of the defaults; those of `PLAIN` tell the steps apart.
 ROWS: dict[str, Mapping[str, Any] | None] = {
     FULL: None,

@@ -66,8 +66,9 @@ class Options(BaseModel):
         mix_heads: with rotation `online`, o's input is mixed across so many heads, by the server;
             0: not at all. It divides the number of heads, and a tensor-parallel rank holds whole
             multiples of it.
-        static_bits: width of the norm-fed linears' activation codes.
-        dynamic_bits: width of o's and down's (with `activations` dynamic: of all).
+        static_bits: width of static activations' codes: those behind norms (with `activations`
+            fully_static: of all that are static).
+        dynamic_bits: width of those per token: o's and down's (with `activations` dynamic: all).
         static_zero_points: norm-fed activations have a zero point for each channel, which costs
             the server nothing: it is an offset before rounding, and a constant of the output.
         dynamic_zero_points: o's and down's tokens have zero points.
@@ -184,7 +185,15 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _carried_steps_are_chosen_once(self) -> Self:
         if self.activations != "fully_static":
+            if any(x.get("activations") == "fully_static" for x in self.overrides.values()):
+                raise ValueError(
+                    "only the whole model can be fully static, since v and up carry the steps: "
+                    "give --activations fully_static, and --override activations=static@PATTERN "
+                    "for linears that are to have a step per token"
+                )
             return self
+        if self.mix_heads:
+            raise ValueError("fully static activations leave no heads to mix: drop --mix-heads")
         if self.rotation == "online":
             raise ValueError(
                 "fully static activations leave the server nothing to rotate: give --rotation "

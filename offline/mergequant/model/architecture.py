@@ -153,7 +153,7 @@ class Architecture:
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
         scales: constant factors.
-        unserved: why vLLM cannot serve it on a CPU; None: it can.
+        eager: transformers writes all attention scores out.
     """
 
     model_type: str
@@ -175,7 +175,7 @@ class Architecture:
     served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
     windows: Literal["none", "all", "some"] = "all"
     scales: Scales = Scales()
-    unserved: str | None = None
+    eager: bool = False
 
     @property
     def blocks(self) -> str:

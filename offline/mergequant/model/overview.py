@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergequant.model.architecture import MIDDLE, MIX, Architecture, Linear, Readers
+from mergequant.model.equalized_reader import is_carried
 from mergequant.model.rotated_reader import fixed_residual
 
 _HEADS: Mapping[str, str] = {
@@ -31,7 +32,10 @@ def details(architecture: Architecture) -> str:
     lines = [architecture.model_type]
     for readers in architecture.readers():
         for linear in readers.linears:
-            lines.append(f"  {linear.name}: {_how(readers)}{_parts(linear)}")
+            carried = ""
+            if readers.norm is None and is_carried(architecture, readers.space):
+                carried = "; static with --activations fully_static"
+            lines.append(f"  {linear.name}: {_how(readers)}{carried}{_parts(linear)}")
     lines.append(f"  {architecture.head.name} (head): {_HEADS[architecture.served_head]}")
     fixed = fixed_residual(architecture)
     lines.append(
@@ -41,8 +45,6 @@ def details(architecture: Architecture) -> str:
         lines.append(f"  only with {field} {value!r} in config.json, as vLLM serves it")
     if architecture.bare_inputs:
         lines.append("  fused linears without reconstruction: vLLM reorders all their tensors")
-    if architecture.unserved is not None:
-        lines.append(f"  not served on a CPU: {architecture.unserved}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ _ALWAYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "max_position_embeddings",
     "tie_word_embeddings",
 )
@@ -40,7 +42,9 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
         value = getattr(whole, field, None)
         if settled.get(field) is None and value is not None:
             settled[field] = value
-    return {**_intermediate(architecture, settled), **settled}
+    if not settled.get("intermediate_size"):
+        settled.update(_intermediate(architecture, settled))
+    return settled
 
 
 def _fields(architecture: Architecture) -> Iterator[str]:

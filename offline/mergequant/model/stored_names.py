@@ -10,7 +10,7 @@ from mergequant.model.architectures import ARCHITECTURES
 
 
 def stored_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, str]:
-    """By the name that tables and servers use, the name in the files.
+    """By the name that tables and servers use, the name in the files; without leftovers.
 
     Args:
         config: the model's.
@@ -22,4 +22,8 @@ def stored_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str
     base = f"{architecture.block.partition('.')[0]}."
     whole = any(name.startswith(base) for name in stored)
     head = f"{architecture.head.name}."
-    return {name if whole or name.startswith(head) else f"{base}{name}": name for name in stored}
+    return {
+        name if whole or name.startswith(head) else f"{base}{name}": name
+        for name in stored
+        if not name.endswith(architecture.ignored_suffixes)
+    }

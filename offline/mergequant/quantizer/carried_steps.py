@@ -21,6 +21,7 @@ from mergequant.quantizer.inputs.record import ClipSearch
 # SmolLM2-135M, down's inputs alone in 8 bits, 12,000 tokens of calibration: the search of Eq. 7
 # loses 0.052 nats, no clipping 0.047, these 0.014; of o's inputs the search loses 0.0002.
 _WIDE, _MARGIN, _FLOOR = 8, 1.25, 0.9
+_LARGEST_RATIO = 1024.0  # of the median over a step: 16-bit formats hold what is divided by it
 
 
 def with_headroom(largest: Tensor) -> Tensor:
@@ -61,4 +62,5 @@ def carried_steps(
         for x in tokens:
             sums.add(x, spans, grid, bits)
         clip = choose_channel_clips(sums, rows, spans, grid, weight_bits)
-    return as_read(activation_steps(largest, clip, spans.levels), config, linear)
+    steps = activation_steps(largest, clip, spans.levels)
+    return as_read(steps.clamp(min=steps.median() / _LARGEST_RATIO), config, linear)

@@ -167,16 +167,35 @@ def refuse_idle_patterns(
                     f"{flag} {pattern!r} matches no linear of the model, whose linears are called "
                     f"like {next(iter(forms))}: correct the pattern."
                 )
+    behind_norms = tuple(
+        f".{linear.name}"
+        for readers in architecture.readers()
+        for linear in readers.linears
+        if readers.norm is not None
+    )
     for pattern, fields in options.overrides.items():
         matched = [form for name, form in forms.items() if matches(pattern, name)]
         inputs = [form.input for form in matched if form is not None and form is not HEAD_FORM]
+        normed = any(
+            matches(pattern, name) and forms[name] is not None
+            for name in forms
+            if name.endswith(behind_norms)
+        )
         if not inputs:
             raise InputError(
                 f"--override {pattern!r} matches only linears that it cannot change: what --ignore "
                 "leaves in 16 bits, or the head, which only --head-bits quantizes: leave it out."
             )
         for field, value in fields.items():
+            if field == "activations" and options.activations == "fully_static":
+                continue  # of linears whose steps v and up would carry: a step per token instead
             _refuse_idle_field(pattern, field, value, inputs)
+            if field in STATIC_ONLY and field != "static_bits" and not normed:
+                raise InputError(
+                    f"--override {pattern!r} sets {field}, which means something behind a norm "
+                    f"alone, and none of the linears that it matches reads one: leave {field} out, "
+                    "or correct the pattern."
+                )
 
 
 def refuse_idle_budget(

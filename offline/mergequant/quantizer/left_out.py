@@ -22,7 +22,15 @@ def left_out(architecture: Architecture, options: Options) -> Iterator[str]:
     if not static and options.activations != "dynamic":
         yield (
             f"No norm of {architecture.model_type} stands in front of a linear: "
-            "all activations get a step per token"
+            "what reads the residual gets a step per token, and nothing is reconstructed"
+        )
+    if options.activations == "fully_static" and options.dynamic_bits not in (
+        Options().dynamic_bits,
+        options.static_bits,
+    ):
+        yield (
+            f"o's and down's inputs are static and have {options.static_bits} bits as the others: "
+            "--dynamic-bits is for those that are not"
         )
     if options.activations == "fully_static" and not is_carried(architecture, MIDDLE):
         yield (

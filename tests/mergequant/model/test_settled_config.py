@@ -28,6 +28,28 @@ def test_what_stands_is_not_changed() -> None:
     assert settled["mlp_bias"] is False
 
 
+def test_heads_that_a_file_leaves_out_are_those_of_transformers() -> None:
+    settled = settle({"model_type": "gemma2", "hidden_size": 64, "num_attention_heads": 8})
+    assert settled["head_dim"] == 256 and settled["num_key_value_heads"] == 4
+    assert (
+        settle({"model_type": "bloom", "hidden_size": 64, "intermediate_size": None})[
+            "intermediate_size"
+        ]
+        == 256
+    )
+
+
+def test_leftovers_of_old_files_are_not_read(tmp_path: Path) -> None:
+    """Pythia's files hold a mask whose numbers are infinite in float16."""
+    folder = make_model(tmp_path / "model", "gpt_neox")
+    tensors = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.0.attention.masked_bias"
+    save_file({**tensors, name: torch.tensor(-torch.inf)}, folder / "model.safetensors")
+    reader = Reader(folder)
+    assert name not in reader.headers
+    reader.check_finite()
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", None])
 def test_an_unknown_type_comes_back_as_it_is(model_type: str | None) -> None:
     config = {"model_type": model_type, "n_layer": 2}

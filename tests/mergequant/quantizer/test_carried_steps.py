@@ -63,6 +63,13 @@ def test_channels_of_downs_input_have_headroom_at_8_bits() -> None:
     torch.testing.assert_close(reach[0], largest.quantile(0.9))
 
 
+def test_a_channel_that_hardly_fired_keeps_a_step_that_16_bits_hold() -> None:
+    x = numbers(1, 50, 10)
+    x[..., 3] = 1e-9
+    steps = carried_steps([x], numbers(5, 10), DOWN, CONFIG, 4, 4, None)
+    assert float(steps.max() / steps.min()) < 3000
+
+
 def test_the_search_clips_what_is_rare() -> None:
     x = numbers(1, 2000, 10)
     x[0, 0] = 30.0

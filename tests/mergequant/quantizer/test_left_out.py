@@ -7,7 +7,9 @@ import pytest
 from mergequant import Options, quantize
 from mergequant.errors import InputError
 from mergequant.model.architectures import find
+from mergequant.model.reader import Reader
 from mergequant.quantizer.left_out import left_out
+from mergequant_vllm.format import DynamicInput, parse
 from tests.conftest import FEW
 from tests.tiny import make_model
 
@@ -50,12 +52,42 @@ def test_bloom_refuses_what_its_loader_would_reorder(
     assert not (tmp_path / "out").exists()
 
 
+def test_only_the_whole_model_can_be_fully_static() -> None:
+    override = {"re:.*o_proj": {"activations": "fully_static"}}
+    with pytest.raises(ValueError, match="only the whole model can be fully static"):
+        Options.model_validate({"overrides": override})
+
+
+def test_a_linear_of_a_fully_static_model_may_have_a_step_per_token(
+    tmp_path: Path, llama: Path, text: Path
+) -> None:
+    fields = {"activations": "fully_static", "rotation": "none"}
+    overrides = {"re:.*down_proj": {"activations": "static", "dynamic_bits": 8}}
+    options = FEW.model_copy(update={**fields, "overrides": overrides})
+    folder = quantize(llama, tmp_path / "out", [text], options, progress=False)
+    linears = parse(Reader(folder).config["quantization_config"]).block_linears(0)
+    assert linears["self_attn.o_proj"].static is not None
+    assert linears["mlp.down_proj"].input == DynamicInput(bits=8)
+
+
+@pytest.mark.parametrize("field", ["reconstruction", "staggered", "segments"])
+def test_overrides_that_mean_something_behind_norms_alone_are_refused(
+    tmp_path: Path, llama: Path, text: Path, field: str
+) -> None:
+    value = {"reconstruction": "prune", "staggered": False, "segments": 2}[field]
+    update = {"activations": "fully_static", "overrides": {"re:.*down_proj": {field: value}}}
+    options = FEW.model_copy(update=update)
+    with pytest.raises(InputError, match=f"sets {field}, which means something behind a norm"):
+        quantize(llama, tmp_path / "out", [text], options, progress=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"rotation": "online"}, "leave the server nothing to rotate"),
         ({"average_bits": 5.0}, "take their widths from --static-bits alone"),
         ({"within": 0.1}, "take their widths from --static-bits alone"),
+        ({"mix_heads": 2}, "leave no heads to mix"),
     ],
 )
 def test_fully_static_activations_refuse_what_they_cannot_have(

@@ -29,6 +29,7 @@ BLOOM = Architecture(
     intermediate=4,
     served_head="tied",
     bare_inputs=True,
+    eager=True,
     resumes=False,  # attention's module adds the residual itself
     served_with={
         "apply_residual_connection_post_layernorm": False,

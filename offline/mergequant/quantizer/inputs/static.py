@@ -209,7 +209,21 @@ def calibrate_channels(
     )
     shift = spans.shift(folded.step)
     if absorbed := shift is not None and bias is not None:
-        folded, shift = centred(folded, shift)
+        middle, (folded, shift) = shift, centred(folded, shift)
+        lost = (shift - middle).abs()
+        if bool((lost > folded.step / 4).any()):
+            # The stored bias is too coarse for the middle: codes must reach as much further.
+            wider = folded.step + 2 * lost / spans.levels
+            assert bias is not None
+            folded = fold_norm(
+                source[f"{name}.weight"].to(clip.device),
+                bias.to(clip.device),
+                wider,
+                one_plus=plan.norm.multiplier == "one_plus",
+            )
+            again = spans.shift(folded.step)
+            assert again is not None
+            folded, shift = centred(folded, again)
     return ChannelCalibration(folded, shift, magnitudes.energy, clip, magnitudes.largest, absorbed)
 
 

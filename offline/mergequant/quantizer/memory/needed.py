@@ -136,8 +136,12 @@ class Terms:
         """What is kept of the widest input."""
         windows = min(self.options.statistics_samples, self.windows)
         pilot, online = self.options.reconstruction != "none", self.options.rotation == "online"
+        tokens = windows * self.length
+        carried = 0
+        if self.options.activations == "fully_static":  # what its pilot keeps of a block at once
+            carried = 2 * self._width["queries"] + self._width["intermediate"]
         widest = max(x.columns * (1 + (pilot if x.normed else online)) for x in self._linears)
-        return _F32 * windows * self.length * widest
+        return _F32 * tokens * max(widest, carried)
 
     def moments(self) -> Iterator[dict[str, int]]:
         """Work that may be the largest: parts by name."""
@@ -183,10 +187,15 @@ class Terms:
 
     @property
     def _scores(self) -> int:
-        """Of a token: CUDA's float32 attention knows no grouped queries, and writes them out."""
+        """Of a token: CUDA's float32 attention knows no grouped queries, and writes them out.
+
+        So does attention that PyTorch has no operator for.
+        """
+        capped = self.config.get("attn_logit_softcapping") is not None
+        eager = self.architecture.eager or capped
         grouped = self._width["keys"] != self._width["queries"] and self.options.device != "cpu"
         heads = self._width["queries"] // self._width["head"]
-        return 3 * _F32 * heads * self.length if grouped else 0
+        return 3 * _F32 * heads * self.length if grouped or eager else 0
 
     def stored(self) -> int:
         """Beside the device: token ids, the block as read, and packed before and after training."""
