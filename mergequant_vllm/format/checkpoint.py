@@ -63,6 +63,9 @@ class CheckpointFormat(Strict):
         for target in self.targets:
             if not any(matches(target.pattern, name) for name, _ in self.entries()):
                 raise ValueError(f"target {target.pattern!r} matches no linear of the model")
+        for name, linear in self.outer.items():
+            if linear.static is not None:
+                raise ValueError(f"{name}: nothing carries the steps of a static input there")
         _refuse_different_inputs(self.quantized)
         return self
 

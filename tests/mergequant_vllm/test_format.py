@@ -112,7 +112,12 @@ def test_every_stored_form_has_its_tensors() -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("static", {"norm": None}, "a static input needs a norm"),
+        (
+            "static",
+            {"norm": None, "columns": 180},
+            "without a norm has neither columns nor offsets",
+        ),
+        ("static", {"norm": None, "offsets": True}, "without a norm has neither columns nor off"),
         ("static", {"input_zero_points": True}, "zero points of a static input are stored as off"),
         ("dynamic", {"hadamard": 6}, "hadamard block 6 is no power of two"),
         ("dynamic", {"hadamard": 8}, "hadamard block 8 must divide 172 input channels"),

@@ -77,7 +77,11 @@ def test_nothing_is_measured_where_there_is_no_choice(tmp_path: Path, llama: Pat
     with pytest.raises(InputError, match="--mix-heads 3 does not divide"):
         possible(llama, AUTO.model_copy(update={"mix_heads": 3}))
     sandwich = dataclasses.replace(LLAMA, norms=(*LLAMA.norms, Norm("after", "mixed", "residual")))
-    assert possible_rotations(sandwich, Reader(llama).config, AUTO) == ("none",)
+    # The residual stays; values, and what down reads, can be rotated.
+    assert possible_rotations(sandwich, Reader(llama).config, AUTO) == ("online", "none")
+    carried = AUTO.model_copy(update={"activations": "fully_static"})
+    assert possible_rotations(sandwich, Reader(llama).config, carried) == ("none",)
+    assert possible(llama, carried) == ("offline", "none")
 
 
 def test_a_hopeless_rotation_is_not_tried_to_the_end(

@@ -82,7 +82,7 @@ def test_a_head_that_is_not_dynamic_is_refused(tmp_path: Path, text: Path, llama
     head = config["targets"][-1]
     assert head["pattern"] == "lm_head"
     head["linear"]["input"] = {"kind": "static"}
-    with pytest.raises(FormatError, match=r"lm_head: a static input needs a norm"):
+    with pytest.raises(FormatError, match=r"lm_head: nothing carries the steps of a static input"):
         parse(config)
 
 
