@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from mergequant import quantize
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.model import head_loss
 from mergequant.model.architectures import ARCHITECTURES
 from mergequant.model.decoder import Decoder
@@ -41,7 +42,7 @@ def test_a_walk_ends_with_the_models_own_loss(
     folder = make_model(tmp_path / "model", model_type, tied=tied)
     windows = calibration_of(Reader(folder), [text], SMALL)
     used = pilot_windows(windows, SMALL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)  # with the attention that computes all of the model
     with torch.no_grad():
         expected = float(model(used, labels=used).loss)
     options = SMALL.model_copy(update={"equalization": True})
