@@ -60,12 +60,12 @@ class Baseline:
         source, weights = readers.input, readers.weights
         if self.tensor_mix and isinstance(source, DynamicInputPlan):
             source = TensorInputPlan(source.bits, source.rotation)
-        if self.middle == "windows" and isinstance(source, StaticInputPlan):
+        if isinstance(source, StaticInputPlan):
             fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
-            source = WindowMiddlesPlan(**fields)
-        elif self.norm_step != "channel" and isinstance(source, StaticInputPlan):
-            fields = {x.name: getattr(source, x.name) for x in dataclasses.fields(source)}
-            source = OneStepPlan(**fields, smooth=self.norm_step == "smooth")
+            if self.middle == "windows":
+                source = WindowMiddlesPlan(**fields)
+            elif self.norm_step != "channel":
+                source = OneStepPlan(**fields, smooth=self.norm_step == "smooth")
         if self.kept_weights:
             weights = dict.fromkeys(weights)
         return replace(readers, input=source, weights=weights)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergequant.methods.clip import ChannelClipStatistics, ChannelRange, choose_channel_clips
+from mergequant.methods.clip import ChannelRange
 from mergequant.methods.migrate import activation_steps
 from mergequant.model.architecture import MIDDLE, Linear
 from mergequant.model.equalized_reader import as_carried, as_read
@@ -57,10 +57,6 @@ def carried_steps(
     if linear.reads == MIDDLE and bits == _WIDE:
         largest = with_headroom(largest)
     elif search is not None:
-        grid = search.grid()
-        sums = ChannelClipStatistics.empty(len(grid), len(largest), largest.device)
-        for x in tokens:
-            sums.add(x, spans, grid, bits)
-        clip = choose_channel_clips(sums, rows, spans, grid, weight_bits)
+        clip = search.of_channels(tokens, rows, spans, bits, weight_bits)
     steps = activation_steps(largest, clip, spans.levels)
     return as_read(steps.clamp(min=steps.median() / _LARGEST_RATIO), config, linear)

@@ -40,8 +40,12 @@ def linear_forms(
 
 def quantizes_head(architecture: Architecture, options: Options) -> bool:
     """Whether the head gets 8 bits: it is asked for, and vLLM's class can serve it."""
-    asked = options.head_bits == BITS and not options.ignores(architecture.head.name)
-    return asked and architecture.served_head == "any"
+    return asks_for_head(architecture, options) and architecture.served_head == "any"
+
+
+def asks_for_head(architecture: Architecture, options: Options) -> bool:
+    """Whether the head is asked for in 8 bits."""
+    return options.head_bits == BITS and not options.ignores(architecture.head.name)
 
 
 def _form(

@@ -6,8 +6,7 @@ from mergequant.model.architecture import MIDDLE, Architecture
 from mergequant.model.equalized_reader import is_carried
 from mergequant.model.rotated_reader import fixed_residual
 from mergequant.options import Options
-from mergequant.quantizer.forms import quantizes_head
-from mergequant.quantizer.head import BITS
+from mergequant.quantizer.forms import asks_for_head, quantizes_head
 
 
 def left_out(architecture: Architecture, options: Options) -> Iterator[str]:
@@ -15,8 +14,7 @@ def left_out(architecture: Architecture, options: Options) -> Iterator[str]:
     fixed = fixed_residual(architecture)
     if fixed is not None and options.rotation != "none":
         yield f"The residual is not rotated (R1): {fixed}"
-    asked = options.head_bits == BITS and not options.ignores(architecture.head.name)
-    if asked and not quantizes_head(architecture, options):
+    if asks_for_head(architecture, options) and not quantizes_head(architecture, options):
         yield f"The head stays in 16 bits: vLLM serves {architecture.model_type} with no other"
     static = [x.norm for x in architecture.readers() if x.norm is not None]
     if not static and options.activations != "dynamic":

@@ -1,7 +1,7 @@
 """BLOOM: a norm behind the embedding, ALiBi positions; q, k and v are one matrix, head by head."""
 
 from mergequant.model.architecture import Architecture, Linear, Norm, Outer
-from mergequant.model.architectures.layer_norm_block import PLAIN_SPACES, QKV
+from mergequant.model.architectures.layer_norm_block import LAYER_NORMS, PLAIN_SPACES, QKV
 from mergequant_vllm.format import BLOCK
 
 _BEHIND_EMBEDDING = "transformer.word_embeddings_layernorm"
@@ -15,10 +15,7 @@ BLOOM = Architecture(
         Outer(f"{_BEHIND_EMBEDDING}.weight", ("hidden",)),
         Outer(f"{_BEHIND_EMBEDDING}.bias", ("hidden",)),
     ),
-    norms=(
-        Norm("input_layernorm", "residual", "attn_in", kind="layer", bias=True),
-        Norm("post_attention_layernorm", "residual", "mlp_in", kind="layer", bias=True),
-    ),
+    norms=LAYER_NORMS,
     linears=(
         Linear("self_attention.query_key_value", "attn_in", QKV, bias=True, per_head=True),
         Linear("self_attention.dense", "attn_mix", "residual", bias=True),

@@ -1,7 +1,7 @@
 """GPT-NeoX, Pythia: two LayerNorms read one residual; q, k and v are one matrix, head by head."""
 
 from mergequant.model.architecture import Architecture, Linear, Norm
-from mergequant.model.architectures.layer_norm_block import PLAIN_SPACES, QKV
+from mergequant.model.architectures.layer_norm_block import LAYER_NORMS, PLAIN_SPACES, QKV
 from mergequant_vllm.format import BLOCK
 
 GPT_NEOX = Architecture(
@@ -9,10 +9,7 @@ GPT_NEOX = Architecture(
     spaces=PLAIN_SPACES,
     block=f"gpt_neox.layers.{BLOCK}",
     embedding=Linear("gpt_neox.embed_in", reads="tokens", writes="residual"),
-    norms=(
-        Norm("input_layernorm", "residual", "attn_in", kind="layer", bias=True),
-        Norm("post_attention_layernorm", "residual", "mlp_in", kind="layer", bias=True),
-    ),
+    norms=LAYER_NORMS,
     linears=(
         Linear("attention.query_key_value", "attn_in", QKV, bias="attention_bias", per_head=True),
         Linear("attention.dense", "attn_mix", "residual", bias="attention_bias"),

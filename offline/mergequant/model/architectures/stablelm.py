@@ -3,15 +3,13 @@
 from dataclasses import replace
 
 from mergequant.model.architecture import Linear, Norm
+from mergequant.model.architectures.layer_norm_block import LAYER_NORMS
 from mergequant.model.architectures.llama import LLAMA
 
 STABLELM = replace(
     LLAMA,
     model_type="stablelm",
-    norms=(
-        Norm("input_layernorm", "residual", "attn_in", kind="layer", bias=True),
-        Norm("post_attention_layernorm", "residual", "mlp_in", kind="layer", bias=True),
-    ),
+    norms=LAYER_NORMS,
     linears=(
         Linear("self_attn.q_proj", reads="attn_in", writes="query", bias="use_qkv_bias"),
         Linear("self_attn.k_proj", reads="attn_in", writes="key", bias="use_qkv_bias"),

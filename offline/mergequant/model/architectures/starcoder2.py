@@ -1,17 +1,14 @@
 """StarCoder2: LayerNorms and a plain MLP with biases, rotary positions."""
 
 from mergequant.model.architecture import Architecture, Linear, Norm
-from mergequant.model.architectures.layer_norm_block import PLAIN_SPACES
+from mergequant.model.architectures.layer_norm_block import LAYER_NORMS, PLAIN_SPACES
 
 _BIAS = "use_bias"
 
 STARCODER2 = Architecture(
     model_type="starcoder2",
     spaces=PLAIN_SPACES,
-    norms=(
-        Norm("input_layernorm", "residual", "attn_in", kind="layer", bias=True),
-        Norm("post_attention_layernorm", "residual", "mlp_in", kind="layer", bias=True),
-    ),
+    norms=LAYER_NORMS,
     linears=(
         Linear("self_attn.q_proj", reads="attn_in", writes="query", bias=_BIAS),
         Linear("self_attn.k_proj", reads="attn_in", writes="key", bias=_BIAS),

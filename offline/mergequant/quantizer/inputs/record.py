@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from mergequant.errors import InputError
-from mergequant.methods.clip import clip_grid
+from mergequant.methods.clip import (
+    ChannelClipStatistics,
+    ChannelRange,
+    choose_channel_clips,
+    clip_grid,
+)
 from mergequant.model.block import Block
 
 
@@ -22,6 +27,28 @@ class ClipSearch:
     def grid(self) -> Tensor:
         """float64 [points], ascending."""
         return clip_grid(self.lowest, self.points)
+
+    def of_channels(
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        spans: ChannelRange,
+        bits: int,
+        weight_bits: int,
+    ) -> Tensor:
+        """The ratio of each channel that minimises Eq. 7: float64 [n].
+
+        Args:
+            inputs: [tokens, n] each.
+            weights: [out, n], of all readers.
+            spans: what the channels span.
+            bits: width of an activation code; `weight_bits`: of a weight's.
+        """
+        grid = self.grid()
+        sums = ChannelClipStatistics.empty(len(grid), len(spans.extent), spans.extent.device)
+        for x in inputs:
+            sums.add(x, spans, grid, bits)
+        return choose_channel_clips(sums, weights, spans, grid, weight_bits)
 
 
 class CalibratedInput(Protocol):

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from mergequant.calibration.statistics import ChannelMagnitudes, outlier_ratio
 from mergequant.errors import InputError
 from mergequant.methods.clip import (
-    ChannelClipStatistics,
     ChannelRange,
-    choose_channel_clips,
 )
 from mergequant.methods.migrate import (
     FoldedNorm,
@@ -195,36 +193,35 @@ def calibrate_channels(
         spans = _span(plan, *trim_ends(histogram, plan.clip.grid(), plan.bits))
         clip = torch.where(seen.extent > 0, spans.extent / seen.extent, clip)
     elif plan.clip is not None:
-        clip = _channel_clips(plan, plan.clip, inputs, weights, spans)
+        clip = plan.clip.of_channels(inputs, weights, spans, plan.bits, plan.weight_bits)
         step = activation_steps(spans.extent, clip, spans.levels)
     if step is None:
         step = plan.unclipped_steps(spans, weights)
-    source, name = block.source_tensors, plan.norm.name
-    bias = source.get(f"{name}.bias")
-    folded = fold_norm(
-        source[f"{name}.weight"].to(clip.device),
-        None if bias is None else bias.to(clip.device),
-        step,
-        one_plus=plan.norm.multiplier == "one_plus",
-    )
-    shift = spans.shift(folded.step)
-    if absorbed := shift is not None and bias is not None:
-        middle, (folded, shift) = shift, centred(folded, shift)
-        lost = (shift - middle).abs()
-        if bool((lost > folded.step / 4).any()):
-            # The stored bias is too coarse for the middle: codes must reach as much further.
-            wider = folded.step + 2 * lost / spans.levels
-            assert bias is not None
-            folded = fold_norm(
-                source[f"{name}.weight"].to(clip.device),
-                bias.to(clip.device),
-                wider,
-                one_plus=plan.norm.multiplier == "one_plus",
-            )
-            again = spans.shift(folded.step)
-            assert again is not None
-            folded, shift = centred(folded, again)
+    folded, shift = _folded(plan.norm, block, spans, step)
+    absorbed = shift is not None and folded.bias is not None
     return ChannelCalibration(folded, shift, magnitudes.energy, clip, magnitudes.largest, absorbed)
+
+
+def _folded(
+    norm: Norm, block: Block, spans: ChannelRange, step: Tensor
+) -> tuple[FoldedNorm, Tensor | None]:
+    """The norm that divides by `step`, its bias with z in it if it has one; and z [n]."""
+    source, one_plus = block.source_tensors, norm.multiplier == "one_plus"
+    weight, bias = source[f"{norm.name}.weight"].to(step.device), source.get(f"{norm.name}.bias")
+    bias = None if bias is None else bias.to(step.device)
+    folded = fold_norm(weight, bias, step, one_plus=one_plus)
+    shift = spans.shift(folded.step)
+    if shift is None or bias is None:
+        return folded, shift
+    held, taken = centred(folded, shift)
+    lost = (taken - shift).abs()
+    if not bool((lost > folded.step / 4).any()):
+        return held, taken
+    # The stored bias is too coarse for the middle: codes must reach as much further.
+    folded = fold_norm(weight, bias, folded.step + 2 * lost / spans.levels, one_plus=one_plus)
+    shift = spans.shift(folded.step)
+    assert shift is not None
+    return centred(folded, shift)
 
 
 def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRange:
@@ -233,20 +230,6 @@ def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRang
     if plan.zero_points:
         return ChannelRange.between(low, high, plan.bits)
     return ChannelRange.symmetric(torch.maximum(high, -low), plan.bits)
-
-
-def _channel_clips(
-    plan: StaticInputPlan,
-    search: ClipSearch,
-    inputs: Sequence[Tensor],
-    weights: Tensor,
-    spans: ChannelRange,
-) -> Tensor:
-    grid = search.grid()
-    sums = ChannelClipStatistics.empty(len(grid), len(spans.extent), spans.extent.device)
-    for x in inputs:
-        sums.add(x, spans, grid, plan.bits)
-    return choose_channel_clips(sums, weights, spans, grid, plan.weight_bits)
 
 
 @dataclass(frozen=True)
