@@ -131,11 +131,8 @@ class TensorInputPlan:
         self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
     ) -> tuple[CalibratedInput, list[Tensor]]:
         """Take the largest magnitude of the calibration text."""
-        inputs: list[Tensor] = []
-        block.observe(linears[0], batches, inputs.append)
-        magnitudes = ChannelMagnitudes()
-        for x in inputs:
-            magnitudes.add(self.rotation(x))
+        inputs = block.inputs_of(linears[0], batches)
+        magnitudes = ChannelMagnitudes.of(self.rotation(x) for x in inputs)
         step = (magnitudes.largest.amax() / largest_code(self.bits)).clamp(min=SMALLEST_STEP)
         return TensorInput(self.bits, step, self.rotation), inputs
 

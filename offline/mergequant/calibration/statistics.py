@@ -1,5 +1,7 @@
 """Accumulators over calibration tokens; each adds batches and can be read at any time."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,14 @@ class ChannelMagnitudes:
         self._lowest: Tensor | None = None
         self._highest: Tensor | None = None
         self._energy: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: Iterable[Tensor]) -> "ChannelMagnitudes":
+        """Those of tokens [t, n] each."""
+        magnitudes = cls()
+        for x in inputs:
+            magnitudes.add(x)
+        return magnitudes
 
     def add(self, x: Tensor) -> None:
         """Count tokens [t, n]."""

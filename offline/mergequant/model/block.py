@@ -197,6 +197,12 @@ class Block:
         for hidden in batches:
             self._observe(linear, hidden, lambda x: consume(x.reshape(-1, x.shape[-1])))
 
+    def inputs_of(self, linear: str, batches: Sequence[Tensor]) -> list[Tensor]:
+        """What `linear` reads of each batch, see `observe`: [tokens, n] each."""
+        inputs: list[Tensor] = []
+        self.observe(linear, batches, inputs.append)
+        return inputs
+
     def _observe(self, name: str, hidden: Tensor, consume: Callable[[Tensor], object]) -> None:
         """Call `consume` with the input of submodule `name`, and stop there."""
 

@@ -11,7 +11,8 @@ from mergequant.methods.reconstruct import Reconstruction
 from mergequant.methods.rotate import OnlineRotation
 from mergequant.quantizer.inputs.dynamic import DynamicInput
 from mergequant.quantizer.inputs.record import CalibratedInput
-from mergequant.quantizer.inputs.static import ChannelCalibration, StaticInput, static_input
+from mergequant.quantizer.inputs.static import ChannelCalibration, static_input
+from mergequant.quantizer.inputs.static_input import StaticInput
 
 CHANNELS = 12
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mergequant.calibration.statistics import ChannelMagnitudes
 from mergequant.model.block import Block
-from mergequant.quantizer.inputs.record import CalibratedInput, refuse_infinite
-from mergequant.quantizer.inputs.static import StaticInput
+from mergequant.quantizer.inputs.record import CalibratedInput, clip_report, refuse_infinite
+from mergequant.quantizer.inputs.static_input import StaticInput
 from mergequant_vllm.rounding import largest_code
 
 
@@ -28,15 +28,12 @@ class CarriedInputPlan:
         self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
     ) -> tuple[CalibratedInput, list[Tensor]]:
         """See what the steps clip of what the quantized block hands on."""
-        inputs: list[Tensor] = []
-        block.observe(linears[0], batches, inputs.append)
-        magnitudes = ChannelMagnitudes()
-        for x in inputs:
-            magnitudes.add(x)
+        inputs = block.inputs_of(linears[0], batches)
+        magnitudes = ChannelMagnitudes.of(inputs)
         refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linears[0])}")
         most = largest_code(self.bits)
         clip = most / magnitudes.largest.clamp(min=most)
-        limits = {"lowest": clip.min(), "mean": clip.mean(), "highest": clip.max()}
-        report = {"clip": {key: round(float(value), 4) for key, value in limits.items()}}
         step = torch.ones(len(clip), dtype=torch.float64, device=clip.device)
-        return StaticInput(self.bits, step, None, None, None, report, {}), inputs
+        return StaticInput(
+            self.bits, step, None, None, None, {"clip": clip_report(clip)}, {}
+        ), inputs

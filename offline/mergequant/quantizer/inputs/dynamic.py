@@ -37,8 +37,7 @@ class DynamicInputPlan:
         self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
     ) -> tuple[CalibratedInput, list[Tensor]]:
         """Search the ratio of least error at the linears' output."""
-        inputs: list[Tensor] = []
-        block.observe(linears[0], batches, inputs.append)
+        inputs = block.inputs_of(linears[0], batches)
         ratio = 1.0
         if self.clip is not None:
             # The weights of such a linear were rotated as they were read; its float input is not.

@@ -111,6 +111,12 @@ class InputPlan(Protocol):
         """
 
 
+def clip_report(clip: Tensor) -> dict[str, float]:
+    """What the report says of the clip ratios [n] of channels."""
+    limits = {"lowest": clip.min(), "mean": clip.mean(), "highest": clip.max()}
+    return {key: round(float(value), 4) for key, value in limits.items()}
+
+
 def stacked_weights(block: Block, linears: Sequence[str]) -> Tensor:
     """The weights of linears that read one input as one matrix: float32 [out, n]."""
     return torch.cat([block.weight(name) for name in linears])

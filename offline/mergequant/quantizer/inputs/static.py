@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -19,12 +18,10 @@ from mergequant.methods.migrate import (
     activation_steps,
     centred,
     fold_norm,
-    migrate_weight,
 )
 from mergequant.methods.reconstruct import (
     Reconstruction,
     as_they_are,
-    fold_columns,
     reconstruct,
     sort_columns,
 )
@@ -34,12 +31,11 @@ from mergequant.model.block import Block
 from mergequant.quantizer.inputs.record import (
     CalibratedInput,
     ClipSearch,
+    clip_report,
     refuse_infinite,
     stacked_weights,
 )
-from mergequant_vllm.kernels.codes import CodeLayout
-from mergequant_vllm.kernels.norm_round.reference import static_codes
-from mergequant_vllm.rounding import largest_code, smallest_code
+from mergequant.quantizer.inputs.static_input import StaticInput
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ class StaticInputPlan:
         self, block: Block, linears: Sequence[str], batches: Sequence[Tensor]
     ) -> tuple[CalibratedInput, list[Tensor]]:
         """Choose a step for each channel and fold it into the norm, within the block too."""
-        inputs: list[Tensor] = []
-        block.observe(linears[0], batches, inputs.append)
+        inputs = block.inputs_of(linears[0], batches)
         weights = stacked_weights(block, linears)
         length = batches[0].shape[1]
         calibration = calibrate_channels(self, block, linears[0], inputs, weights, length)
@@ -98,9 +93,8 @@ class StaticInputPlan:
         if self.columns is not None:
             columns = columns_of(calibration, weights, self.columns)
         clips = calibration.clip
-        limits = {"lowest": clips.min(), "mean": clips.mean(), "highest": clips.max()}
         report = {
-            "clip": {key: round(float(value), 4) for key, value in limits.items()},
+            "clip": clip_report(clips),
             "outliers": _outliers_report(calibration, columns),
             "reconstruction": _reconstruction_report(columns, len(clips)),
         }
@@ -181,9 +175,7 @@ def calibrate_channels(
         weights: [out, n], of all of them.
         length: tokens in a window.
     """
-    magnitudes = ChannelMagnitudes()
-    for x in inputs:
-        magnitudes.add(x)
+    magnitudes = ChannelMagnitudes.of(inputs)
     refuse_infinite(magnitudes.energy, f"The input of {block.name_of(linear)}")
     seen = plan.span(magnitudes, inputs, length)
     spans, clip, step = seen, torch.ones_like(seen.extent, dtype=torch.float64), None
@@ -230,84 +222,6 @@ def _span(plan: StaticInputPlan, lowest: Tensor, highest: Tensor) -> ChannelRang
     if plan.zero_points:
         return ChannelRange.between(low, high, plan.bits)
     return ChannelRange.symmetric(torch.maximum(high, -low), plan.bits)
-
-
-@dataclass(frozen=True)
-class StaticInput:
-    """The input of linears whose norm hands out x / step.
-
-    Attributes:
-        bits: width of an activation code.
-        step: float64 [n], what migrates into the weights.
-        shift: float64 [n], what the code 0 stands for, as `offset` or the norm's bias are stored;
-            None: 0.
-        columns: of the linears; None: the channels as they are.
-        offset: float32 [K], added before rounding; None: 0.
-        report: fields of the report.
-        norm_tensors: the folded norm as it is to be stored, by name within the block.
-    """
-
-    bits: int
-    step: Tensor
-    shift: Tensor | None
-    columns: Reconstruction | None
-    offset: Tensor | None
-    report: Mapping[str, Any]
-    norm_tensors: Mapping[str, Tensor]
-    is_served: bool = True
-
-    def dequantized(self, x: Tensor) -> Tensor:
-        """Codes of x [..., n], whose norm is folded: float32 [..., K]."""
-        codes = static_codes(
-            x, self.bits, CodeLayout.FLOAT32, index=self._index, offset=self.offset
-        )
-        return self._without_padding(codes)
-
-    def unrounded(self, x: Tensor) -> Tensor:
-        """Codes of x [..., n] before they are rounded and clamped: float32 [..., K]."""
-        columns = x if self._index is None else x.index_select(-1, self._index)
-        columns = columns if self.offset is None else columns + self.offset
-        return self._without_padding(columns)
-
-    def relaxed(self, x: Tensor) -> Tensor:
-        """Codes of x [..., n] before they are rounded, clamped: float32 [..., K]."""
-        return self.unrounded(x).clamp(smallest_code(self.bits), largest_code(self.bits))
-
-    def folded_weight(self, weight: Tensor) -> Tensor:
-        """W times the steps, columns reconstructed: [out, n] to [out, K]."""
-        if self.columns is None:
-            return migrate_weight(weight, self.step)
-        return fold_columns(weight, self.step, self.columns)
-
-    def output_offset(self, weight: Tensor) -> Tensor | None:
-        """W z: [out, n] to float32 [out]; None without zero points."""
-        if self.shift is None:
-            return None
-        return (weight.to(torch.float64) @ self.shift).to(torch.float32)
-
-    def stored(self) -> dict[str, Tensor]:
-        """`input_index` and `input_offset` where there are any."""
-        tensors = {}
-        if self._index is not None:
-            tensors["input_index"] = self._index.cpu()
-        if self.offset is not None:
-            tensors["input_offset"] = self.offset.cpu().clone()
-        return tensors
-
-    @cached_property
-    def _index(self) -> Tensor | None:
-        return None if self.columns is None else self.columns.index.to(torch.int32)
-
-    @cached_property
-    def _real(self) -> Tensor | None:
-        """1 for each column but those of padding, float32 [K]; None where there are none."""
-        if self.columns is None or self.columns.padding == 0:
-            return None
-        return (self.columns.share != 0).to(torch.float32)
-
-    def _without_padding(self, codes: Tensor) -> Tensor:
-        """Padding reads channel 0 and must learn nothing from it: its weight stays 0."""
-        return codes if self._real is None else codes * self._real
 
 
 def static_input(
