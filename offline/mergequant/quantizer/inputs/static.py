@@ -206,11 +206,14 @@ def _folded(
     if shift is None or bias is None:
         return folded, shift
     held, taken = centred(folded, shift)
-    lost = (taken - shift).abs()
-    if not bool((lost > folded.step / 4).any()):
+    coarse = (taken - shift).abs() > folded.step / 4
+    if not bool(coarse.any()):
         return held, taken
-    # The stored bias is too coarse for the middle: codes must reach as much further.
-    folded = fold_norm(weight, bias, folded.step + 2 * lost / spans.levels, one_plus=one_plus)
+    # The stored bias, of 8 significant bits, is too coarse for the middle: codes reach further, by
+    # what its rounding can be whatever the step.
+    lost = 2.0**-8 * (bias.to(torch.float64) - shift).abs()
+    wider = torch.where(coarse, folded.step + 2 * lost / spans.levels, folded.step)
+    folded = fold_norm(weight, bias, wider, one_plus=one_plus)
     shift = spans.shift(folded.step)
     assert shift is not None
     return centred(folded, shift)
