@@ -12,7 +12,7 @@ TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 pangrams (of a k
 
 
 # Factors that a table must not forget, by model type: their default is 1.
-FACTORS: dict[str, dict[str, float]] = {
+FACTORS: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
@@ -22,6 +22,15 @@ FACTORS: dict[str, dict[str, float]] = {
     "cohere": {"logit_scale": 0.25},
     "gemma2": {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 5.0},
     "gemma3_text": {"final_logit_softcapping": 4.0},
+    "ministral3": {  # queries grow within 64 tokens, by 1.28
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.2,
+        }
+    },
 }
 
 HEADS_ALIKE = ("opt", "gpt_neox", "bloom")  # each query head has a value head of its own

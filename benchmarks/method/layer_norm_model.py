@@ -1,19 +1,27 @@
-"""Trains an OPT-shaped model for some minutes, and puts one-sided outliers into a copy of it.
+"""Trains an OPT- or BLOOM-shaped model for some minutes, and puts outliers into a copy of it.
 
-    python -m benchmarks.method.layer_norm_model OUTPUT --text FILE [--minutes M]
+    python -m benchmarks.method.layer_norm_model OUTPUT --text FILE [--shape opt] [--minutes M]
 
 OUTPUT gets `plain` and `outliers`, the same function, and `heldout.txt`, the tenth of the text that
-is not learned. No LayerNorm model comes with a package or a small download.
+is not learned. Outliers are one-sided. No LayerNorm model comes with a package or a small download.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.method.one_sided import with_one_sided_outliers
 from mergequant.calibration.sources import read_source
@@ -43,8 +51,8 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokens: int) -> OPTForCausalLM:
-    """A model of 6 blocks and 256 channels."""
+def new_opt(tokens: int) -> OPTForCausalLM:
+    """Learned positions, ReLU; 6 blocks of 256 channels."""
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=tokens,
@@ -62,7 +70,19 @@ def new_model(tokens: int) -> OPTForCausalLM:
     )
 
 
-def fit(model: OPTForCausalLM, tokens: torch.Tensor, minutes: float) -> float:
+def new_bloom(tokens: int) -> BloomForCausalLM:
+    """ALiBi, a norm behind the embedding, GELU; 6 blocks of 256 channels."""
+    return BloomForCausalLM(
+        BloomConfig(
+            vocab_size=tokens, hidden_size=256, n_layer=6, n_head=8, bos_token_id=0, eos_token_id=0
+        )
+    )
+
+
+SHAPES: dict[str, Callable[[int], Any]] = {"opt": new_opt, "bloom": new_bloom}
+
+
+def fit(model: Any, tokens: torch.Tensor, minutes: float) -> float:
     """Train until the time is over, the rate falling with it; returns the last mean loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     began, step, mean = time.monotonic(), 0, 0.0
@@ -85,16 +105,17 @@ def fit(model: OPTForCausalLM, tokens: torch.Tensor, minutes: float) -> float:
 
 def main() -> None:
     """Train, save and stretch."""
-    parser = argparse.ArgumentParser(description="An OPT-shaped model with one-sided outliers.")
+    parser = argparse.ArgumentParser(description="A LayerNorm model with one-sided outliers.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--text", required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="opt")
     parser.add_argument("--minutes", type=float, default=8.0)
     given = parser.parse_args()
     torch.manual_seed(0)
     text = read_source(given.text).text()
     cut = round(len(text) * (1 - HELD_OUT))
     tokenizer = train_tokenizer(text[:cut])
-    model = new_model(len(tokenizer))
+    model = SHAPES[given.shape](len(tokenizer))
     ids = tokenizer(text[:cut], add_special_tokens=False, verbose=False)["input_ids"]
     print(f"Last loss {fit(model, torch.tensor(ids), given.minutes):.3f} nats a token.")
     plain = given.output / "plain"

@@ -150,6 +150,8 @@ class Architecture:
         bare_inputs: vLLM's loader reorders all tensors of a fused linear, so none can describe its
             input: neither columns nor a clip ratio.
         served_with: fields of the configuration whose only value that vLLM's class serves is given.
+        restated: fields that vLLM's class reads where transformers has others: by field and key,
+            the path of what transformers has. The checkpoint's config.json holds both.
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
         scales: constant factors.
@@ -173,6 +175,7 @@ class Architecture:
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     bare_inputs: bool = False
     served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
+    restated: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     windows: Literal["none", "all", "some"] = "all"
     scales: Scales = Scales()
     eager: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
 from mergequant.model.architectures import ARCHITECTURES
 
@@ -44,7 +45,7 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
             settled[field] = value
     if not settled.get("intermediate_size"):
         settled.update(_intermediate(architecture, settled))
-    return settled
+    return settled | _restated(architecture, whole)
 
 
 def _fields(architecture: Architecture) -> Iterator[str]:
@@ -58,6 +59,29 @@ def _fields(architecture: Architecture) -> Iterator[str]:
     yield from architecture.served_with
     scales = vars(architecture.scales).values()
     yield from (x for x in scales if x is not None)
+
+
+def _restated(architecture: Architecture, whole: Any) -> dict[str, Any]:
+    """What vLLM's class reads under other names, as `transformers` computes it.
+
+    Raises:
+        InputError: the configuration lacks a field that this type cannot be computed without.
+    """
+    return {
+        field: {key: _at(path, whole) for key, path in keys.items()}
+        for field, keys in architecture.restated.items()
+    }
+
+
+def _at(path: str, whole: Any) -> Any:
+    name, _, key = path.partition(".")
+    value = (getattr(whole, name, None) or {}).get(key)
+    if value is None:
+        raise InputError(
+            f"config.json has no {path}, without which a {whole.model_type} cannot be computed: "
+            "download the model again."
+        )
+    return value
 
 
 def _intermediate(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergequant.errors import InputError
 from mergequant.model.reader import Reader
 from mergequant.model.settled_config import settle
 from tests.tiny import make_model
@@ -48,6 +49,19 @@ def test_leftovers_of_old_files_are_not_read(tmp_path: Path) -> None:
     reader = Reader(folder)
     assert name not in reader.headers
     reader.check_finite()
+
+
+def test_what_vllm_reads_elsewhere_is_said_there_too() -> None:
+    positions = {"original_max_position_embeddings": 4096, "llama_4_scaling_beta": 0.2}
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, **positions}
+    settled = settle({"model_type": "ministral3", "rope_parameters": rope})
+    expected = {"original_max_position_embeddings": 4096, "beta": 0.2}
+    assert settled["llama_4_scaling"] == expected
+    # A file that says nothing means transformers' defaults; one without the factor means nothing.
+    assert settle({"model_type": "ministral3"})["llama_4_scaling"]["beta"] == 0.1
+    del rope["llama_4_scaling_beta"]
+    with pytest.raises(InputError, match="has no rope_parameters.llama_4_scaling_beta"):
+        settle({"model_type": "ministral3", "rope_parameters": rope})
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])

@@ -11,6 +11,7 @@ from mergequant.model.architectures.gemma3_text import GEMMA3_TEXT
 from mergequant.model.architectures.gpt_neox import GPT_NEOX
 from mergequant.model.architectures.granite import GRANITE
 from mergequant.model.architectures.llama import LLAMA
+from mergequant.model.architectures.ministral3 import MINISTRAL3
 from mergequant.model.architectures.mistral import MISTRAL
 from mergequant.model.architectures.olmo2 import OLMO2
 from mergequant.model.architectures.opt import OPT
@@ -22,7 +23,7 @@ from mergequant.model.architectures.smollm3 import SMOLLM3
 from mergequant.model.architectures.stablelm import STABLELM
 from mergequant.model.architectures.starcoder2 import STARCODER2
 
-_GATED = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE4_5, SMOLLM3, PHI3)
+_GATED = (LLAMA, MISTRAL, MINISTRAL3, QWEN2, QWEN3, GRANITE, ERNIE4_5, SMOLLM3, PHI3)
 _POST_NORM = (GEMMA2, GEMMA3_TEXT, OLMO2, EXAONE4)
 _LAYER_NORM = (OPT, BLOOM, GPT_NEOX, STARCODER2, STABLELM, PHI, COHERE)
 
