@@ -1,7 +1,7 @@
 // AVX-512's integer vectors for the INT4 linear: 16 outputs by 4 channels.
 //
-// Without VNNI as AVX2 does it; with VNNI, vpdpbusd adds four products into 32 bits, which never
-// overflow (dispatch.cpp bounds the number of channels).
+// Without VNNI as AVX2 does it; with VNNI, vpdpbusd adds four products into 32 bits, modulo 2^32:
+// dispatch.cpp bounds the number of channels, so that the sums of codes fit.
 
 #pragma once
 
@@ -44,6 +44,9 @@ struct Avx512Vectors : X86<16> {
 #if defined(__AVX512VNNI__)
 
 struct Avx512Vnni : Avx512Vectors {
+    // vpdpbusd takes weights without a sign.
+    static constexpr bool whole_bytes = true;
+    static constexpr int32_t byte_offset = 128;
     // 28 sums, 2 vectors of weights, one of activations, one mask: all registers.
     static constexpr int rows = 14;
 
@@ -66,6 +69,8 @@ struct Avx512Vnni : Avx512Vectors {
 #else
 
 struct Avx512 : Avx512Vectors {
+    static constexpr bool whole_bytes = false;
+    static constexpr int32_t byte_offset = 128;
     static constexpr int rows = 12;
 
     // As AVX2's: 240 or 3840 a step.

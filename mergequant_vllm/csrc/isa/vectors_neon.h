@@ -16,6 +16,9 @@ namespace {
 
 struct NeonDotprod : Vectors<4> {
     static constexpr int outputs = 4, panels = 2, rows = 8, registers = 32;
+    // sdot takes weights with a sign.
+    static constexpr bool whole_bytes = true;
+    static constexpr int32_t byte_offset = 0;
 
     using Weights = uint8x16_t;
     using Sums = int32x4_t;

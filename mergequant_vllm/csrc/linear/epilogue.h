@@ -6,9 +6,9 @@
 //   with spans      y = (sum_0 * step_0 + sum_1 * step_1 + ...) * token_step + constant
 //
 // A missing token step or constant is replaced by what changes no bit: 1 and -0. A sum is of
-// (code - token_zero) * (weight - zero); what was summed is code * nibbles, and
+// (code - token_zero) * (weight - zero); what was summed is code * (weight + offset), and
 //
-//   sum = sum of code * nibbles - (offset + zero) * sum of codes - token_zero * weight_sum
+//   sum = what was summed - (offset + zero) * sum of codes - token_zero * weight_sum
 
 #pragma once
 
@@ -144,20 +144,21 @@ void prefetch_values(const LinearArguments &a, const Shape<Set> &shape, int64_t 
 }
 
 // One register of float32(sum of the header), from output `at` of a block on. Its integers are
-// unsigned, because what is subtracted may pass 2^31 where the difference does not; so may the two
-// nibbles' sum.
-template <class Set, int Planes, Terms Which>
+// unsigned, because what is subtracted may pass 2^31 where the difference does not; so may the sum of
+// bytes, or of the two nibbles.
+template <class Set, Form Stored, Terms Which>
 MQ_INLINE typename Set::Floats centred(const int32_t *sums, const OutputValues &values,
                                        int64_t span, TokenValues token, int at)
 {
     using Words = typename Set::Words;
-    const int32_t *const low = sums + at / Set::outputs * Planes * Set::outputs + at % Set::outputs;
+    constexpr int planes = planes_of(Stored);
+    const int32_t *const low = sums + at / Set::outputs * planes * Set::outputs + at % Set::outputs;
     Words both = load_vector<Words>(low);
-    if (Planes == 2)
+    if (planes == 2)
         both += 16 * load_vector<Words>(low + Set::outputs);
     const int64_t of_span = span * Shape<Set>::lanes + at;
     if (Which == Terms::OFFSET)
-        both -= uint32_t(token.sum) * (Planes == 2 ? 128 : 8);
+        both -= uint32_t(token.sum) * uint32_t(offset_of<Set>(Stored));
     else
         both -= load_vector<Words>(values.zero + of_span) * uint32_t(token.sum);
     if (Which == Terms::TOKEN_ZEROS)
@@ -168,48 +169,48 @@ MQ_INLINE typename Set::Floats centred(const int32_t *sums, const OutputValues &
 
 // One register, from output `at` of a block on: the sums of a finished span times its steps, and on
 // top of what the spans before it came to.
-template <class Set, int Planes, Terms Which>
+template <class Set, Form Stored, Terms Which>
 MQ_INLINE typename Set::Floats with_span(const int32_t *sums, const float *floats,
                                          const OutputValues &values, int64_t span,
                                          TokenValues token, int at)
 {
     using Floats = typename Set::Floats;
     const float *const step = values.step + span * Shape<Set>::lanes;
-    const Floats sum = centred<Set, Planes, Which>(sums, values, span, token, at) *
+    const Floats sum = centred<Set, Stored, Which>(sums, values, span, token, at) *
                        load_vector<Floats>(step + at);
     return span > 0 ? load_vector<Floats>(floats + at) + sum : sum;
 }
 
-template <class Set, int Planes, Terms Which>
+template <class Set, Form Stored, Terms Which>
 MQ_INLINE void add_span(const int32_t *sums, const OutputValues &values, int64_t span,
                         TokenValues token, float *floats)
 {
-    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width)
-        store_vector(with_span<Set, Planes, Which>(sums, floats, values, span, token, i),
+    for (int i = 0; i < Shape<Set>::lanes / planes_of(Stored); i += Set::width)
+        store_vector(with_span<Set, Stored, Which>(sums, floats, values, span, token, i),
                      floats + i);
 }
 
-template <class Set, int Planes, Terms Which>
+template <class Set, Form Stored, Terms Which>
 MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, TokenValues token,
                           float token_step, float *y)
 {
     using Floats = typename Set::Floats;
-    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
-        const Floats scaled = centred<Set, Planes, Which>(sums, values, 0, token, i) *
+    for (int i = 0; i < Shape<Set>::lanes / planes_of(Stored); i += Set::width) {
+        const Floats scaled = centred<Set, Stored, Which>(sums, values, 0, token, i) *
                               token_step * load_vector<Floats>(values.step + i);
         store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }
 
 // The last span's sums, on their way to the outputs: the first ones' are in `floats`.
-template <class Set, int Planes, Terms Which>
+template <class Set, Form Stored, Terms Which>
 MQ_INLINE void scale_spans(const int32_t *sums, const float *floats, const OutputValues &values,
                            int64_t span, TokenValues token, float token_step, float *y)
 {
     using Floats = typename Set::Floats;
-    for (int i = 0; i < Shape<Set>::lanes / Planes; i += Set::width) {
+    for (int i = 0; i < Shape<Set>::lanes / planes_of(Stored); i += Set::width) {
         const Floats scaled =
-            with_span<Set, Planes, Which>(sums, floats, values, span, token, i) * token_step;
+            with_span<Set, Stored, Which>(sums, floats, values, span, token, i) * token_step;
         store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
     }
 }
@@ -225,10 +226,10 @@ MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uin
 }
 
 // Rounds a block's outputs of one token and writes them.
-template <class Set, int Planes>
+template <class Set, Form Stored>
 MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *to)
 {
-    constexpr int outputs = Shape<Set>::lanes / Planes;
+    constexpr int outputs = Shape<Set>::lanes / planes_of(Stored);
     if (type == MQ_FLOAT32) {
         copy_outputs<outputs>(y, values, to);
         return;

@@ -9,9 +9,13 @@
 //     low nibble of the byte of (output i, channel c):  channel 8 s + c
 //     high nibble:                                      channel 8 s + 4 + c
 //
-// A 4-bit block is panels * Set::outputs outputs. 8-bit weights are two nibbles, code + 128 =
-// 16 high + low; even panels hold the low ones and odd panels the high ones of the same outputs, so
-// that one integer kernel serves every width. 3-bit codes are stored as 4-bit ones.
+// A 4-bit block is panels * Set::outputs outputs. 3-bit codes are stored as 4-bit ones. 8-bit weights
+// are bytes where the instructions multiply and add whole ones (`Set::whole_bytes`):
+//
+//   packed [blocks][channels / 4][panels][vector]    code + Set::byte_offset
+//
+// Elsewhere they are two nibbles, code + byte_offset = 16 high + low; even panels hold the low ones and odd
+// panels the high ones of the same outputs, so that the kernel of 4 bits serves them.
 // Channels are padded to a multiple of 8, where activations are 0; outputs to whole blocks.
 
 #pragma once
@@ -25,11 +29,30 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What a weight is stored as.
+enum class Form { NIBBLES, TWO_NIBBLES, BYTES };
+
+template <class Set> constexpr Form form_of(int weight_bits)
+{
+    if (weight_bits != 8)
+        return Form::NIBBLES;
+    return Set::whole_bytes ? Form::BYTES : Form::TWO_NIBBLES;
+}
+
+// Vectors of a few outputs' weights: one, or that of the low and that of the high nibbles.
+constexpr int planes_of(Form form) { return form == Form::TWO_NIBBLES ? 2 : 1; }
+
+// What was added to a code, which the products have too much.
+template <class Set> constexpr int32_t offset_of(Form form)
+{
+    return form == Form::NIBBLES ? 8 : Set::byte_offset;
+}
+
 template <class Set> struct Shape {
     static constexpr int lanes = Set::panels * Set::outputs;
 
     int64_t n, k;
-    int planes;       // nibbles of a weight
+    Form form;
     int64_t outputs;  // of a block
     int64_t blocks;
     int64_t channels;     // k, padded
@@ -37,16 +60,20 @@ template <class Set> struct Shape {
     int64_t spans;
 
     Shape(int64_t n, int64_t k, int weight_bits, const int32_t *ends = nullptr, int64_t spans = 1)
-        : n(n), k(k), ends(ends), spans(spans)
+        : n(n), k(k), form(form_of<Set>(weight_bits)), ends(ends), spans(spans)
     {
-        planes = weight_bits == 8 ? 2 : 1;
-        outputs = lanes / planes;
+        outputs = lanes / planes_of(form);
         blocks = ceil_div(n, outputs);
         channels = round_up(k, 8);
     }
 
-    int32_t offset() const { return planes == 2 ? 128 : 8; }
-    int64_t block_bytes() const { return channels * lanes / 2; }
+    int32_t offset() const { return offset_of<Set>(form); }
+    // Of a block's first so many channels.
+    int64_t bytes(int64_t channels) const
+    {
+        return channels * lanes / (form == Form::BYTES ? 1 : 2);
+    }
+    int64_t block_bytes() const { return bytes(channels); }
 
     // Channels of a span; the last one's padding is its own where products are summed.
     int64_t begin(int64_t span) const { return span ? ends[span - 1] : 0; }
@@ -90,26 +117,46 @@ template <class Set> int64_t linear_bytes(int64_t n, int64_t k, int weight_bits)
     return shape.blocks * shape.block_bytes();
 }
 
-// The nibble of one weight; beyond the matrix that of code 0 (its products are never used, or 0).
+// One weight and its offset; beyond the matrix that of code 0 (its products are never used, or 0).
+template <class Set>
+int with_offset(const int8_t *codes, const Shape<Set> &shape, int64_t output, int64_t channel)
+{
+    const bool inside = output < shape.n && channel < shape.k;
+    return shape.offset() + (inside ? codes[output * shape.k + channel] : 0);
+}
+
+template <class Set>
+void pack_bytes(const int8_t *codes, const Shape<Set> &shape, int64_t block, uint8_t *packed)
+{
+    for (int64_t channel = 0; channel < shape.channels; channel += 4) {
+        for (int panel = 0; panel < Set::panels; ++panel) {
+            const int64_t first = (block * Set::panels + panel) * Set::outputs;
+            for (int i = 0; i < Set::outputs; ++i) {
+                for (int c = 0; c < 4; ++c)
+                    packed[Set::place(i, c)] =
+                        uint8_t(with_offset(codes, shape, first + i, channel + c));
+            }
+            packed += 4 * Set::outputs;
+        }
+    }
+}
+
+// One of the two nibbles of a weight, or its only one.
 template <class Set>
 uint8_t nibble(const int8_t *codes, const Shape<Set> &shape, int64_t output, int64_t channel,
                int plane)
 {
-    const bool inside = output < shape.n && channel < shape.k;
-    const int code = inside ? codes[output * shape.k + channel] : 0;
-    if (shape.planes == 1)
-        return uint8_t((code + 8) & 15);
-    return uint8_t((code + 128) >> (4 * plane) & 15);
+    return uint8_t(with_offset(codes, shape, output, channel) >> (4 * plane) & 15);
 }
 
 template <class Set>
-void pack_block(const int8_t *codes, const Shape<Set> &shape, int64_t block, uint8_t *packed)
+void pack_nibbles(const int8_t *codes, const Shape<Set> &shape, int64_t block, uint8_t *packed)
 {
-    const int panels_of_outputs = Set::panels / shape.planes;
+    const int planes = planes_of(shape.form), panels_of_outputs = Set::panels / planes;
     for (int64_t channel = 0; channel < shape.channels; channel += 8) {
         for (int panel = 0; panel < Set::panels; ++panel) {
-            const int plane = panel % shape.planes;
-            const int64_t first = (block * panels_of_outputs + panel / shape.planes) * Set::outputs;
+            const int plane = panel % planes;
+            const int64_t first = (block * panels_of_outputs + panel / planes) * Set::outputs;
             for (int i = 0; i < Set::outputs; ++i) {
                 for (int c = 0; c < 4; ++c) {
                     const uint8_t low = nibble(codes, shape, first + i, channel + c, plane);
@@ -128,7 +175,11 @@ void linear_pack(const int8_t *codes, int64_t n, int64_t k, int weight_bits, uin
     const Shape<Set> shape(n, k, weight_bits);
 #pragma omp parallel for schedule(static) if (n * k > 1 << 16)
     for (int64_t block = 0; block < shape.blocks; ++block) {
-        pack_block(codes, shape, block, packed + block * shape.block_bytes());
+        uint8_t *const to = packed + block * shape.block_bytes();
+        if (shape.form == Form::BYTES)
+            pack_bytes(codes, shape, block, to);
+        else
+            pack_nibbles(codes, shape, block, to);
     }
 }
 

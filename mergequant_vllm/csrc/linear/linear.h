@@ -57,7 +57,7 @@ class KeptMemory {
 };
 
 // One allocation for all threads: gathered activations, their sums, each thread's scratch.
-template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
+template <class Set, Form Stored> int linear_rows(Plan<Set> &plan)
 {
     Arena shared = {nullptr, 0}, own = {nullptr, 0};
     const int64_t gathered_bytes = plan.gathers() ? plan.tiles.rows * plan.shape.channels : 0;
@@ -83,7 +83,7 @@ template <class Set, int Planes> int linear_rows(Plan<Set> &plan)
             prepare_tile(plan, tile, gathered);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < plan.tasks(); ++task)
-            Task<Set, Planes>(plan, scratch, task).run();
+            Task<Set, Stored>(plan, scratch, task).run();
     }
     return MQ_OK;
 }
@@ -92,8 +92,8 @@ template <class Set> int linear(const LinearArguments &a)
 {
     for (int64_t first = 0; first < a.m; first += MOST_ROWS) {
         Plan<Set> plan(a, first, smaller(MOST_ROWS, a.m - first));
-        const int status =
-            a.weight_bits == 8 ? linear_rows<Set, 2>(plan) : linear_rows<Set, 1>(plan);
+        const int status = a.weight_bits == 8 ? linear_rows<Set, form_of<Set>(8)>(plan)
+                                              : linear_rows<Set, Form::NIBBLES>(plan);
         if (status != MQ_OK)
             return status;
     }

@@ -3,7 +3,7 @@
 // A task is a few blocks of outputs for all tokens or, where there are fewer such tasks than
 // threads could share, for a part of the tokens. Per task and thread:
 //
-//   weights  [run_channels][lanes]               one block's, unpacked; only with many tokens
+//   weights  [run_channels][lanes]               one block's nibbles, unpacked; only with many tokens
 //   sums     [tokens of a tile][lanes] int32     or, where a block's channels are too many to unpack
 //                                                at once, [task_blocks][tokens][lanes]
 //   floats   likewise, float32                   only with spans
@@ -25,12 +25,12 @@ namespace {
 
 // Tokens at once: bounds the scratch memory; weights are unpacked once for all of them.
 constexpr int64_t MOST_ROWS = 512;
-// Weights of a block that are unpacked at once: they fit the second cache.
-constexpr int64_t UNPACKED_BYTES = 256 << 10;
+// Weights of a block as bytes that many tokens read in turn: they fit the second cache.
+constexpr int64_t NEAR_BYTES = 256 << 10;
 // Outputs of a task with many tokens.
-constexpr int64_t UNPACKED_LANES = 256;
-// Tiles of tokens that read weights as they are stored, rather than unpacked.
-constexpr int64_t NIBBLE_TILES = 2;
+constexpr int64_t MANY_LANES = 256;
+// Tiles of tokens that are few: they read nibbles as they are stored, rather than unpacked.
+constexpr int64_t FEW_TILES = 2;
 // Products below which one thread does it all.
 constexpr int64_t SERIAL_WORK = 1 << 17;
 
@@ -83,9 +83,10 @@ template <class Set> struct Plan {
           first_row(first_row), tiles(rows)
     {
         threads = rows * a.k * a.n < SERIAL_WORK ? 1 : thread_count();
-        unpacks = tiles.count > NIBBLE_TILES;
-        run_channels = unpacks ? unpacked_channels() : shape.channels;
-        const int64_t most = unpacks ? larger(1, UNPACKED_LANES / Shape<Set>::lanes) : 1;
+        const bool many = tiles.count > FEW_TILES;
+        unpacks = many && shape.form != Form::BYTES;
+        run_channels = many ? near_channels() : shape.channels;
+        const int64_t most = many ? larger(1, MANY_LANES / Shape<Set>::lanes) : 1;
         task_blocks = larger(1, smaller(most, shape.blocks / threads));
         output_parts = ceil_div(shape.blocks, task_blocks);
         const int64_t wanted = ceil_div(2 * threads, output_parts);
@@ -93,9 +94,9 @@ template <class Set> struct Plan {
     }
 
     // Whole spans, where they are small enough: their sums need not be kept.
-    int64_t unpacked_channels() const
+    int64_t near_channels() const
     {
-        const int64_t most = smaller(UNPACKED_BYTES / Shape<Set>::lanes, shape.channels);
+        const int64_t most = smaller(NEAR_BYTES / Shape<Set>::lanes, shape.channels);
         const int64_t unit = shape.unit();
         return unit <= most ? most / unit * unit : most;
     }

@@ -14,7 +14,7 @@
 
 namespace {
 
-template <class Set, int Planes> struct Task {
+template <class Set, Form Stored> struct Task {
     static constexpr int lanes = Shape<Set>::lanes;
 
     const Plan<Set> &plan;
@@ -68,14 +68,22 @@ template <class Set, int Planes> struct Task {
     void run_block(int64_t block, int64_t begin, int64_t end) const
     {
         const uint8_t *const stored =
-            plan.a.packed + (first_block + block) * plan.shape.block_bytes() + begin * lanes / 2;
+            plan.a.packed + (first_block + block) * plan.shape.block_bytes() +
+            plan.shape.bytes(begin);
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-            const From source = !plan.unpacks        ? From::STORED
-                                : tile == first_tile ? From::UNPACKING
-                                                     : From::UNPACKED;
-            const uint8_t *const weights = source == From::UNPACKED ? scratch.weights : stored;
-            run_tile(source, tile, block, weights, begin, end);
+            const From source = source_of(tile);
+            const bool unpacked = plan.unpacks && source == From::NEAR_BYTES;
+            run_tile(source, tile, block, unpacked ? scratch.weights : stored, begin, end);
         }
+    }
+
+    From source_of(int64_t tile) const
+    {
+        if (Stored != Form::BYTES && !plan.unpacks)
+            return From::NIBBLES;
+        if (tile != first_tile)
+            return From::NEAR_BYTES;
+        return Stored == Form::BYTES ? From::BYTES : From::UNPACKING;
     }
 
     // One tile of tokens by one block, from channel `begin` to `end`, span by span.
@@ -89,7 +97,7 @@ template <class Set, int Planes> struct Task {
         float *const floats = scratch.floats + kept(block, row);
         const int8_t *activations = plan.activations + plan.tiles.begin(tile) * shape.channels;
         const Tile kernel = tile_of<Set>(source, size);
-        const int64_t bytes_of_pair = (source == From::UNPACKED ? 8 : 4) * lanes;
+        const int64_t bytes_of_pair = (are_nibbles(source) ? 4 : 8) * lanes;
         const int64_t run = Set::run(plan.a.activation_bits);
         if (end == shape.channels)
             prefetch_outputs(block, row, size);
@@ -121,7 +129,7 @@ template <class Set, int Planes> struct Task {
         const OutputValues &values = scratch.values[block];
         with_terms(terms_of(plan.a), [&](auto terms) {
             for (int64_t r = 0; r < size; ++r)
-                add_span<Set, Planes, terms.value>(sums + r * lanes, values, span,
+                add_span<Set, Stored, terms.value>(sums + r * lanes, values, span,
                                                    token_values(row + r, span), floats + r * lanes);
         });
     }
@@ -140,12 +148,12 @@ template <class Set, int Planes> struct Task {
         float *const y = direct ? reinterpret_cast<float *>(to) : rest;
         const int64_t last = plan.shape.spans - 1;
         if (a.span_ends)
-            scale_spans<Set, Planes, Which>(sums, floats, values, last, token_values(row, last),
+            scale_spans<Set, Stored, Which>(sums, floats, values, last, token_values(row, last),
                                             token_step, y);
         else
-            scale_sums<Set, Planes, Which>(sums, values, token_values(row, 0), token_step, y);
+            scale_sums<Set, Stored, Which>(sums, values, token_values(row, 0), token_step, y);
         if (!direct)
-            store_outputs<Set, Planes>(y, values, a.type, to);
+            store_outputs<Set, Stored>(y, values, a.type, to);
     }
 
     uint8_t *outputs(int64_t token) const

@@ -2,7 +2,7 @@
 //
 //   activations [channels / 4][Rows][4]                  int8, read 4 channels of a token at a time
 //   weights     [channels / 8][panels][vector] nibbles   as stored, or
-//               [channels / 4][panels][vector] bytes     as an earlier tile unpacked them
+//               [channels / 4][panels][vector] bytes     stored so, or as an earlier tile unpacked them
 //   sums        [Rows][panels * outputs] int32           replaced, or added to
 //
 // An instruction set's own sums may be narrow (16 bits where the products of bytes are); they are
@@ -20,9 +20,15 @@ namespace {
 template <class Set, int Rows> using TileSums = typename Set::Sums[Rows][Set::panels];
 template <class Set> using StepWeights = typename Set::Weights[Set::panels];
 
-// Where a tile has its weights from: few tokens read them as they are stored; of many, the first tile
-// unpacks them for the others as it goes, which costs it only stores.
-enum class From { STORED, UNPACKING, UNPACKED };
+// Where a tile has its weights from: few tokens read nibbles as they are stored; of many, the first
+// tile unpacks them for the others as it goes, which costs it only stores. Of stored bytes the first
+// tile asks for more ahead.
+enum class From { NIBBLES, UNPACKING, BYTES, NEAR_BYTES };
+
+constexpr bool are_nibbles(From source)
+{
+    return source == From::NIBBLES || source == From::UNPACKING;
+}
 
 // Asks for a cache line of packed weights a page before its turn: processors follow successive
 // addresses only some lines ahead, and not into a page that they have not seen. An address past the
@@ -64,7 +70,7 @@ template <class Set, int Rows, From Source>
 MQ_INLINE void pair(TileSums<Set, Rows> &even, TileSums<Set, Rows> &odd, const int8_t *activations,
                     const uint8_t *weights, uint8_t *unpacked)
 {
-    constexpr bool nibbles = Source != From::UNPACKED;
+    constexpr bool nibbles = are_nibbles(Source);
     constexpr int vector = 4 * Set::outputs, step_bytes = Set::panels * vector;
     constexpr int second = nibbles ? 0 : step_bytes;
     StepWeights<Set> vectors;
@@ -76,9 +82,10 @@ MQ_INLINE void pair(TileSums<Set, Rows> &even, TileSums<Set, Rows> &odd, const i
         if (Source == From::UNPACKING)
             Set::store(vectors[panel], unpacked + panel * vector);
     }
-    if (nibbles) {
+    if (Source != From::NEAR_BYTES) {
+        constexpr int line_count = nibbles ? step_bytes : 2 * step_bytes;
         MQ_UNROLL
-        for (int line = 0; line < step_bytes; line += 64)
+        for (int line = 0; line < line_count; line += 64)
             prefetch_ahead(weights + line);
     }
     step<Set, Rows>(even, vectors, activations);
@@ -123,7 +130,7 @@ void tile(const int8_t *activations, const uint8_t *weights, uint8_t *unpacked, 
         for (int64_t i = 0; i < count; ++i) {
             pair<Set, Rows, Source>(even, two_chains ? odd : even, activations, weights, unpacked);
             activations += 8 * Rows;
-            weights += Source == From::UNPACKED ? bytes : bytes / 2;
+            weights += are_nibbles(Source) ? bytes / 2 : bytes;
             if (Source == From::UNPACKING)
                 unpacked += bytes;
         }
@@ -150,9 +157,13 @@ template <class Set, From Source, int Rows = Set::rows> Tile tile_of(int64_t row
 
 template <class Set> Tile tile_of(From source, int64_t rows)
 {
-    return source == From::STORED      ? tile_of<Set, From::STORED>(rows)
+    if constexpr (Set::whole_bytes) {
+        if (source == From::BYTES)
+            return tile_of<Set, From::BYTES>(rows);
+    }
+    return source == From::NIBBLES     ? tile_of<Set, From::NIBBLES>(rows)
            : source == From::UNPACKING ? tile_of<Set, From::UNPACKING>(rows)
-                                       : tile_of<Set, From::UNPACKED>(rows);
+                                       : tile_of<Set, From::NEAR_BYTES>(rows);
 }
 
 }  // namespace
