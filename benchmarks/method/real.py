@@ -62,6 +62,15 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W6A6 --fast": {**FAST, "static_bits": 6, "dynamic_bits": 6, "weight_bits": 6},
     "W4A8 --fast --activations fully_static": {**FAST, **CARRIED},
     "W4A4 --fast --activations fully_static": {**FAST, **CARRIED, "static_bits": 4},
+    "W4A4 --fast --activations fully_static, o and down in 8 bits": {
+        **FAST,
+        "activations": "fully_static",
+        "overrides": {
+            "re:.*down_proj": {"group_size": 64, "static_bits": 8},
+            "re:.*o_proj": {"static_bits": 8},
+        },
+    },
+    "W4A4 --fast --dynamic-bits 8": {**FAST, "dynamic_bits": 8},
     "W4A4 plain": PLAIN,
     "W4A4 plain --rotation none": {**PLAIN, "rotation": "none"},
     "W4A4 plain --no-static-zero-points": {**PLAIN, "static_zero_points": False},

@@ -12,10 +12,8 @@ from mergequant.ablation.rows import FULL, Row
 from mergequant.ablation.survey import Survey
 from mergequant.ablation.tables import FIGURE1, Table
 from mergequant.errors import InputError
+from mergequant.model.architecture import Architecture
 from mergequant.options import Options
-
-_READERS = {"attn_in": "q, k, v", "mlp_in": "gate, up"}
-_ENDINGS = {"o_proj": "out", "down_proj": "down"}
 
 
 def require_matplotlib() -> None:
@@ -34,15 +32,18 @@ def draw(
     model: str,
     tables: Sequence[Table],
     records: Mapping[str, Record],
-    survey: Survey,
+    survey: Survey | None,
+    architecture: Architecture,
 ) -> list[Path]:
     """Draw every figure for which there is something to draw; returns the files."""
     require_matplotlib()
+    readers = {x.space: x.title for x in architecture.readers()}
+    names = {x.name: x.short for x in architecture.linears}
     drawn = {
         "figure-1-calibrations.png": _figure1(model, tables, records),
-        "figure-2c-reconstruction.png": _figure2c(model, survey),
-        "figure-5-6-channels.png": _figure5(model, survey.largest),
-        "figure-7-clips.png": _figure7(model, tables, records),
+        "figure-2c-reconstruction.png": survey and _figure2c(model, survey, readers),
+        "figure-5-6-channels.png": survey and _figure5(model, survey.largest, readers),
+        "figure-7-clips.png": _figure7(model, tables, records, names),
     }
     return [_save(output / name, figure) for name, figure in drawn.items() if figure is not None]
 
@@ -100,7 +101,7 @@ def _loss(record: Record) -> float:
     return fmean(measured.loss for measured in texts.values())
 
 
-def _figure2c(model: str, survey: Survey) -> Any:
+def _figure2c(model: str, survey: Survey, readers: Mapping[str, str]) -> Any:
     """Folded weight columns' magnitudes before and after reconstruction, on one scale."""
     from matplotlib import pyplot
 
@@ -114,12 +115,11 @@ def _figure2c(model: str, survey: Survey) -> Any:
         axes.set(title=f"{title}: {len(columns)} columns", xlabel="column", ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("largest |s W| of a column")
-    reader = _READERS.get(survey.space, survey.space)
-    figure.suptitle(f"{model}: weights of {reader} in block {survey.block}")
+    figure.suptitle(f"{model}: weights of {readers[survey.space]} in block {survey.block}")
     return figure
 
 
-def _figure5(model: str, largest: Mapping[str, Tensor]) -> Any:
+def _figure5(model: str, largest: Mapping[str, Tensor], readers: Mapping[str, str]) -> Any:
     """Heat maps of max |X| by channel and block; a channel's outliers are a vertical line."""
     from matplotlib import pyplot
     from matplotlib.colors import LogNorm
@@ -132,14 +132,19 @@ def _figure5(model: str, largest: Mapping[str, Tensor]) -> Any:
         image = axes.imshow(
             values.clamp(min=floor).tolist(), aspect="auto", norm=LogNorm(), interpolation="nearest"
         )
-        axes.set(title=f"input of {_READERS.get(space, space)}", xlabel="channel", ylabel="block")
+        axes.set(title=f"input of {readers[space]}", xlabel="channel", ylabel="block")
         figure.colorbar(image, ax=axes, label="largest |X|")
     figure.suptitle(f"{model}: largest absolute activation of each channel")
     return figure
 
 
-def _figure7(model: str, tables: Sequence[Table], records: Mapping[str, Record]) -> Any | None:
-    """Clip ratio of out and down by block, of the row that is most of the method."""
+def _figure7(
+    model: str,
+    tables: Sequence[Table],
+    records: Mapping[str, Record],
+    names: Mapping[str, str],
+) -> Any | None:
+    """Clip ratio of o and down by block, of the row that is most of the method."""
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
@@ -149,8 +154,7 @@ def _figure7(model: str, tables: Sequence[Table], records: Mapping[str, Record])
     row, options = clipped
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, ratios in records[row.key].clips.items():
-        label = _ENDINGS.get(name.rpartition(".")[2], name)
-        axes.plot(range(len(ratios)), ratios, marker="o", markersize=4, label=label)
+        axes.plot(range(len(ratios)), ratios, marker="o", markersize=4, label=names[name])
     rotation = {"none": "no"}.get(options.rotation, options.rotation)
     axes.set(title=f"{model}: clip ratios, {rotation} rotation", xlabel="block", ylabel="ratio")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

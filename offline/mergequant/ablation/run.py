@@ -193,4 +193,11 @@ class _Run:
             self.base,
             self.bench.progress,
         )
-        return draw(self.shelf.output, subject.name, self.tables, self.records, surveyed)
+        return draw(
+            self.shelf.output,
+            subject.name,
+            self.tables,
+            self.records,
+            surveyed,
+            subject.architecture,
+        )

@@ -60,12 +60,17 @@ def survey(
     calibration: Sequence[str | Path],
     options: Options,
     progress: bool = True,
-) -> Survey:
-    """Run the model on `options.statistics_samples` windows and look at every norm's output."""
+) -> Survey | None:
+    """Run the model on `options.statistics_samples` windows and look at every norm's output.
+
+    None where no linear of the architecture reads a norm's.
+    """
+    norm_fed = [readers for readers in architecture.readers() if readers.norm is not None]
+    if not norm_fed:
+        return None
     decoder = Decoder(reader, architecture, find_device(options.device))
     windows = _windows(reader, calibration, options)
     batches = decoder.embed(windows, len(windows), 0).batches
-    norm_fed = [readers for readers in architecture.readers() if readers.norm is not None]
     alpha = options.alpha if isinstance(options.alpha, float) else paper_alpha(reader.config)
     largest: dict[str, list[Tensor]] = {readers.space: [] for readers in norm_fed}
     most: _Columns | None = None
@@ -76,7 +81,7 @@ def survey(
             columns = _columns(block, readers, magnitudes, alpha, options)
             if most is None or columns.excess > most.excess:
                 most = columns
-    assert most is not None  # a model has a block, and a block a norm
+    assert most is not None  # a model has a block
     rows = {space: torch.stack(vectors) for space, vectors in largest.items()}
     return Survey(rows, most.space, most.block, most.before, most.after)
 
@@ -88,7 +93,7 @@ def kept_survey(
     calibration: Sequence[str | Path],
     options: Options,
     progress: bool = True,
-) -> Survey:
+) -> Survey | None:
     """The survey in `file` if it was made with these options, else a new one, kept there."""
     made_with = options.model_dump_json()
     if file.exists():
@@ -96,6 +101,8 @@ def kept_survey(
         if bytes(kept.pop("options").tolist()).decode() == made_with:
             return _unpacked(kept)
     survey_made = survey(reader, architecture, calibration, options, progress)
+    if survey_made is None:
+        return None
     tensors = _packed(survey_made) | {
         "options": torch.tensor(list(made_with.encode()), dtype=torch.uint8)
     }

@@ -84,6 +84,11 @@ class Linear:
         """The spaces that it writes."""
         return (self.writes,) if isinstance(self.writes, str) else self.writes
 
+    @property
+    def short(self) -> str:
+        """Its name for people: `q`, `down`, `query_key_value`."""
+        return self.name.rpartition(".")[2].removesuffix("_proj")
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -107,6 +112,11 @@ class Readers:
     space: str
     norm: Norm | None
     linears: tuple[Linear, ...]
+
+    @property
+    def title(self) -> str:
+        """Their short names, such as `q, k, v`."""
+        return ", ".join(linear.short for linear in self.linears)
 
 
 @dataclass(frozen=True)

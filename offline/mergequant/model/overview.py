@@ -70,11 +70,7 @@ def _names(architecture: Architecture, *, norm_fed: bool) -> str:
     groups: Iterator[Readers] = (
         x for x in architecture.readers() if (x.norm is not None) == norm_fed
     )
-    return "; ".join(", ".join(_short(x.name) for x in group.linears) for group in groups)
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2].removesuffix("_proj")
+    return "; ".join(group.title for group in groups)
 
 
 def _parts(linear: Linear) -> str:

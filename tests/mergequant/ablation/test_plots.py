@@ -14,10 +14,13 @@ from mergequant.ablation.records import Record
 from mergequant.ablation.rows import Row
 from mergequant.ablation.survey import Survey
 from mergequant.ablation.tables import distinct, tables
+from mergequant.model.architectures import find
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `plots` brings it")
 
 WIDTHS = {"hidden": 64, "queries": 64, "intermediate": 172}
+LLAMA = find("llama")
+NAMES = {x.name: x.short for x in LLAMA.linears}
 TABLES = list(tables(Options(compensation_rank=2), WIDTHS).values())
 SURVEY = Survey(
     largest={"attn_in": torch.rand(2, 64), "mlp_in": torch.zeros(2, 64)},
@@ -45,7 +48,7 @@ RECORDS = {row.key: record(row, i, own=5.0) for i, row in enumerate(distinct(TAB
 
 
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
-    drawn = plots.draw(tmp_path, "tiny", TABLES, RECORDS, SURVEY)
+    drawn = plots.draw(tmp_path, "tiny", TABLES, RECORDS, SURVEY, LLAMA)
     assert [path.name for path in drawn] == [
         "figure-1-calibrations.png",
         "figure-2c-reconstruction.png",
@@ -57,8 +60,20 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_has_no_row_is_left_out(tmp_path: Path) -> None:
-    drawn = plots.draw(tmp_path, "tiny", TABLES, {}, SURVEY)
+    drawn = plots.draw(tmp_path, "tiny", TABLES, {}, SURVEY, LLAMA)
     assert [path.name[:9] for path in drawn] == ["figure-2c", "figure-5-"]
+
+
+def test_figures_name_the_linears_of_the_architecture() -> None:
+    phi3 = {x.space: x.title for x in find("phi3").readers()}
+    figure: Any = plots._figure5("tiny", SURVEY.largest, phi3)
+    titles = [axes.get_title() for axes in figure.axes[:2]]
+    assert titles == ["input of qkv", "input of gate_up"]
+
+
+def test_a_model_whose_linears_read_no_norm_has_no_figure_of_them(tmp_path: Path) -> None:
+    drawn = plots.draw(tmp_path, "tiny", TABLES, RECORDS, None, find("olmo2"))
+    assert [path.name[:9] for path in drawn] == ["figure-1-", "figure-7-"]
 
 
 def bars(records: dict[str, Record]) -> tuple[str, list[float]]:
@@ -78,11 +93,11 @@ def test_figure_1_shows_tasks_if_there_are_any_and_piqa_if_it_is_among_them() ->
 
 
 def test_figure_7_is_of_the_method_without_rotation() -> None:
-    figure: Any = plots._figure7("tiny", TABLES, RECORDS)
+    figure: Any = plots._figure7("tiny", TABLES, RECORDS, NAMES)
     row = next(row for row in distinct(TABLES) if row.label == "MergeQuant, no rotation")
     drawn = [list(line.get_ydata()) for line in figure.axes[0].get_lines()]
     assert drawn == list(RECORDS[row.key].clips.values())
-    assert [x.get_text() for x in figure.axes[0].get_legend().get_texts()] == ["out", "down"]
+    assert [x.get_text() for x in figure.axes[0].get_legend().get_texts()] == ["o", "down"]
 
 
 def test_without_matplotlib_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from mergequant.ablation.survey import Survey, kept_survey, survey
 from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import find
 from mergequant.model.reader import Reader
+from tests.tiny import make_model
 
 OPTIONS = Options(statistics_samples=3, sequence_length=32, device="cpu", alpha=2.0)
 HUGE = 5
@@ -31,9 +32,15 @@ def reader(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Reader:
     return Reader(folder)
 
 
+def surveyed_with(reader: Reader, text: Path, options: Options) -> Survey:
+    made = survey(reader, find("llama"), [text], options, progress=False)
+    assert made is not None
+    return made
+
+
 @pytest.fixture(scope="module")
 def surveyed(reader: Reader, text: Path) -> Survey:
-    return survey(reader, find("llama"), [text], OPTIONS, progress=False)
+    return surveyed_with(reader, text, OPTIONS)
 
 
 def test_largest_values_are_those_of_the_whole_model(
@@ -73,7 +80,13 @@ def test_reconstruction_spreads_the_largest_column_and_loses_nothing(surveyed: S
 
 def test_pruning_leaves_as_many_columns(reader: Reader, text: Path) -> None:
     options = OPTIONS.model_copy(update={"reconstruction": "prune"})
-    assert len(survey(reader, find("llama"), [text], options, progress=False).after) == 64
+    assert len(surveyed_with(reader, text, options).after) == 64
+
+
+def test_there_is_no_survey_where_nothing_reads_a_norm(tmp_path: Path, text: Path) -> None:
+    olmo = Reader(make_model(tmp_path / "olmo2", "olmo2"))
+    file = tmp_path / "survey.safetensors"
+    assert kept_survey(file, olmo, find("olmo2"), [text], OPTIONS, progress=False) is None
 
 
 def test_a_survey_is_kept_for_the_same_options(
@@ -81,7 +94,9 @@ def test_a_survey_is_kept_for_the_same_options(
 ) -> None:
     def again(options: Options) -> Survey:
         file = tmp_path / "survey.safetensors"
-        return kept_survey(file, reader, find("llama"), [text], options, progress=False)
+        made = kept_survey(file, reader, find("llama"), [text], options, progress=False)
+        assert made is not None
+        return made
 
     first = again(OPTIONS)
     monkeypatch.setattr(module, "survey", lambda *_: pytest.fail("it is there already"))

@@ -60,7 +60,7 @@ def test_what_vllm_reads_elsewhere_is_said_there_too() -> None:
     # A file that says nothing means transformers' defaults; one without the factor means nothing.
     assert settle({"model_type": "ministral3"})["llama_4_scaling"]["beta"] == 0.1
     del rope["llama_4_scaling_beta"]
-    with pytest.raises(InputError, match="has no rope_parameters.llama_4_scaling_beta"):
+    with pytest.raises(InputError, match=r"has no rope_parameters\.llama_4_scaling_beta"):
         settle({"model_type": "ministral3", "rope_parameters": rope})
 
 
