@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 pangrams (of a kind) in a row.\n"
 
 
-# Factors that a table must not forget, by model type: their default is 1.
+# What a table must not forget, by model type: factors that are 1 by default, positions.
 FACTORS: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 3.0,
@@ -28,6 +28,9 @@ FACTORS: dict[str, dict[str, Any]] = {
             "rope_theta": 1_000_000.0,
             "factor": 16.0,
             "original_max_position_embeddings": 16,
+            "beta_fast": 16.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
             "llama_4_scaling_beta": 0.2,
         }
     },

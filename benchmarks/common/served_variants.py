@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common.shapes import Model
+from mergequant.quantizer.forms import CARRIED_GROUP
 from mergequant_vllm.format import (
     BLOCK,
     FORMAT_VERSION,
@@ -59,7 +60,7 @@ def _mergequant(
     Args:
         head: in 8 bits, as the quantizer writes it by default.
         bits: of weights and activations in the blocks.
-        fully_static: o and down have static inputs too.
+        fully_static: o and down have static inputs too, down's weights groups.
     """
     hidden, inner = model.hidden_size, model.intermediate_size
     static = {
@@ -78,10 +79,14 @@ def _mergequant(
     linears |= {f"{block}.{name}": LinearEntry(shape=shape) for name, shape in dynamic.items()}
     weight, steps = WeightForm(bits=bits), StaticInput(bits=bits)
     normed = LinearForm(weight=weight, input=steps)
-    token = LinearForm(weight=weight, input=steps if fully_static else DynamicInput(bits=bits))
+    o = down = LinearForm(weight=weight, input=DynamicInput(bits=bits))
+    if fully_static:
+        o = normed
+        down = LinearForm(weight=WeightForm(bits=bits, group_size=CARRIED_GROUP), input=steps)
     targets = [
         Target(pattern=r"re:.*\.(q|k|v|gate|up)_proj$", linear=normed),
-        Target(pattern=r"re:.*\.(o|down)_proj$", linear=token),
+        Target(pattern=r"re:.*\.o_proj$", linear=o),
+        Target(pattern=r"re:.*\.down_proj$", linear=down),
     ]
     if head:
         linears["lm_head"] = LinearEntry(shape=(model.vocab_size, hidden))

@@ -37,11 +37,7 @@ from mergequant.cli_flags import BEST
 FAST: Mapping[str, Any] = {"compensation_rank": 0, "gptq_samples": None}
 PLAIN: Mapping[str, Any] = {**FAST, "reconstruction": "none"}
 EIGHT: Mapping[str, Any] = {"static_bits": 8, "dynamic_bits": 8}
-CARRIED: Mapping[str, Any] = {
-    "activations": "fully_static",
-    "static_bits": 8,
-    "overrides": {"re:.*down_proj": {"group_size": 64}},
-}
+CARRIED: Mapping[str, Any] = {"activations": "fully_static", "static_bits": 8}
 # What each row changes of the defaults; those of `PLAIN` tell the steps apart.
 ROWS: dict[str, Mapping[str, Any] | None] = {
     FULL: None,
@@ -65,10 +61,7 @@ ROWS: dict[str, Mapping[str, Any] | None] = {
     "W4A4 --fast --activations fully_static, o and down in 8 bits": {
         **FAST,
         "activations": "fully_static",
-        "overrides": {
-            "re:.*down_proj": {"group_size": 64, "static_bits": 8},
-            "re:.*o_proj": {"static_bits": 8},
-        },
+        "overrides": {"re:.*(o|down)_proj": {"static_bits": 8}},
     },
     "W4A4 --fast --dynamic-bits 8": {**FAST, "dynamic_bits": 8},
     "W4A4 plain": PLAIN,

@@ -120,7 +120,8 @@ int64_t largest_magnitude(int bits, bool zero_point)
     return zero_point ? (1 << bits) - 1 : 1 << (bits - 1);
 }
 
-// Whether `channels` products, and those with a nibble in the weight's place, add up in 32 bits.
+// Whether `channels` products add up in 32 bits, also with a nibble in the weight's place. Bytes
+// without a sign may add up to more: their sums are modulo 2^32 until the offset is taken out.
 bool fit_32_bits(int64_t channels, int weight_bits, bool zero_points, int activation_bits,
                  bool token_zero)
 {

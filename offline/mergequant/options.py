@@ -85,7 +85,8 @@ class Options(BaseModel):
         input_correction: with `gptq`, a weight is first fitted to give from its rounded input what
             it gave from the exact one, as far as tokens that were held out agree.
         weight_bits: width of a weight code.
-        group_size: input channels that share a weight step; None: one step per output channel.
+        group_size: input channels that share a weight step; None: one step per output channel (with
+            `activations` fully_static, 64 channels of down's).
         segments: weight steps along K of the norm-fed linears: their columns are sorted by size
             and cut into so many runs, each with a step of its own; None: one step.
         asymmetric: weights have zero points.

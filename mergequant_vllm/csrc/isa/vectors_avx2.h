@@ -11,8 +11,7 @@ namespace {
 
 struct Avx2 : X86<8> {
     static constexpr int outputs = 8, panels = 2, rows = 6, registers = 16;
-    static constexpr bool whole_bytes = false;  // pairs of their products pass 16 bits
-    static constexpr int32_t byte_offset = 128;
+    static constexpr bool whole_bytes = false;  // pairs of such products exceed 16 bits
 
     using Weights = __m256i;
     using Sums = __m256i;

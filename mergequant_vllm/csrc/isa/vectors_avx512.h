@@ -1,7 +1,6 @@
 // AVX-512's integer vectors for the INT4 linear: 16 outputs by 4 channels.
 //
-// Without VNNI as AVX2 does it; with VNNI, vpdpbusd adds four products into 32 bits, modulo 2^32:
-// dispatch.cpp bounds the number of channels, so that the sums of codes fit.
+// Without VNNI as AVX2 does it; with VNNI, vpdpbusd adds four products into 32 bits, modulo 2^32.
 
 #pragma once
 
@@ -70,7 +69,6 @@ struct Avx512Vnni : Avx512Vectors {
 
 struct Avx512 : Avx512Vectors {
     static constexpr bool whole_bytes = false;
-    static constexpr int32_t byte_offset = 128;
     static constexpr int rows = 12;
 
     // As AVX2's: 240 or 3840 a step.

@@ -1,7 +1,7 @@
 // NEON's integer vectors for the INT4 linear, with the dot product of ARMv8.2: 4 outputs by 4
 // channels.
 //
-// sdot adds four products of signed bytes into 32 bits; unsigned nibbles are signed bytes too. The
+// sdot adds four products of signed bytes into 32 bits; nibbles are signed bytes too. The
 // activations of four tokens are one vector, of which sdot reads a lane.
 
 #pragma once

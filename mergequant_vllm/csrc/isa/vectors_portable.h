@@ -16,7 +16,6 @@ namespace {
 struct Portable : Vectors<4> {
     static constexpr int outputs = 16, panels = 2, rows = 2, registers = 16;
     static constexpr bool whole_bytes = false;
-    static constexpr int32_t byte_offset = 128;
 
     typedef uint16_t Lanes __attribute__((vector_size(16)));
     typedef int16_t FourNarrow __attribute__((vector_size(8)));

@@ -14,7 +14,7 @@
 //
 //   packed [blocks][channels / 4][panels][vector]    code + Set::byte_offset
 //
-// Elsewhere they are two nibbles, code + byte_offset = 16 high + low; even panels hold the low ones and odd
+// Elsewhere they are two nibbles, code + 128 = 16 high + low; even panels hold the low ones and odd
 // panels the high ones of the same outputs, so that the kernel of 4 bits serves them.
 // Channels are padded to a multiple of 8, where activations are 0; outputs to whole blocks.
 
@@ -42,10 +42,14 @@ template <class Set> constexpr Form form_of(int weight_bits)
 // Vectors of a few outputs' weights: one, or that of the low and that of the high nibbles.
 constexpr int planes_of(Form form) { return form == Form::TWO_NIBBLES ? 2 : 1; }
 
-// What was added to a code, which the products have too much.
+// What is added to a code before it is stored.
 template <class Set> constexpr int32_t offset_of(Form form)
 {
-    return form == Form::NIBBLES ? 8 : Set::byte_offset;
+    if constexpr (Set::whole_bytes) {
+        if (form == Form::BYTES)
+            return Set::byte_offset;
+    }
+    return form == Form::NIBBLES ? 8 : 128;
 }
 
 template <class Set> struct Shape {
@@ -68,11 +72,8 @@ template <class Set> struct Shape {
     }
 
     int32_t offset() const { return offset_of<Set>(form); }
-    // Of a block's first so many channels.
-    int64_t bytes(int64_t channels) const
-    {
-        return channels * lanes / (form == Form::BYTES ? 1 : 2);
-    }
+    // Bytes of the first `count` channels of a block.
+    int64_t bytes(int64_t count) const { return count * lanes / (form == Form::BYTES ? 1 : 2); }
     int64_t block_bytes() const { return bytes(channels); }
 
     // Channels of a span; the last one's padding is its own where products are summed.

@@ -4,8 +4,8 @@
 // threads could share, for a part of the tokens. Per task and thread:
 //
 //   weights  [run_channels][lanes]               one block's nibbles, unpacked; only with many tokens
-//   sums     [tokens of a tile][lanes] int32     or, where a block's channels are too many to unpack
-//                                                at once, [task_blocks][tokens][lanes]
+//   sums     [tokens of a tile][lanes] int32     or, where a block's channels are too many for one
+//                                                run, [task_blocks][tokens][lanes]
 //   floats   likewise, float32                   only with spans
 //   values   [task_blocks], with their arrays    steps, zero points, constants of the outputs
 
@@ -26,7 +26,7 @@ namespace {
 // Tokens at once: bounds the scratch memory; weights are unpacked once for all of them.
 constexpr int64_t MOST_ROWS = 512;
 // Weights of a block as bytes that many tokens read in turn: they fit the second cache.
-constexpr int64_t NEAR_BYTES = 256 << 10;
+constexpr int64_t RUN_BYTES = 256 << 10;
 // Outputs of a task with many tokens.
 constexpr int64_t MANY_LANES = 256;
 // Tiles of tokens that are few: they read nibbles as they are stored, rather than unpacked.
@@ -96,7 +96,7 @@ template <class Set> struct Plan {
     // Whole spans, where they are small enough: their sums need not be kept.
     int64_t near_channels() const
     {
-        const int64_t most = smaller(NEAR_BYTES / Shape<Set>::lanes, shape.channels);
+        const int64_t most = smaller(RUN_BYTES / Shape<Set>::lanes, shape.channels);
         const int64_t unit = shape.unit();
         return unit <= most ? most / unit * unit : most;
     }

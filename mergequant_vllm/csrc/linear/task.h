@@ -83,7 +83,7 @@ template <class Set, Form Stored> struct Task {
             return From::NIBBLES;
         if (tile != first_tile)
             return From::NEAR_BYTES;
-        return Stored == Form::BYTES ? From::BYTES : From::UNPACKING;
+        return Stored == Form::BYTES ? From::FAR_BYTES : From::UNPACKING;
     }
 
     // One tile of tokens by one block, from channel `begin` to `end`, span by span.

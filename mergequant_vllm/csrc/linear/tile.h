@@ -2,7 +2,7 @@
 //
 //   activations [channels / 4][Rows][4]                  int8, read 4 channels of a token at a time
 //   weights     [channels / 8][panels][vector] nibbles   as stored, or
-//               [channels / 4][panels][vector] bytes     stored so, or as an earlier tile unpacked them
+//               [channels / 4][panels][vector] bytes     as stored, or as an earlier tile unpacked
 //   sums        [Rows][panels * outputs] int32           replaced, or added to
 //
 // An instruction set's own sums may be narrow (16 bits where the products of bytes are); they are
@@ -21,9 +21,9 @@ template <class Set, int Rows> using TileSums = typename Set::Sums[Rows][Set::pa
 template <class Set> using StepWeights = typename Set::Weights[Set::panels];
 
 // Where a tile has its weights from: few tokens read nibbles as they are stored; of many, the first
-// tile unpacks them for the others as it goes, which costs it only stores. Of stored bytes the first
-// tile asks for more ahead.
-enum class From { NIBBLES, UNPACKING, BYTES, NEAR_BYTES };
+// tile unpacks them for the others as it goes, which costs it only stores. Stored bytes are
+// prefetched by the first tile, and near for the others.
+enum class From { NIBBLES, UNPACKING, FAR_BYTES, NEAR_BYTES };
 
 constexpr bool are_nibbles(From source)
 {
@@ -64,7 +64,7 @@ MQ_INLINE void step(TileSums<Set, Rows> &sums, const StepWeights<Set> &weights,
     }
 }
 
-// Two steps: the 8 channels that share bytes where they are stored. `unpacked` is written to by
+// Two steps: 8 channels, which share bytes where nibbles are stored. `unpacked` is written to by
 // From::UNPACKING alone.
 template <class Set, int Rows, From Source>
 MQ_INLINE void pair(TileSums<Set, Rows> &even, TileSums<Set, Rows> &odd, const int8_t *activations,
@@ -158,8 +158,8 @@ template <class Set, From Source, int Rows = Set::rows> Tile tile_of(int64_t row
 template <class Set> Tile tile_of(From source, int64_t rows)
 {
     if constexpr (Set::whole_bytes) {
-        if (source == From::BYTES)
-            return tile_of<Set, From::BYTES>(rows);
+        if (source == From::FAR_BYTES)
+            return tile_of<Set, From::FAR_BYTES>(rows);
     }
     return source == From::NIBBLES     ? tile_of<Set, From::NIBBLES>(rows)
            : source == From::UNPACKING ? tile_of<Set, From::UNPACKING>(rows)

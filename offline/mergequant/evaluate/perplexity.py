@@ -20,6 +20,7 @@ from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_toke
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import default_device, load_model
 from mergequant.model.reader import Reader, is_mergequant, locate
+from mergequant.model.settled_config import restated_fields
 from mergequant.model.shapes import widths
 from mergequant_vllm.format import check_tensors, parse
 
@@ -178,7 +179,8 @@ def vllm_engine(folder: Path, **arguments: Any) -> AbstractContextManager[Any]:
             from vllm import LLM
         except ImportError as error:
             raise InputError(_NO_VLLM) from error
-        return _closing(LLM(model=str(folder), **arguments))
+        restated = restated_fields(Reader(folder).config)
+        return _closing(LLM(model=str(folder), hf_overrides=restated, **arguments))
 
 
 @contextmanager

@@ -160,8 +160,8 @@ class Architecture:
         bare_inputs: vLLM's loader reorders all tensors of a fused linear, so none can describe its
             input: neither columns nor a clip ratio.
         served_with: fields of the configuration whose only value that vLLM's class serves is given.
-        restated: fields that vLLM's class reads where transformers has others: by field and key,
-            the path of what transformers has. The checkpoint's config.json holds both.
+        restated: what vLLM's class reads under other names than transformers: by field and key,
+            the `FIELD.KEY` that transformers reads. The checkpoint's config.json has both.
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
         scales: constant factors.

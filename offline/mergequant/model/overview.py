@@ -43,6 +43,8 @@ def details(architecture: Architecture) -> str:
     )
     for field, value in architecture.served_with.items():
         lines.append(f"  only with {field} {value!r} in config.json, as vLLM serves it")
+    for field, keys in architecture.restated.items():
+        lines.append(f"  {field} in config.json, for vLLM, made of {', '.join(keys.values())}")
     if architecture.bare_inputs:
         lines.append("  fused linears without reconstruction: vLLM reorders all their tensors")
     return "\n".join(lines)
@@ -60,6 +62,7 @@ def as_records(architectures: Mapping[str, Architecture]) -> dict[str, Any]:
             "head": table.served_head,
             "residual_rotation": fixed_residual(table) is None,
             "served_with": dict(table.served_with),
+            "restated": {field: dict(keys) for field, keys in table.restated.items()},
         }
         for kind, table in architectures.items()
     }

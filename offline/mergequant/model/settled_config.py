@@ -29,6 +29,9 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration and, of a known model type, the fields that it leaves out.
 
     One that `transformers` refuses comes back as it is: `load_config` says so.
+
+    Raises:
+        InputError: vLLM and `transformers` would compute two models of it, or neither any.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
@@ -45,7 +48,14 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
             settled[field] = value
     if not settled.get("intermediate_size"):
         settled.update(_intermediate(architecture, settled))
-    return settled | _restated(architecture, whole)
+    settled.update(_restated(architecture, config, whole))
+    return settled
+
+
+def restated_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a settled configuration that the model's own config.json lacks and vLLM reads."""
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    return {} if architecture is None else {x: config[x] for x in architecture.restated}
 
 
 def _fields(architecture: Architecture) -> Iterator[str]:
@@ -61,19 +71,23 @@ def _fields(architecture: Architecture) -> Iterator[str]:
     yield from (x for x in scales if x is not None)
 
 
-def _restated(architecture: Architecture, whole: Any) -> dict[str, Any]:
-    """What vLLM's class reads under other names, as `transformers` computes it.
-
-    Raises:
-        InputError: the configuration lacks a field that this type cannot be computed without.
-    """
-    return {
-        field: {key: _at(path, whole) for key, path in keys.items()}
-        for field, keys in architecture.restated.items()
-    }
+def _restated(
+    architecture: Architecture, config: Mapping[str, Any], whole: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What vLLM's class reads under other names, as `transformers` computes it."""
+    for field, keys in architecture.restated.items():
+        values = {key: _at(path, whole) for key, path in keys.items()}
+        stands = config.get(field)
+        if stands is not None and stands != values:
+            raise InputError(
+                f"config.json has {field} {stands!r}, which vLLM reads, and elsewhere {values!r}, "
+                "which transformers reads: make them equal, as the model was trained."
+            )
+        yield field, values
 
 
 def _at(path: str, whole: Any) -> Any:
+    """The value of a field within a field, `FIELD.KEY`."""
     name, _, key = path.partition(".")
     value = (getattr(whole, name, None) or {}).get(key)
     if value is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mergequant.errors import InputError
 from mergequant.methods.rotate import OnlineRotation
-from mergequant.model.architecture import Architecture, Readers
+from mergequant.model.architecture import MIDDLE, Architecture, Readers
 from mergequant.model.equalized_reader import is_carried
 from mergequant.model.rotated_reader import online_rotations
 from mergequant.model.shapes import has_bias, linear_shape, outer_tensors
@@ -14,6 +14,11 @@ from mergequant.options import DYNAMIC_ONLY, STATIC_ONLY, Options
 from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
 from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm, matches
+
+# Columns of down that share a weight step where up's rows carry the steps of its input: these make
+# its columns uneven. SmolLM2-135M in 8 bits loses 0.066 nats with one weight step for each output
+# channel, 0.020 with groups of so many.
+CARRIED_GROUP = 64
 
 
 def linear_forms(
@@ -60,8 +65,7 @@ def _form(
     own = options.for_linear(name)
     if is_static(architecture, readers, own):
         if readers.norm is None:
-            carried = StaticInput(bits=own.static_bits)
-            return LinearForm(weight=_weight_form(own, None), input=carried)
+            return _carried_form(own, readers)
         adds = has_bias(readers.norm, config)
         return static_form(own, channels_of(architecture, config, readers), adds)
     rotation = rotation_of(architecture, config, own, readers)
@@ -74,6 +78,13 @@ def _form(
             heads=rotation.heads,
         ),
     )
+
+
+def _carried_form(own: Options, readers: Readers) -> LinearForm:
+    """What o and down are like whose inputs' steps v and up carry."""
+    if own.group_size is None and readers.space == MIDDLE:
+        own = own.model_copy(update={"group_size": CARRIED_GROUP})
+    return LinearForm(weight=_weight_form(own, None), input=StaticInput(bits=own.static_bits))
 
 
 def static_form(own: Options, channels: int, norm_adds: bool) -> LinearForm:

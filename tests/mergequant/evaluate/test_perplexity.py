@@ -19,6 +19,7 @@ from mergequant import InputError, perplexity
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.perplexity import refuse_no_window, require_vllm, text_windows, vllm_engine
 from mergequant.evaluate.reference_forward import load_model
+from tests.tiny import make_model
 
 LENGTH, WINDOWS = 32, 3
 
@@ -131,8 +132,18 @@ def test_a_served_model_is_asked_for_whole_windows(
             "enforce_eager": True,
             "trust_remote_code": False,
             "max_model_len": LENGTH + 1,  # one token is generated
+            "hf_overrides": {},
         }
     ]
+
+
+def test_vllm_is_told_what_a_16_bit_model_says_under_other_names(
+    fake: list[FakeEngine], tmp_path: Path, text: Path
+) -> None:
+    model = make_model(tmp_path / "model", "ministral3")
+    perplexity(model, text, window=LENGTH, most_windows=1)
+    scaling = {"original_max_position_embeddings": 16, "beta": 0.2}
+    assert fake[0].arguments["hf_overrides"] == {"llama_4_scaling": scaling}
     assert fake[0].stopped
 
 

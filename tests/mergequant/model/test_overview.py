@@ -30,6 +30,7 @@ def test_each_linear_is_named_with_its_reason() -> None:
     assert "R2 and R4 alone, since the LayerNorm 'input_layernorm'" in said
     assert "it reads the residual itself" in run("olmo2")
     assert "the embedding, in 16 bits" in run("gemma2")
+    assert "llama_4_scaling in config.json, for vLLM, made of rope_parameters." in run("ministral3")
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -59,6 +59,12 @@ def test_what_vllm_reads_elsewhere_is_said_there_too() -> None:
     assert settled["llama_4_scaling"] == expected
     # A file that says nothing means transformers' defaults; one without the factor means nothing.
     assert settle({"model_type": "ministral3"})["llama_4_scaling"]["beta"] == 0.1
+    old = {"rope_theta": 10_000.0, "rope_scaling": {x: rope[x] for x in rope if x != "rope_theta"}}
+    assert settle({"model_type": "ministral3", **old})["llama_4_scaling"] == expected
+    equal = {"model_type": "ministral3", "rope_parameters": rope, "llama_4_scaling": expected}
+    assert settle(equal)["llama_4_scaling"] == expected
+    with pytest.raises(InputError, match=r"which vLLM reads, and elsewhere"):
+        settle({**equal, "llama_4_scaling": {**expected, "beta": 0.3}})
     del rope["llama_4_scaling_beta"]
     with pytest.raises(InputError, match=r"has no rope_parameters\.llama_4_scaling_beta"):
         settle({"model_type": "ministral3", "rope_parameters": rope})

@@ -193,7 +193,13 @@ inline void check_linears(int isa, Tally &tally)
     check_linear({129, 270, 1100, groups_of(1100, 64), 4, 8, true, true, false, true, MQ_FLOAT16, 3,
                   Codes::RANDOM, 1.0f},
                  isa, random, tally);
-    // Segments that end within what is unpacked at once, and beyond it.
+    check_linear({520, 33, 70, {}, 8, 8, true, true, false, true, MQ_FLOAT32, 0, Codes::RANDOM, 1.0f},
+                 isa, random, tally);
+    // More channels than one run has, and segments that end within a run and beyond it.
+    for (const auto &width : widths)
+        check_linear({33, 17, 33025, {32, 8192, 17000 / 32 * 32, 33025}, width[0], width[1],
+                      random.coin(), true, false, true, MQ_FLOAT32, 0, Codes::RANDOM, 1.0f},
+                     isa, random, tally);
     for (const bool zeros : {false, true})
         check_linear({70, 33, 3501, {32, 1120, 1184, 3500 / 32 * 32, 3501}, 4, 4, zeros, true, true,
                       true, MQ_BFLOAT16, 0, Codes::RANDOM, 1.0f},

@@ -21,7 +21,7 @@ from mergequant_vllm.kernels.token_quant.cpu import token_quant
 from mergequant_vllm.kernels.torch_operator import define_operator
 from mergequant_vllm.packing import unpack
 
-NIBBLE = 15  # the most that a weight is in the kernel's sums, where its own codes are narrower
+NIBBLE = 15  # as which the kernel multiplies a weight of 3 or 4 bits
 
 
 class CpuInt4Linear:

@@ -72,10 +72,11 @@ def test_the_largest_sums_do_not_overflow(codes: tuple[int, int], k: int) -> Non
 
 @pytest.mark.parametrize("weight_bits", [3, 4, 8])
 @pytest.mark.parametrize("activation", [-128, 127])
-@pytest.mark.parametrize("k", [255, 256, 257, 32768, 65536])
+@pytest.mark.parametrize("k", [255, 256, 257, 32768, 65536, 131071])
 def test_the_largest_sums_of_8_bit_activations_do_not_overflow(
     weight_bits: int, activation: int, k: int
 ) -> None:
+    """131071 * 128 * 128 < 2^31; bytes without a sign add up to twice as much, modulo 2^32."""
     half = 2 ** (weight_bits - 1)
     for weight in (-half, half - 1):
         w = torch.full((3, k), weight, dtype=torch.int8)
@@ -150,9 +151,7 @@ def test_segments_token_zero_points_and_offsets_equal_the_definition(
 
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize("segments", [None, (16416, 96, 33), (8192, 8192, 161)])
-def test_more_channels_than_are_unpacked_at_once(
-    weight_bits: int, segments: tuple[int, ...] | None
-) -> None:
+def test_more_channels_than_one_run_has(weight_bits: int, segments: tuple[int, ...] | None) -> None:
     """Sums are kept from one run of channels to the next, for several blocks of outputs."""
     spec = make_spec(
         in_features=sum(segments or (16545,)),
@@ -221,9 +220,11 @@ def test_rows_may_be_apart_and_longer_than_the_layer() -> None:
     assert prepared(wide[:0, ..., :100], None, None, False).shape == (0, 3, 9)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    made = make_linear(make_spec(in_features=1030, out_features=770, group_size=128))
-    x, step, before = random_codes(4, 300, 1030), make_token_step(300), torch.get_num_threads()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_number_of_threads_changes_nothing(bits: int) -> None:
+    widths = {"weight_bits": bits, "activation_bits": bits}
+    made = make_linear(make_spec(in_features=1030, out_features=770, group_size=128, **widths))
+    x, step, before = random_codes(bits, 600, 1030), make_token_step(600), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
