@@ -25,7 +25,25 @@ from tests.tiny import make_model
         (
             "phi",
             {"activations": "fully_static", "rotation": "none"},
-            ["An activation function stands between"],
+            [
+                "An activation function stands between",
+                "--override static_bits=8@re:.*self_attn.dense",
+            ],
+        ),
+        (
+            "llama",
+            {"activations": "fully_static", "rotation": "none"},
+            ["re:.*self_attn.o_proj --override static_bits=8@re:.*mlp.down_proj"],
+        ),
+        ("llama", {"activations": "fully_static", "rotation": "none", "static_bits": 8}, []),
+        (
+            "llama",
+            {
+                "activations": "fully_static",
+                "rotation": "none",
+                "overrides": {"re:.*(o|down)_proj": {"static_bits": 8}},
+            },
+            [],
         ),
     ],
 )
