@@ -14,6 +14,8 @@ from mergequant.model.reader import CONFIG, Reader
 
 TIED = "tie_word_embeddings"
 SLIDING = "sliding_attention"
+# Ways to stretch positions that both libraries know.
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 _SETTLED: dict[tuple[object, ...], bool] = {}  # by what the configuration says, and the files
 
@@ -23,8 +25,9 @@ logger = logging.getLogger("mergequant")
 def load_config(folder: Path) -> Any:
     """The configuration object of transformers, from which a model can be built.
 
-    A padding token that has no row in the embedding is left out: transformers' models refuse it,
-    servers never look at it.
+    A padding token that has no row in the embedding is left out, which transformers' models refuse,
+    and a window of 0 tokens, in which they see nothing; attention kernels that a file asks for are
+    not: they may not be installed.
 
     Raises:
         InputError: transformers refuses it, and so would a server.
@@ -41,9 +44,26 @@ def load_config(folder: Path) -> Any:
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and not 0 <= padding < config.vocab_size:
         config.pad_token_id = None
+    if getattr(config, "sliding_window", None) == 0:
+        config.sliding_window = None
+    _refuse_unknown_rope(getattr(config, "rope_parameters", None) or {})
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None  # what the model has without packages of its own
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
+
+
+def _refuse_unknown_rope(rope: Mapping[str, Any]) -> None:
+    """Raise InputError unless both libraries know how positions are stretched."""
+    kinds = [x for x in rope.values() if isinstance(x, Mapping)] or [rope]
+    for kind in kinds:
+        name = kind.get("rope_type", kind.get("type", "default"))
+        if name not in ROPES:
+            raise InputError(
+                f"config.json stretches positions by rope type {name!r}, which transformers or "
+                f"vLLM does not know: those that can be served are {', '.join(ROPES)}."
+            )
 
 
 def settle_head(reader: Reader, architecture: Architecture) -> None:
@@ -88,10 +108,11 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
     """
     kind = architecture.model_type
     for field, served in architecture.served_with.items():
-        if config.get(field, served) != served:
+        stands = config.get(field, served)
+        if stands != served and (stands or served):  # null says no as false does
             raise InputError(
-                f"config.json has {field} {config[field]!r}, and vLLM serves {kind} only with "
-                f"{served!r}: such a model cannot be served as it is."
+                f"config.json has {field} {stands!r}, and {kind} is served only with {served!r}: "
+                "correct the field if it does not describe the model, or give another model."
             )
     kinds = attention_kinds(config)
     mixed, windows = len(kinds) > 1, architecture.windows
@@ -100,6 +121,27 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
             f"config.json gives some blocks a sliding window ({', '.join(sorted(kinds))}), and "
             f"vLLM does not serve that for {kind}: set use_sliding_window to false, or remove "
             "layer_types, if the model works without."
+        )
+    _refuse_stray_window(architecture, config, kinds)
+
+
+def _refuse_stray_window(
+    architecture: Architecture, config: Mapping[str, Any], kinds: set[str]
+) -> None:
+    """Raise InputError for a window that one library applies to blocks and the other does not."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return
+    by_type = bool(config.get("layer_types"))
+    # vLLM goes by the field alone, where no types of blocks are given, ...
+    stray = not by_type and architecture.windows == "none"
+    # ... and some models of transformers do where all blocks are said to see everything.
+    unsaid = by_type and SLIDING not in kinds
+    if (stray and window < int(config.get("max_position_embeddings") or 0)) or unsaid:
+        raise InputError(
+            f"config.json has sliding_window {window!r} for {architecture.model_type}, which "
+            "transformers and vLLM do not understand alike: set it to null, or, if the model was "
+            "trained with it, give one whose model_type has windows."
         )
 
 

@@ -1,13 +1,15 @@
 """A `config.json` with what it leaves to `transformers` written out.
 
 Old files name sizes in their own way (`n_layer`, `ffn_dim`), and leave out fields whose defaults
-differ between model types. What the quantizer looks at is filled in; what stands is not changed.
+differ between model types. What the quantizer looks at is filled in. What stands is not changed,
+but for values that mean nothing and that one of the two libraries stumbles over.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
@@ -22,7 +24,9 @@ _ALWAYS = (
     "head_dim",
     "max_position_embeddings",
     "tie_word_embeddings",
+    "sliding_window",
 )
+_ROPE = ("rope_parameters", "rope_scaling")
 
 
 def settle(config: dict[str, Any]) -> dict[str, Any]:
@@ -36,12 +40,12 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
         return config
-    quiet = {key: value for key, value in config.items() if key != "model_type"}
+    settled = _without_stumbling_blocks(config, architecture.model_type)
+    quiet = {key: value for key, value in settled.items() if key != "model_type"}
     try:
         whole: Any = AutoConfig.for_model(architecture.model_type, **quiet)
     except Exception:  # transformers raises many types, all meaning: refused
         return config
-    settled = dict(config)
     for field in _fields(architecture):
         value = getattr(whole, field, None)
         if settled.get(field) is None and value is not None:
@@ -50,6 +54,33 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
         settled.update(_intermediate(architecture, settled))
     settled.update(_restated(architecture, config, whole))
     return settled
+
+
+def _without_stumbling_blocks(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The configuration without values that mean nothing and break one library or the other.
+
+    Those are a padding token that has no row in the embedding, a window of 0 tokens, which vLLM
+    takes for none and `transformers` for an empty one, a rope factor that is no float, and no name
+    of a class, without which vLLM takes the model for one that pools.
+    """
+    mended = dict(config)
+    padding, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(padding, int) and isinstance(rows, int) and not 0 <= padding < rows:
+        mended["pad_token_id"] = None
+    if config.get("sliding_window") == 0:
+        mended["sliding_window"] = None
+    mended.update({field: _float_factors(config[field]) for field in _ROPE if config.get(field)})
+    if not config.get("architectures"):
+        mended["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    return mended
+
+
+def _float_factors(rope: Any) -> Any:
+    """Positions' parameters, of all blocks or by kind of block, whose factors are floats."""
+    if not isinstance(rope, dict):
+        return rope
+    factors = {x: float(y) for x, y in rope.items() if x == "factor" and isinstance(y, int)}
+    return {x: _float_factors(y) for x, y in rope.items()} | factors
 
 
 def restated_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def quantize(
     """
     options = options or Options()
     folder, architecture = open_folder(model)
-    for sentence in left_out(architecture, options):
+    for sentence in left_out(architecture, options, folder.config):
         logger.info("%s", sentence)
     blocks = int(folder.config["num_hidden_layers"])
     with Writer(Path(output), shards=blocks + 1) as writer, frozen_heap():

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from mergequant import quantize
 from mergequant.errors import InputError
-from mergequant.evaluate.perplexity import perplexity
+from mergequant.evaluate.perplexity import perplexity, reference_logits
+from mergequant.evaluate.reference_forward import load_model
 from mergequant.model.architectures import ARCHITECTURES
 from mergequant.model.hugging_face_config import load_config, refuse_unserved
 from mergequant.model.reader import Reader
@@ -111,11 +112,26 @@ def test_a_padding_token_without_a_row_is_left_out(
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', and vLLM serves llama only with"),
-        ("qwen3", {"attention_bias": True}, "attention_bias True, and vLLM serves qwen3 only"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', and llama is served only with"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True, and qwen3 is served only"),
+        ("mistral", {"bias": True}, "bias True, and mistral is served only with False"),
         (
             "qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            {"dual_chunk_attention_config": {"chunk_size": 64}},
+            "qwen2 is served only with None",
+        ),
+        ("cohere", {"sliding_window": 8}, "sliding_window 8 for cohere, which transformers and"),
+        ("exaone4", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
+        ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "by rope type 'ntk'"),
+        (
+            "qwen2",
+            {
+                "layer_types": None,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
             r"some blocks a sliding window \(full_attention, sliding_attention\)",
         ),
         (
@@ -133,7 +149,7 @@ def test_a_padding_token_without_a_row_is_left_out(
 def test_what_the_server_cannot_do_is_found_before_quantizing(
     tmp_path: Path, kind: str, fields: dict[str, Any], message: str
 ) -> None:
-    model = edit(make_model(tmp_path / "model", kind, **fields), **fields)
+    model = edit(make_model(tmp_path / "model", kind), **fields)
     with pytest.raises(InputError, match=message):
         open_folder(model)
 
@@ -147,7 +163,24 @@ def test_what_the_server_cannot_do_is_found_before_quantizing(
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}),
         ("qwen3", {"layer_types": ["full_attention"] * 2}),
+        ("llama", {"sliding_window": 64, "max_position_embeddings": 64}),
+        ("gemma2", {"use_bidirectional_attention": None}),
     ],
 )
 def test_what_the_server_can_do_is_taken(kind: str, fields: dict[str, Any]) -> None:
     refuse_unserved(ARCHITECTURES[kind], {"num_hidden_layers": 2, **fields})
+
+
+def test_values_that_mean_nothing_are_mended(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2, "rope_theta": 10_000.0}
+    fields = {"sliding_window": 0, "pad_token_id": 10_000, "architectures": None}
+    plain = make_model(tmp_path / "plain", "mistral", rope_parameters=rope, sliding_window=None)
+    model = make_model(tmp_path / "model", "mistral")
+    edit(model, **fields, rope_parameters=rope, attn_implementation="flash_attention_2")
+    config = open_folder(model)[0].config
+    assert config["sliding_window"] is None and config["pad_token_id"] is None
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert isinstance(config["rope_parameters"]["factor"], float)
+    edit(plain, architectures=None)
+    x = torch.arange(1, 40)[None]
+    assert torch.equal(*(reference_logits(load_model(folder), x) for folder in (model, plain)))

@@ -48,9 +48,27 @@ from tests.tiny import make_model
     ],
 )
 def test_sentences(model_type: str, fields: dict[str, object], said: list[str]) -> None:
-    sentences = list(left_out(find(model_type), Options.model_validate(fields)))
+    sentences = list(left_out(find(model_type), Options.model_validate(fields), {}))
     assert len(sentences) == len(said)
     assert all(part in sentence for part, sentence in zip(said, sentences, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "serve with --max-model-len 128 at most"),
+        (
+            {"rope_type": "longrope", "original_max_position_embeddings": 64},
+            "as soon as --max-model-len passes 64",
+        ),
+    ],
+)
+def test_positions_that_vllm_stretches_otherwise_are_said(
+    rope: dict[str, object], said: str
+) -> None:
+    config = {"rope_parameters": rope, "max_position_embeddings": 128}
+    (sentence,) = left_out(find("llama"), Options(), config)
+    assert said in sentence
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ _BEHIND_EMBEDDING = "transformer.word_embeddings_layernorm"
 
 BLOOM = Architecture(
     model_type="bloom",
+    windows="none",
     spaces=PLAIN_SPACES,
     block=f"transformer.h.{BLOCK}",
     embedding=Linear("transformer.word_embeddings", reads="tokens", writes="residual"),

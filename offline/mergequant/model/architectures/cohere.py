@@ -5,6 +5,7 @@ from mergequant.model.architectures.llama import SPACES
 
 COHERE = Architecture(
     model_type="cohere",
+    windows="none",
     spaces=tuple(space for space in SPACES if space.name != "mlp_in"),
     norms=(Norm("input_layernorm", "residual", "attn_in", kind="layer"),),
     linears=(
@@ -22,6 +23,7 @@ COHERE = Architecture(
     served_with={
         "hidden_act": "silu",
         "attention_bias": False,
+        "rms_norm_eps": None,  # with one vLLM has RMSNorm
         "use_qk_norm": False,
         "tie_word_embeddings": True,
     },

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mergequant.model.architecture import HeadNorm
+from mergequant.model.architectures.llama import NO_BIASES
 from mergequant.model.architectures.olmo2 import OLMO2
 
 EXAONE4 = replace(
@@ -10,5 +11,5 @@ EXAONE4 = replace(
     model_type="exaone4",
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
     windows="some",
-    served_with={"hidden_act": "silu"},
+    served_with=NO_BIASES,
 )

@@ -25,6 +25,10 @@ GEMMA2 = Architecture(
     final_norm=Norm("model.norm", "residual", "final_in", "one_plus"),
     served_head="tied",
     windows="some",
-    served_with={"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    served_with={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": False,
+    },
     scales=Scales(logits_cap="final_logit_softcapping"),
 )

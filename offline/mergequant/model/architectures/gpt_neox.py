@@ -6,6 +6,7 @@ from mergequant_vllm.format import BLOCK
 
 GPT_NEOX = Architecture(
     model_type="gpt_neox",
+    windows="none",
     spaces=PLAIN_SPACES,
     block=f"gpt_neox.layers.{BLOCK}",
     embedding=Linear("gpt_neox.embed_in", reads="tokens", writes="residual"),

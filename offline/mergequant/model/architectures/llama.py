@@ -1,5 +1,7 @@
 """Llama: RMSNorm -> attention -> RMSNorm -> gated MLP; optional biases."""
 
+from collections.abc import Mapping
+
 from mergequant.model.architecture import Architecture, Linear, Norm, Space
 
 SPACES = (
@@ -22,9 +24,18 @@ NORMS = (
     Norm("post_attention_layernorm", reads="residual", writes="mlp_in"),
 )
 
+# What vLLM's class of Llama looks for, also where it serves other model types.
+NO_BIASES: Mapping[str, object] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+}
+
 LLAMA = Architecture(
     model_type="llama",
     windows="none",
+    served_with={"hidden_act": "silu", "bias": False},
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -1,10 +1,11 @@
 """Mistral: Llama's block without biases."""
 
 from mergequant.model.architecture import Architecture, Linear
-from mergequant.model.architectures.llama import NORMS, SPACES
+from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
 
 MISTRAL = Architecture(
     model_type="mistral",
+    served_with=NO_BIASES,
     spaces=SPACES,
     norms=NORMS,
     linears=(

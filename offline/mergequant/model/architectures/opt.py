@@ -8,6 +8,7 @@ _BIAS = "enable_bias"
 
 OPT = Architecture(
     model_type="opt",
+    windows="none",
     spaces=PLAIN_SPACES,
     block=f"model.decoder.layers.{BLOCK}",
     embedding=Linear("model.decoder.embed_tokens", reads="tokens", writes="residual"),

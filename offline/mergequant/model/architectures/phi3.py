@@ -2,10 +2,11 @@
 
 from mergequant.model.architecture import Architecture, Linear
 from mergequant.model.architectures.layer_norm_block import QKV
-from mergequant.model.architectures.llama import NORMS, SPACES
+from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
 
 PHI3 = Architecture(
     model_type="phi3",
+    served_with=NO_BIASES,
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -5,6 +5,7 @@ from mergequant.model.architectures.llama import NORMS, SPACES
 
 QWEN2 = Architecture(
     model_type="qwen2",
+    served_with={"hidden_act": "silu", "dual_chunk_attention_config": None},
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -8,7 +8,11 @@ QWEN3 = Architecture(
     spaces=SPACES,
     norms=NORMS,
     # vLLM has biases for q, k and v there, and none for o.
-    served_with={"hidden_act": "silu", "attention_bias": False},
+    served_with={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "dual_chunk_attention_config": None,
+    },
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
     linears=(
         Linear("self_attn.q_proj", reads="attn_in", writes="query"),
