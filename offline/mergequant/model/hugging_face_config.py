@@ -25,9 +25,9 @@ logger = logging.getLogger("mergequant")
 def load_config(folder: Path) -> Any:
     """The configuration object of transformers, from which a model can be built.
 
-    A padding token that has no row in the embedding is left out, which transformers' models refuse,
-    and a window of 0 tokens, in which they see nothing; attention kernels that a file asks for are
-    not: they may not be installed.
+    What says nothing about the model is left out: a padding token without a row in the embedding,
+    which transformers' models refuse; a window of 0 tokens, in which they see nothing; the name of
+    an attention kernel, whose package may be missing.
 
     Raises:
         InputError: transformers refuses it, and so would a server.
