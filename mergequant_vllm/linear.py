@@ -127,7 +127,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
         raise ValueError(
             f"{self.prefix}: {whole} input channels over {ranks} tensor-parallel ranks are {shard} "
             f"a rank, which is not a whole number of {what} ({unit} codes each): "
-            f"use --tensor-parallel-size {sizes}."
+            f"use --tensor-parallel-size {sizes}{_or_smaller(what)}."
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -223,3 +223,8 @@ def record_in_compile_cache_key(kernel: str) -> None:
     if isinstance(additional, dict):
         used = set(additional.get("mergequant_kernels", ()))
         additional["mergequant_kernels"] = sorted(used | {kernel})
+
+
+def _or_smaller(what: str) -> str:
+    """What else helps where a tensor-parallel shard would cut a group."""
+    return ", or quantize with a smaller --group-size" if what == "groups" else ""

@@ -31,7 +31,7 @@ HELP = {
     "weights": "gptq or rtn (round to nearest).",
     "input_correction": "Weights are fitted to their rounded input before GPTQ.",
     "weight_bits": "3, 4, 6 or 8.",
-    "group_size": "Channels that share a weight step.",
+    "group_size": "Channels that share a weight step (of a fully static down: 64).",
     "segments": "Weight steps along K of norm-fed linears, whose columns are sorted.",
     "asymmetric": "Weights with zero points.",
     "weight_search": "Weight steps: minmax or mse.",

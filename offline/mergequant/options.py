@@ -85,8 +85,8 @@ class Options(BaseModel):
         input_correction: with `gptq`, a weight is first fitted to give from its rounded input what
             it gave from the exact one, as far as tokens that were held out agree.
         weight_bits: width of a weight code.
-        group_size: input channels that share a weight step; None: one step per output channel (with
-            `activations` fully_static, 64 channels of down's).
+        group_size: input channels that share a weight step; None: one step per output channel, or,
+            of down with `activations` fully_static, groups of 64, unless an override says null.
         segments: weight steps along K of the norm-fed linears: their columns are sorted by size
             and cut into so many runs, each with a step of its own; None: one step.
         asymmetric: weights have zero points.
@@ -226,6 +226,10 @@ class Options(BaseModel):
             if matches(pattern, name):
                 options = _overridden(options, fields, pattern)
         return options
+
+    def overrides_field(self, field: str, name: str) -> bool:
+        """Whether `overrides` say anything of `field`, null too, for the linear of this name."""
+        return any(field in y for x, y in self.overrides.items() if matches(x, name))
 
     def ignores(self, name: str) -> bool:
         """Whether the linear of this full name stays in 16 bits."""

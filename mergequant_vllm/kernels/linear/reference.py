@@ -85,8 +85,13 @@ def integer_linear(
     if spans is None:
         sums = multiply(codes[..., : weight.shape[1]], weight)
         return scale_products(sums, weight_step[:, 0], token_step, constant, out_dtype)
-    products = [multiply(codes[..., span], weight[:, span]) for span in spans]
-    return scale_span_products(products, weight_step, token_step, constant, out_dtype)
+    total = None
+    for number, span in enumerate(spans):  # one at a time: there may be hundreds
+        sums = multiply(codes[..., span], weight[:, span])
+        scaled = sums.to(torch.float32) * weight_step[:, number]
+        total = scaled if total is None else total + scaled
+    assert total is not None  # a linear has columns
+    return _finish(total, token_step, constant, out_dtype)
 
 
 def scale_products(
@@ -112,20 +117,6 @@ def scale_products(
     if token_step is not None:
         y = y * token_step
     return _finish(y * weight_step, None, constant, out_dtype)
-
-
-def scale_span_products(
-    products: list[Tensor],
-    weight_step: Tensor,
-    token_step: Tensor | None,
-    constant: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Return the output of a linear with spans: `products` one [..., N] each, step [N, spans]."""
-    y = products[0].to(torch.float32) * weight_step[:, 0]
-    for span, sums in enumerate(products[1:], start=1):
-        y = y + sums.to(torch.float32) * weight_step[:, span]
-    return _finish(y, token_step, constant, out_dtype)
 
 
 def _finish(

@@ -83,7 +83,8 @@ class ServedLinear(nn.Module):
         self.ranks = ranks
         spans = span_slices(codes.shape[1], form.weight.group_size, form.weight.segments)
         weight = centre(codes, zero_points, spans).to(torch.float64)
-        self.register_buffer("weight", weight.to(_exact_dtype(form, weight)))
+        longest = weight.shape[1] if spans is None else max(x.stop - x.start for x in spans)
+        self.register_buffer("weight", weight.to(_exact_dtype(form, weight, longest)))
         self.register_buffer("weight_step", weight_step.to(torch.float32))
         self.register_buffer("constant", constant_of(bias, output_offset))
         self.register_buffer("clip", None if clip is None else clip.to(torch.float32).reshape(1))
@@ -204,10 +205,9 @@ def stored_steps(grid: WeightGrid) -> dict[str, Tensor]:
     return tensors
 
 
-def _exact_dtype(form: LinearFormat, weight: Tensor) -> torch.dtype:
-    """float32 where no sum of products can reach 2^24, else float64."""
+def _exact_dtype(form: LinearFormat, weight: Tensor, columns: int) -> torch.dtype:
+    """float32 where no sum of so many `columns` can reach 2^24, else float64."""
     largest = float(weight.abs().amax()) if weight.numel() else 0.0
     token_zero_points = form.dynamic is not None and form.dynamic.zero_points
     code = largest_magnitude(form.input.bits, token_zero_points)
-    longest = weight.shape[1] * largest * code
-    return torch.float32 if longest <= _FLOAT32_EXACT_BELOW else torch.float64
+    return torch.float32 if columns * largest * code <= _FLOAT32_EXACT_BELOW else torch.float64

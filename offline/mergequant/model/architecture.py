@@ -164,6 +164,7 @@ class Architecture:
             the `FIELD.KEY` that transformers reads. The checkpoint's config.json has both.
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
+        windows_by_size: transformers looks at the window's size alone, not at `layer_types`.
         scales: constant factors.
         eager: transformers writes all attention scores out.
     """
@@ -187,6 +188,7 @@ class Architecture:
     served_with: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
     restated: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     windows: Literal["none", "all", "some"] = "all"
+    windows_by_size: bool = False
     scales: Scales = Scales()
     eager: bool = False
 

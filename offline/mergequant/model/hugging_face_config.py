@@ -1,5 +1,6 @@
 """A `config.json` as transformers and vLLM take it: refused early, or settled as loaders do."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from mergequant.model.reader import CONFIG, Reader
 TIED = "tie_word_embeddings"
 SLIDING = "sliding_attention"
 # Ways to stretch positions that both libraries know.
+OLD_LONGROPE = "su"
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 _SETTLED: dict[tuple[object, ...], bool] = {}  # by what the configuration says, and the files
@@ -37,6 +39,7 @@ def load_config(folder: Path) -> Any:
     except Exception as error:  # transformers raises many types, all meaning: refused
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[-1] if lines else type(error).__name__).removeprefix("TypeError: ")
+        _refuse_old_rope(folder)
         raise InputError(
             f"transformers, and so a server, refuses {folder / CONFIG} ({reason[:300]}): "
             "correct that entry."
@@ -52,6 +55,18 @@ def load_config(folder: Path) -> Any:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
+
+
+def _refuse_old_rope(folder: Path) -> None:
+    """Raise InputError where a file stretches positions by the name that longrope once had."""
+    config = json.loads((folder / CONFIG).read_text())
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field)
+        if isinstance(rope, dict) and OLD_LONGROPE in (rope.get("type"), rope.get("rope_type")):
+            raise InputError(
+                f"config.json has the rope type {OLD_LONGROPE!r}, which transformers no longer "
+                "knows: write 'longrope' in its place."
+            )
 
 
 def _refuse_unknown_rope(rope: Mapping[str, Any]) -> None:
@@ -111,8 +126,8 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
         stands = config.get(field, served)
         if stands != served and (stands or served):  # null says no as false does
             raise InputError(
-                f"config.json has {field} {stands!r}, and {kind} is served only with {served!r}: "
-                "correct the field if it does not describe the model, or give another model."
+                f"config.json has {field} {json.dumps(stands)}, and {kind} is served only with "
+                f"{json.dumps(served)}: change the field if the model works so, or give another."
             )
     kinds = attention_kinds(config)
     mixed, windows = len(kinds) > 1, architecture.windows
@@ -130,13 +145,13 @@ def _refuse_stray_window(
 ) -> None:
     """Raise InputError for a window that one library applies to blocks and the other does not."""
     window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
+    if window is None:
         return
     by_type = bool(config.get("layer_types"))
     # vLLM goes by the field alone, where no types of blocks are given, ...
     stray = not by_type and architecture.windows == "none"
     # ... and some models of transformers do where all blocks are said to see everything.
-    unsaid = by_type and SLIDING not in kinds
+    unsaid = by_type and architecture.windows_by_size and SLIDING not in kinds
     if (stray and window < int(config.get("max_position_embeddings") or 0)) or unsaid:
         raise InputError(
             f"config.json has sliding_window {window!r} for {architecture.model_type}, which "

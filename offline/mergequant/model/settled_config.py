@@ -6,6 +6,7 @@ but for values that mean nothing and that one of the two libraries stumbles over
 """
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from transformers import AutoConfig
@@ -35,13 +36,14 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
     One that `transformers` refuses comes back as it is: `load_config` says so.
 
     Raises:
-        InputError: vLLM and `transformers` would compute two models of it, or neither any.
+        InputError: vLLM and `transformers` would compute different models, or neither can.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
         return config
     settled = _without_stumbling_blocks(config, architecture.model_type)
-    quiet = {key: value for key, value in settled.items() if key != "model_type"}
+    # A copy: transformers writes into what it is given.
+    quiet = deepcopy({key: value for key, value in settled.items() if key != "model_type"})
     try:
         whole: Any = AutoConfig.for_model(architecture.model_type, **quiet)
     except Exception:  # transformers raises many types, all meaning: refused
@@ -50,6 +52,8 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
         value = getattr(whole, field, None)
         if settled.get(field) is None and value is not None:
             settled[field] = value
+    if "sliding_window" in settled and getattr(whole, "sliding_window", None) is None:
+        settled["sliding_window"] = None  # `use_sliding_window` is false, where a type has it
     if not settled.get("intermediate_size"):
         settled.update(_intermediate(architecture, settled))
     settled.update(_restated(architecture, config, whole))
@@ -84,9 +88,10 @@ def _float_factors(rope: Any) -> Any:
 
 
 def restated_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a settled configuration that the model's own config.json lacks and vLLM reads."""
+    """Fields of a settled configuration that vLLM reads under names that files need not have."""
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
-    return {} if architecture is None else {x: config[x] for x in architecture.restated}
+    restated = () if architecture is None else architecture.restated
+    return {x: config[x] for x in restated if x in config}
 
 
 def _fields(architecture: Architecture) -> Iterator[str]:

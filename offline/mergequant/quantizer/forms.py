@@ -15,9 +15,9 @@ from mergequant.quantizer.columns import columns_plan, segment_lengths
 from mergequant.quantizer.head import BITS, HEAD_FORM
 from mergequant_vllm.format import DynamicInput, LinearForm, StaticInput, WeightForm, matches
 
-# Columns of down that share a weight step where up's rows carry the steps of its input: these make
-# its columns uneven. SmolLM2-135M in 8 bits loses 0.066 nats with one weight step for each output
-# channel, 0.020 with groups of so many.
+# Columns of down that share a weight step where up's rows carry the steps of its input, which make
+# its columns uneven. SmolLM2-135M, with nothing but down in 8 bits, loses 0.061 nats with one
+# weight step for each output channel, 0.011 with groups of so many (benchmarks.method.carried).
 CARRIED_GROUP = 64
 
 
@@ -65,7 +65,8 @@ def _form(
     own = options.for_linear(name)
     if is_static(architecture, readers, own):
         if readers.norm is None:
-            return _carried_form(own, readers)
+            chosen = own.group_size is not None or options.overrides_field("group_size", name)
+            return _carried_form(own, readers, chosen)
         adds = has_bias(readers.norm, config)
         return static_form(own, channels_of(architecture, config, readers), adds)
     rotation = rotation_of(architecture, config, own, readers)
@@ -80,9 +81,9 @@ def _form(
     )
 
 
-def _carried_form(own: Options, readers: Readers) -> LinearForm:
-    """What o and down are like whose inputs' steps v and up carry."""
-    if own.group_size is None and readers.space == MIDDLE:
+def _carried_form(own: Options, readers: Readers, chosen: bool) -> LinearForm:
+    """What o and down are like whose inputs' steps v and up carry; `chosen`: the group size is."""
+    if readers.space == MIDDLE and not chosen:
         own = own.model_copy(update={"group_size": CARRIED_GROUP})
     return LinearForm(weight=_weight_form(own, None), input=StaticInput(bits=own.static_bits))
 

@@ -44,8 +44,9 @@ def left_out(
     if narrow := list(_narrow(architecture, options)):
         yield (
             f"Static steps that v and up carry lose much below {_WIDE} bits (SmolLM2-135M, W4A4: "
-            "1.15 nats a token, with steps per token 0.34): give --static-bits 8, or "
-            f"{' '.join(f'--override static_bits=8@re:.*{name}' for name in narrow)}"
+            "1.15 nats a token, with steps per token 0.34; 6 bits were not measured): give "
+            "--static-bits 8, or "
+            + " ".join(f"--override 'static_bits=8@re:.*{name}'" for name in narrow)
         )
 
 
@@ -76,6 +77,6 @@ def _stretched(config: Mapping[str, Any]) -> Iterator[str]:
         )
         yield (
             "vLLM takes longrope's long factors for all tokens as soon as --max-model-len passes "
-            f"{first}, and the model is calibrated on windows with the short ones: serve with at "
-            "most that where texts are not longer"
+            f"{first}, and shorter calibration windows have the short ones: if all texts fit in "
+            f"{first} tokens, serve with --max-model-len {first}"
         )

@@ -135,6 +135,7 @@ def test_a_served_model_is_asked_for_whole_windows(
             "hf_overrides": {},
         }
     ]
+    assert fake[0].stopped
 
 
 def test_vllm_is_told_what_a_16_bit_model_says_under_other_names(
@@ -144,7 +145,6 @@ def test_vllm_is_told_what_a_16_bit_model_says_under_other_names(
     perplexity(model, text, window=LENGTH, most_windows=1)
     scaling = {"original_max_position_embeddings": 16, "beta": 0.2}
     assert fake[0].arguments["hf_overrides"] == {"llama_4_scaling": scaling}
-    assert fake[0].stopped
 
 
 def test_an_engine_is_started_at_once_and_stopped_whatever_happens(

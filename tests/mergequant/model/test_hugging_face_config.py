@@ -112,13 +112,15 @@ def test_a_padding_token_without_a_row_is_left_out(
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', and llama is served only with"),
-        ("qwen3", {"attention_bias": True}, "attention_bias True, and qwen3 is served only"),
-        ("mistral", {"bias": True}, "bias True, and mistral is served only with False"),
+        ("llama", {"hidden_act": "gelu"}, 'hidden_act "gelu", and llama is served only with'),
+        ("qwen3", {"attention_bias": True}, "attention_bias true, and qwen3 is served only"),
+        ("mistral", {"bias": True}, "bias true, and mistral is served only with false"),
+        ("llama", {"sliding_window": 8, "use_sliding_window": False}, "sliding_window 8 for llama"),
+        ("phi3", {"rope_scaling": {"type": "su"}, "rope_parameters": None}, "write 'longrope'"),
         (
             "qwen2",
             {"dual_chunk_attention_config": {"chunk_size": 64}},
-            "qwen2 is served only with None",
+            "qwen2 is served only with null",
         ),
         ("cohere", {"sliding_window": 8}, "sliding_window 8 for cohere, which transformers and"),
         ("exaone4", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
@@ -169,6 +171,20 @@ def test_what_the_server_cannot_do_is_found_before_quantizing(
 )
 def test_what_the_server_can_do_is_taken(kind: str, fields: dict[str, Any]) -> None:
     refuse_unserved(ARCHITECTURES[kind], {"num_hidden_layers": 2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 8, "layer_types": None}),
+    ],
+)
+def test_a_window_that_neither_library_applies_is_no_matter(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    open_folder(edit(make_model(tmp_path / "model", kind), **fields))
 
 
 def test_values_that_mean_nothing_are_mended(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mergequant.errors import InputError
 from mergequant.model.reader import Reader
-from mergequant.model.settled_config import settle
+from mergequant.model.settled_config import restated_fields, settle
 from tests.tiny import make_model
 
 
@@ -65,6 +65,8 @@ def test_what_vllm_reads_elsewhere_is_said_there_too() -> None:
     assert settle(equal)["llama_4_scaling"] == expected
     with pytest.raises(InputError, match=r"which vLLM reads, and elsewhere"):
         settle({**equal, "llama_4_scaling": {**expected, "beta": 0.3}})
+    broken = settle({"model_type": "ministral3", "num_attention_heads": "x"})
+    assert restated_fields(broken) == {}  # what transformers refuses is said elsewhere
     del rope["llama_4_scaling_beta"]
     with pytest.raises(InputError, match=r"has no rope_parameters\.llama_4_scaling_beta"):
         settle({"model_type": "ministral3", "rope_parameters": rope})

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from mergequant import quantize
+from mergequant import Options, quantize
 from mergequant.calibration.tokenizer import load_tokenizer
 from mergequant.evaluate.reference_forward import load_model
+from mergequant.model.architectures import find
 from mergequant.model.reader import Reader
+from mergequant.quantizer.forms import linear_forms
 from mergequant_vllm.format import CheckpointFormat, parse
 from tests.conftest import SMALL
 from tests.tiny import TEXT, make_model
@@ -85,6 +87,33 @@ def plain(
         # 8 bits leave 0.02 of these random models: a pipeline that is wrong everywhere shows here.
         assert distances[name] < 0.03
     return distances
+
+
+DECIDED = {
+    "activations": "fully_static",
+    "rotation": "none",
+    "reconstruction": "none",
+    "alpha": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 64),
+        ({"group_size": 128}, 128),
+        ({"overrides": {"re:.*down_proj": {"group_size": 32}}}, 32),
+        ({"overrides": {"re:.*down_proj": {"group_size": None}}}, None),
+        ({"overrides": {"re:.*down_proj": {"weight_bits": 8}}}, 64),
+    ],
+)
+def test_a_fully_static_down_has_groups_unless_they_are_chosen(
+    llama: Path, fields: dict[str, Any], size: int | None
+) -> None:
+    options = Options.model_validate({**DECIDED, **fields})
+    forms = dict(linear_forms(find("llama"), Reader(llama).config, options))
+    down = forms["model.layers.0.mlp.down_proj"]
+    assert down is not None and down.weight.group_size == size
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])

@@ -27,13 +27,13 @@ from tests.tiny import make_model
             {"activations": "fully_static", "rotation": "none"},
             [
                 "An activation function stands between",
-                "--override static_bits=8@re:.*self_attn.dense",
+                "--override 'static_bits=8@re:.*self_attn.dense'",
             ],
         ),
         (
             "llama",
             {"activations": "fully_static", "rotation": "none"},
-            ["re:.*self_attn.o_proj --override static_bits=8@re:.*mlp.down_proj"],
+            ["re:.*self_attn.o_proj' --override 'static_bits=8@re:.*mlp.down_proj'"],
         ),
         ("llama", {"activations": "fully_static", "rotation": "none", "static_bits": 8}, []),
         (

@@ -78,7 +78,10 @@ def test_a_batch_of_short_windows_by_hand() -> None:
     assert found.parts[MATRICES] == FACTOR * 4 * 192 * 192 // 2
     assert found.parts[BATCH] == 8 * 4096 * (64 + 2 * 192)  # gate and up
     groups = need(ON_CPU.model_copy(update={"group_size": 32}), windows=512)
-    assert groups.parts[BATCH] - found.parts[BATCH] == 4 * 4096 * 64 * 5  # down's other five
+    assert groups.parts[BATCH] - found.parts[BATCH] == 4 * 4096 * 2 * 192  # gate's or up's
+    carried = {"activations": "fully_static", "static_bits": 4}
+    static = need(ON_CPU.model_copy(update=carried), windows=512)
+    assert static.parts[BATCH] == groups.parts[BATCH] - 4 * 4096 * 2 * (192 - 64)  # down's alone
 
 
 def test_an_input_that_is_kept_twice_by_hand() -> None:

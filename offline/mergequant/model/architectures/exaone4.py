@@ -9,6 +9,7 @@ from mergequant.model.architectures.olmo2 import OLMO2
 EXAONE4 = replace(
     OLMO2,
     model_type="exaone4",
+    windows_by_size=True,
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
     windows="some",
     served_with=NO_BIASES,

@@ -5,6 +5,7 @@ from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
 
 MISTRAL = Architecture(
     model_type="mistral",
+    windows_by_size=True,
     served_with=NO_BIASES,
     spaces=SPACES,
     norms=NORMS,

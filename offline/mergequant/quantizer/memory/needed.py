@@ -104,12 +104,12 @@ def needed_memory(
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear [out, channels] that is quantized as [out, columns], a step to each of `groups`."""
+    """A linear [out, channels] that is quantized as [out, columns]."""
 
     out: int
     channels: int
     columns: int
-    groups: int
+    grouped: bool  # columns have weight steps of their own
     normed: bool  # there is a norm in front
 
 
@@ -166,7 +166,8 @@ class Terms:
 
     def batch(self) -> int:
         """A pass through the block: what one input's linears read and write is there at once."""
-        groups = max(x.out * (x.groups - 1) for x in self._linears)
+        # What one group of columns adds, and the sum that it is added to.
+        groups = max(2 * x.out * x.grouped for x in self._linears)
         # Twice: numbers, and their codes or what an activation function makes of them.
         numbers = 2 * max(self._touched) + groups
         tokens = self._tokens(TOKENS_A_BATCH, self.windows)
@@ -251,10 +252,9 @@ class Terms:
             out, channels = linear_shape(self.architecture, linear, self.config)
             normed = readers.norm is not None
             columns = max(_columns(x, channels) if normed else channels for x in self._variants)
-            groups = (
-                x.segments or -(-columns // (x.group_size or columns)) for x in self._variants
-            )
-            yield _Linear(out, channels, columns, max(groups), normed)
+            carried = self.options.activations == "fully_static" and not normed
+            grouped = carried or any(x.segments or x.group_size for x in self._variants)
+            yield _Linear(out, channels, columns, grouped, normed)
 
     @property
     def _number(self) -> int:
