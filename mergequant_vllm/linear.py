@@ -23,7 +23,7 @@ from mergequant_vllm.kernels.selection.quantizers import (
     TokenQuantizer,
     writer_for,
 )
-from mergequant_vllm.packing import codes_per_border, stored_bits
+from mergequant_vllm.packing import STREAM_CODES, codes_per_border, stored_bits
 from mergequant_vllm.parameters import STORED, check_loaded, create_parameters, fill_dummy
 
 
@@ -127,7 +127,7 @@ class MergeQuantLinearMethod(LinearMethodBase):
         raise ValueError(
             f"{self.prefix}: {whole} input channels over {ranks} tensor-parallel ranks are {shard} "
             f"a rank, which is not a whole number of {what} ({unit} codes each): "
-            f"use --tensor-parallel-size {sizes}{_or_smaller(what)}."
+            f"use --tensor-parallel-size {sizes}{_or_smaller(what, unit, shard)}."
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -225,6 +225,8 @@ def record_in_compile_cache_key(kernel: str) -> None:
         additional["mergequant_kernels"] = sorted(used | {kernel})
 
 
-def _or_smaller(what: str) -> str:
-    """What else helps where a tensor-parallel shard would cut a group."""
-    return ", or quantize with a smaller --group-size" if what == "groups" else ""
+def _or_smaller(what: str, unit: int, shard: int) -> str:
+    """What else helps where a shard would cut a group, if smaller groups would fit it."""
+    if what != "groups" or unit <= STREAM_CODES or shard % STREAM_CODES:
+        return ""
+    return f", or quantize with groups of {STREAM_CODES} there (--override group_size=...)"
