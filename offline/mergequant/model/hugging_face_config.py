@@ -10,14 +10,12 @@ import torch
 from transformers import AutoConfig
 
 from mergequant.errors import InputError
+from mergequant.model import positions
 from mergequant.model.architecture import Architecture
 from mergequant.model.reader import CONFIG, Reader
 
 TIED = "tie_word_embeddings"
 SLIDING = "sliding_attention"
-# Ways to stretch positions that both libraries know.
-OLD_LONGROPE = "su"
-ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 _SETTLED: dict[tuple[object, ...], bool] = {}  # by what the configuration says, and the files
 
@@ -39,7 +37,7 @@ def load_config(folder: Path) -> Any:
     except Exception as error:  # transformers raises many types, all meaning: refused
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[-1] if lines else type(error).__name__).removeprefix("TypeError: ")
-        _refuse_old_rope(folder)
+        positions.refuse_old_name(json.loads((folder / CONFIG).read_text()))
         raise InputError(
             f"transformers, and so a server, refuses {folder / CONFIG} ({reason[:300]}): "
             "correct that entry."
@@ -49,36 +47,12 @@ def load_config(folder: Path) -> Any:
         config.pad_token_id = None
     if getattr(config, "sliding_window", None) == 0:
         config.sliding_window = None
-    _refuse_unknown_rope(getattr(config, "rope_parameters", None) or {})
+    positions.refuse_unknown(getattr(config, "rope_parameters", None) or {})
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # what the model has without packages of its own
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
-
-
-def _refuse_old_rope(folder: Path) -> None:
-    """Raise InputError where a file stretches positions by the name that longrope once had."""
-    config = json.loads((folder / CONFIG).read_text())
-    for field in ("rope_parameters", "rope_scaling"):
-        rope = config.get(field)
-        if isinstance(rope, dict) and OLD_LONGROPE in (rope.get("type"), rope.get("rope_type")):
-            raise InputError(
-                f"config.json has the rope type {OLD_LONGROPE!r}, which transformers no longer "
-                "knows: write 'longrope' in its place."
-            )
-
-
-def _refuse_unknown_rope(rope: Mapping[str, Any]) -> None:
-    """Raise InputError unless both libraries know how positions are stretched."""
-    kinds = [x for x in rope.values() if isinstance(x, Mapping)] or [rope]
-    for kind in kinds:
-        name = kind.get("rope_type", kind.get("type", "default"))
-        if name not in ROPES:
-            raise InputError(
-                f"config.json stretches positions by rope type {name!r}, which transformers or "
-                f"vLLM does not know: those that can be served are {', '.join(ROPES)}."
-            )
 
 
 def settle_head(reader: Reader, architecture: Architecture) -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
 from mergequant.model.architectures import ARCHITECTURES
+from mergequant.model.positions import with_float_factors
 
 _ALWAYS = (
     "vocab_size",
@@ -27,7 +28,6 @@ _ALWAYS = (
     "tie_word_embeddings",
     "sliding_window",
 )
-_ROPE = ("rope_parameters", "rope_scaling")
 
 
 def settle(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,18 +73,10 @@ def _without_stumbling_blocks(config: Mapping[str, Any], model_type: str) -> dic
         mended["pad_token_id"] = None
     if config.get("sliding_window") == 0:
         mended["sliding_window"] = None
-    mended.update({field: _float_factors(config[field]) for field in _ROPE if config.get(field)})
+    mended.update(with_float_factors(config))
     if not config.get("architectures"):
         mended["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     return mended
-
-
-def _float_factors(rope: Any) -> Any:
-    """Positions' parameters, of all blocks or by kind of block, whose factors are floats."""
-    if not isinstance(rope, dict):
-        return rope
-    factors = {x: float(y) for x, y in rope.items() if x == "factor" and isinstance(y, int)}
-    return {x: _float_factors(y) for x, y in rope.items()} | factors
 
 
 def restated_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mergequant.model.architecture import MIDDLE, Architecture
 from mergequant.model.equalized_reader import is_carried
+from mergequant.model.positions import served_otherwise
 from mergequant.model.rotated_reader import fixed_residual
 from mergequant.options import Options
 from mergequant.quantizer.forms import asks_for_head, is_static, quantizes_head
@@ -16,7 +17,7 @@ def left_out(
     architecture: Architecture, options: Options, config: Mapping[str, Any]
 ) -> Iterator[str]:
     """A sentence for each thing that is left out, loses much or is served otherwise."""
-    yield from _stretched(config)
+    yield from served_otherwise(config)
     fixed = fixed_residual(architecture)
     if fixed is not None and options.rotation != "none":
         yield f"The residual is not rotated (R1): {fixed}"
@@ -60,23 +61,3 @@ def _narrow(architecture: Architecture, options: Options) -> Iterator[str]:
             narrow = is_static(architecture, readers, own) and own.static_bits < _WIDE
             if narrow and not options.ignores(name):
                 yield linear.name
-
-
-def _stretched(config: Mapping[str, Any]) -> Iterator[str]:
-    """What vLLM does otherwise with positions beyond those that a model was first trained on."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind == "dynamic":
-        yield (
-            "Positions are stretched dynamically, which vLLM does not do: serve with "
-            f"--max-model-len {config['max_position_embeddings']} at most"
-        )
-    if kind == "longrope":
-        first = rope.get("original_max_position_embeddings") or config.get(
-            "original_max_position_embeddings"
-        )
-        yield (
-            "vLLM takes longrope's long factors for all tokens as soon as --max-model-len passes "
-            f"{first}, and shorter calibration windows have the short ones: if all texts fit in "
-            f"{first} tokens, serve with --max-model-len {first}"
-        )
