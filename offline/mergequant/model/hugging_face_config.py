@@ -112,6 +112,23 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
             "layer_types, if the model works without."
         )
     _refuse_stray_window(architecture, config, kinds)
+    if not architecture.partly_rotary:
+        positions.refuse_partial(config, kind)
+    if not architecture.free_head_size:
+        _refuse_head_size(config, kind)
+
+
+def _refuse_head_size(config: Mapping[str, Any], kind: str) -> None:
+    """Raise InputError for heads of another size than vLLM's class has."""
+    size = config.get("head_dim")
+    if size is None:
+        return
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    if size != hidden // heads:
+        raise InputError(
+            f"config.json has head_dim {size!r}, and vLLM serves {kind} only with heads of "
+            f"hidden_size / num_attention_heads = {hidden} / {heads} channels: give another model."
+        )
 
 
 def _refuse_stray_window(

@@ -8,6 +8,7 @@ from mergequant.errors import InputError
 FIELDS = ("rope_parameters", "rope_scaling")  # today's name, and that of older files
 KNOWN = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")  # to both libraries
 _OLD_LONGROPE = "su"
+_PARTS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")  # names that vLLM reads
 
 
 def with_float_factors(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +35,19 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
             raise InputError(
                 f"config.json stretches positions by rope type {name!r}, which transformers or "
                 f"vLLM does not know: those that can be served are {', '.join(KNOWN)}."
+            )
+
+
+def refuse_partial(config: Mapping[str, Any], model_type: str) -> None:
+    """Raise InputError where only a part of each head turns: vLLM does so for any model type."""
+    given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
+    by_kind = [x for rope in given for x in rope.values() if isinstance(x, Mapping)]
+    for rope in (config, *given, *by_kind):
+        for name in [x for x in _PARTS if rope.get(x) not in (None, 1, 1.0)]:
+            raise InputError(
+                f"config.json has {name} {rope[name]!r}, which vLLM applies to {model_type} and "
+                "transformers does not: remove it, or, if the model was trained with it, give one "
+                "whose model_type has it."
             )
 
 

@@ -9,6 +9,11 @@ GEMMA3_TEXT = replace(
     GEMMA2,
     model_type="gemma3_text",
     served_head="any",
-    served_with={"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None},
+    served_with={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+        "is_causal": True,
+    },
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
 )

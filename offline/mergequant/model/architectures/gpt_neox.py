@@ -6,6 +6,8 @@ from mergequant_vllm.format import BLOCK
 
 GPT_NEOX = Architecture(
     model_type="gpt_neox",
+    partly_rotary=True,
+    free_head_size=False,
     windows="none",
     spaces=PLAIN_SPACES,
     block=f"gpt_neox.layers.{BLOCK}",

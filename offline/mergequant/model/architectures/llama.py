@@ -24,18 +24,25 @@ NORMS = (
     Norm("post_attention_layernorm", reads="residual", writes="mlp_in"),
 )
 
-# What vLLM's class of Llama looks for, also where it serves other model types.
+# What vLLM's class of Llama looks for, also where it serves other model types, and transformers'
+# classes do not.
+UNKNOWN: Mapping[str, object] = {
+    "bias": False,
+    "qkv_bias": False,
+    "logit_scale": 1.0,
+    "is_causal": True,
+}
 NO_BIASES: Mapping[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "bias": False,
+    **UNKNOWN,
 }
 
 LLAMA = Architecture(
     model_type="llama",
     windows="none",
-    served_with={"hidden_act": "silu", "bias": False},
+    served_with={"hidden_act": "silu", **UNKNOWN},
     spaces=SPACES,
     norms=NORMS,
     linears=(

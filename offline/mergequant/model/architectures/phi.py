@@ -5,6 +5,7 @@ from mergequant.model.architectures.layer_norm_block import PLAIN_SPACES
 
 PHI = Architecture(
     model_type="phi",
+    partly_rotary=True,
     windows="none",
     spaces=tuple(space for space in PLAIN_SPACES if space.name != "mlp_in"),
     norms=(Norm("input_layernorm", "residual", "attn_in", kind="layer", bias=True),),

@@ -6,6 +6,7 @@ from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
 
 PHI3 = Architecture(
     model_type="phi3",
+    partly_rotary=True,
     windows_by_size=True,
     served_with=NO_BIASES,
     spaces=SPACES,

@@ -5,7 +5,13 @@ from mergequant.model.architectures.llama import NORMS, SPACES
 
 QWEN2 = Architecture(
     model_type="qwen2",
-    served_with={"hidden_act": "silu", "dual_chunk_attention_config": None},
+    served_with={
+        "hidden_act": "silu",
+        "dual_chunk_attention_config": None,
+        "qk_norm": False,
+        "is_causal": True,
+    },
+    free_head_size=False,
     spaces=SPACES,
     norms=NORMS,
     linears=(

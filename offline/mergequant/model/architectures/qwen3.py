@@ -12,6 +12,7 @@ QWEN3 = Architecture(
         "hidden_act": "silu",
         "attention_bias": False,
         "dual_chunk_attention_config": None,
+        "is_causal": True,
     },
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
     linears=(

@@ -20,5 +20,12 @@ STABLELM = replace(
         Linear("mlp.down_proj", reads="mlp_mid", writes="residual"),
     ),
     final_norm=Norm("model.norm", "residual", "final_in", kind="layer", bias=True),
-    served_with={"hidden_act": "silu", "use_parallel_residual": False, "qk_layernorm": False},
+    served_with={
+        "hidden_act": "silu",
+        "use_parallel_residual": False,
+        "qk_layernorm": False,
+        "norm_eps": 1e-05,  # vLLM prefers it to layer_norm_eps, whose default this is
+    },
+    free_head_size=False,
+    partly_rotary=True,
 )
