@@ -60,7 +60,8 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, ExactNorm(module))
-        if dtype == torch.float64 and type(module).__name__ == "CohereLayerNorm":
+        cohere = type(module).__name__ in ("CohereLayerNorm", "Cohere2LayerNorm")
+        if dtype == torch.float64 and cohere:
             module.forward = partial(exact_layer_norm, module)
     for name, rotation in reader.online.items():
         for linear in (m for full, m in model.named_modules() if full.endswith(name)):

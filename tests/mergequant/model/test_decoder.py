@@ -17,6 +17,7 @@ from tests.tiny import make_model
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in sorted(ARCHITECTURES)),
     ("mistral", {"sliding_window": 8}),
+    ("cohere2", {"sliding_window": 8}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
 ]
 

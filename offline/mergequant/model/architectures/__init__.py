@@ -4,6 +4,7 @@ from mergequant.errors import InputError
 from mergequant.model.architecture import Architecture
 from mergequant.model.architectures.bloom import BLOOM
 from mergequant.model.architectures.cohere import COHERE
+from mergequant.model.architectures.cohere2 import COHERE2
 from mergequant.model.architectures.ernie4_5 import ERNIE4_5
 from mergequant.model.architectures.exaone4 import EXAONE4
 from mergequant.model.architectures.gemma2 import GEMMA2
@@ -25,7 +26,7 @@ from mergequant.model.architectures.starcoder2 import STARCODER2
 
 _GATED = (LLAMA, MISTRAL, MINISTRAL3, QWEN2, QWEN3, GRANITE, ERNIE4_5, SMOLLM3, PHI3)
 _POST_NORM = (GEMMA2, GEMMA3_TEXT, OLMO2, EXAONE4)
-_LAYER_NORM = (OPT, BLOOM, GPT_NEOX, STARCODER2, STABLELM, PHI, COHERE)
+_LAYER_NORM = (OPT, BLOOM, GPT_NEOX, STARCODER2, STABLELM, PHI, COHERE, COHERE2)
 
 ARCHITECTURES = {table.model_type: table for table in (*_GATED, *_POST_NORM, *_LAYER_NORM)}
 

@@ -1,0 +1,12 @@
+"""Cohere 2 (Command R7B): Cohere's block; blocks without a window have no positions."""
+
+from dataclasses import replace
+
+from mergequant.model.architectures.cohere import COHERE
+
+COHERE2 = replace(
+    COHERE,
+    model_type="cohere2",
+    windows="some",
+    free_head_size=False,  # transformers takes the hidden one's share, whatever head_dim says
+)
