@@ -165,6 +165,7 @@ class Architecture:
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
         windows_by_size: transformers looks at the window's size alone, not at `layer_types`.
+        wider_windows: vLLM's class lets a block with a window see a token more than transformers.
         free_head_size: `head_dim` may differ from the hidden size divided by the heads.
         partly_rotary: only a part of each head may turn with the position.
         scales: constant factors.
@@ -191,6 +192,7 @@ class Architecture:
     restated: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     windows: Literal["none", "all", "some"] = "all"
     windows_by_size: bool = False
+    wider_windows: bool = False
     free_head_size: bool = True
     partly_rotary: bool = False
     scales: Scales = Scales()

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,11 @@ def _refuse_stray_window(
 ) -> None:
     """Raise InputError for a window that one library applies to blocks and the other does not."""
     window = config.get("sliding_window")
+    if window is None and architecture.wider_windows and SLIDING in kinds:
+        raise InputError(
+            "config.json gives blocks a sliding window and has sliding_window null, with which "
+            f"vLLM does not start a {architecture.model_type}: give the window's size."
+        )
     if window is None:
         return
     by_type = bool(config.get("layer_types"))
@@ -148,6 +153,22 @@ def _refuse_stray_window(
             f"config.json has sliding_window {window!r} for {architecture.model_type}, which "
             "transformers and vLLM do not understand alike: set it to null, or, if the model was "
             "trained with it, give one whose model_type has windows."
+        )
+
+
+def windows_served_otherwise(
+    architecture: Architecture, config: Mapping[str, Any]
+) -> Iterator[str]:
+    """A sentence where blocks see another number of tokens in vLLM than in `transformers`."""
+    window = config.get("sliding_window")
+    if not architecture.wider_windows or window is None:
+        return
+    kinds = attention_kinds(config)  # none: transformers gives some blocks a window by default
+    if (not kinds or SLIDING in kinds) and window < int(config["max_position_embeddings"]):
+        yield (
+            f"vLLM's sliding windows of {architecture.model_type} hold {window + 1} tokens, and "
+            f"those of transformers {window}: serve with --max-model-len {window} at most where "
+            "the two must agree"
         )
 
 

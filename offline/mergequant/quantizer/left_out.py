@@ -5,6 +5,7 @@ from typing import Any
 
 from mergequant.model.architecture import MIDDLE, Architecture
 from mergequant.model.equalized_reader import is_carried
+from mergequant.model.hugging_face_config import windows_served_otherwise
 from mergequant.model.positions import served_otherwise
 from mergequant.model.rotated_reader import fixed_residual
 from mergequant.options import Options
@@ -18,6 +19,7 @@ def left_out(
 ) -> Iterator[str]:
     """A sentence for each thing that is left out, loses much or is served otherwise."""
     yield from served_otherwise(config)
+    yield from windows_served_otherwise(architecture, config)
     fixed = fixed_residual(architecture)
     if fixed is not None and options.rotation != "none":
         yield f"The residual is not rotated (R1): {fixed}"

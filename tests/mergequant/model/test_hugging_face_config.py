@@ -143,6 +143,7 @@ def test_a_padding_token_without_a_row_is_left_out(
         ),
         ("qwen3", {"rotary_pct": 0.25}, "has rotary_pct 0.25, which vLLM applies to qwen3"),
         ("cohere", {"sliding_window": 8}, "sliding_window 8 for cohere, which transformers and"),
+        ("cohere2", {"sliding_window": None}, "does not start a cohere2: give the window's size"),
         ("exaone4", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
         ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
         ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "by rope type 'ntk'"),

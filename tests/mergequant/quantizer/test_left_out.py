@@ -72,6 +72,23 @@ def test_positions_that_vllm_stretches_otherwise_are_said(
 
 
 @pytest.mark.parametrize(
+    ("kinds", "context", "told"),
+    [
+        (["sliding_attention", "full_attention"], 128, True),
+        (None, 128, True),
+        (["full_attention"] * 2, 128, False),
+        (["sliding_attention", "full_attention"], 64, False),
+    ],
+)
+def test_windows_that_vllm_has_otherwise_are_said(
+    kinds: list[str] | None, context: int, told: bool
+) -> None:
+    config = {"layer_types": kinds, "sliding_window": 64, "max_position_embeddings": context}
+    said = list(left_out(find("cohere2"), Options(rotation="none", head_bits=16), config))
+    assert len(said) == told and all("--max-model-len 64 at most" in x for x in said)
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"reconstruction": "pad", "alpha": 0.0, "max_extra_channels": 0.5},

@@ -8,5 +8,6 @@ COHERE2 = replace(
     COHERE,
     model_type="cohere2",
     windows="some",
+    wider_windows=True,
     free_head_size=False,  # transformers takes the hidden one's share, whatever head_dim says
 )
