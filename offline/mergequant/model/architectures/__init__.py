@@ -9,6 +9,7 @@ from mergequant.model.architectures.ernie4_5 import ERNIE4_5
 from mergequant.model.architectures.exaone4 import EXAONE4
 from mergequant.model.architectures.gemma2 import GEMMA2
 from mergequant.model.architectures.gemma3_text import GEMMA3_TEXT
+from mergequant.model.architectures.glm4 import GLM4
 from mergequant.model.architectures.gpt_neox import GPT_NEOX
 from mergequant.model.architectures.granite import GRANITE
 from mergequant.model.architectures.llama import LLAMA
@@ -25,7 +26,7 @@ from mergequant.model.architectures.stablelm import STABLELM
 from mergequant.model.architectures.starcoder2 import STARCODER2
 
 _GATED = (LLAMA, MISTRAL, MINISTRAL3, QWEN2, QWEN3, GRANITE, ERNIE4_5, SMOLLM3, PHI3)
-_POST_NORM = (GEMMA2, GEMMA3_TEXT, OLMO2, EXAONE4)
+_POST_NORM = (GEMMA2, GEMMA3_TEXT, OLMO2, EXAONE4, GLM4)
 _LAYER_NORM = (OPT, BLOOM, GPT_NEOX, STARCODER2, STABLELM, PHI, COHERE, COHERE2)
 
 ARCHITECTURES = {table.model_type: table for table in (*_GATED, *_POST_NORM, *_LAYER_NORM)}
