@@ -146,11 +146,16 @@ class MergeQuantConfig(QuantizationConfig):
         return {x.partition(".")[2]: linears[x] for x in linears if x.count(".") > 1}
 
     def _linears_behind(self, prefix: str) -> list[LinearFormat]:
-        """The checkpoint's linears that vLLM merges into the module `prefix`, in its order."""
+        """The checkpoint's linears that vLLM merges into the module `prefix`, in its order.
+
+        What a checkpoint stores under the module's own name is all of it, also where vLLM's class
+        says that it merges others (GLM-4's gate_up_proj).
+        """
         parent, _, module = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(module)
-        if parts is None and self._linear(prefix) is None:
-            parts = _USUALLY_MERGED.get(module)
+        whole = self._linear(prefix)
+        if whole is not None:
+            return [whole]
+        parts = self.packed_modules_mapping.get(module) or _USUALLY_MERGED.get(module)
         names = [f"{parent}.{part}" for part in parts or [module]]
         known = [linear for name in names if (linear := self._linear(name)) is not None]
         if known and len(known) != len(names):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from mergequant import quantize
 from mergequant.evaluate.reference_forward import load_model
 from mergequant_vllm.format import FormatError
-from tests.conftest import SMALL
+from tests.conftest import FEW, SMALL
 from tests.forms import linear_form
-from tests.tiny import make_model
+from tests.tiny import make_model, write_text
 
 pytest.importorskip("vllm")
 
@@ -287,6 +287,15 @@ def test_linears_are_found_within_another_model(checkpoint: Path, prefix: str) -
         (32, 64),
     ]
     assert plugin._linear(f"{prefix}{BLOCK}.self_attn.norm") is None
+
+
+def test_what_is_stored_as_one_is_found_where_vllm_says_it_merges_parts(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    model = make_model(tmp_path / "model", "glm4")
+    plugin = plugin_config(quantize(model, tmp_path / "made", [text], FEW, progress=False))
+    assert plugin.packed_modules_mapping["gate_up_proj"] == ["gate_proj", "up_proj"]
+    (found,) = plugin._linears_behind(f"{BLOCK}.mlp.gate_up_proj")
+    assert found.shape == (2 * 172, 64)
 
 
 @pytest.mark.usefixtures("_ranks")
