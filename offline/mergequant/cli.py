@@ -54,7 +54,9 @@ def quantize(
     ] = False,
     recipe: Annotated[
         str | None,
-        typer.Option(help="w4a4, w4a8, w8a8, w3a4 or a YAML file; other flags count over it."),
+        typer.Option(
+            help="w4a4, w4a8, w8a8, w8a8_static, w3a4 or a YAML file; other flags count over it."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Trust = False,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from mergequant import InputError, Options, cli
 from mergequant.recipe import FILE, dump_recipe, load_recipe, recipe_names
@@ -29,13 +30,17 @@ def command(*words: str) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_named_recipe_is_what_its_name_says(name: str) -> None:
     options = Options.model_validate(load_recipe(name))
-    weights, activations = map(int, re.fullmatch(r"w(\d)a(\d)", name).groups())  # type: ignore[union-attr]
-    assert options.weight_bits == weights
-    assert options.static_bits == options.dynamic_bits == activations
+    weights, activations, static = re.fullmatch(r"w(\d)a(\d)(_static)?", name).groups()  # type: ignore[union-attr]
+    assert options.weight_bits == int(weights)
+    assert options.static_bits == options.dynamic_bits == int(activations)
+    assert (options.activations == "fully_static") == bool(static)
 
 
 def test_the_help_names_every_recipe() -> None:
-    assert recipe_names() == ["w3a4", "w4a4", "w4a8", "w8a8"]
+    quantize: Any = typer.main.get_command(cli.app)
+    parameters = quantize.commands["quantize"].params
+    told = next(x.help for x in parameters if x.name == "recipe")
+    assert set(recipe_names()) <= set(re.findall(r"\w+", told))
 
 
 def test_flags_count_over_the_recipe(quantized: list[Options]) -> None:
