@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 pangrams (of a kind) in a row.\n"
 
 
-# What a table must not forget, by model type: factors that are 1 by default, positions.
+# What a table must not forget, by model type: factors that are 1 by default, positions, blocks of
+# different kinds among two, windows that are shorter than what is served (60 tokens).
 FACTORS: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 3.0,
@@ -20,11 +21,19 @@ FACTORS: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
     },
     "cohere": {"logit_scale": 0.25},
-    # The first of two blocks has a window, and so positions. vLLM sees one token more in it than
-    # transformers, so it is longer than what is served in tests (60 tokens).
-    "cohere2": {"logit_scale": 0.25, "sliding_window": 64, "sliding_window_pattern": 2},
-    "gemma2": {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 5.0},
-    "gemma3_text": {"final_logit_softcapping": 4.0},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 16, "sliding_window_pattern": 2},
+    "gemma2": {
+        "final_logit_softcapping": 4.0,
+        "attn_logit_softcapping": 5.0,
+        "sliding_window": 16,
+    },
+    "gemma3_text": {
+        "final_logit_softcapping": 4.0,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+    },
+    "exaone4": {"sliding_window": 16, "sliding_window_pattern": 2},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "ministral3": {  # queries grow within 64 tokens, by 1.28
         "rope_parameters": {
             "rope_type": "yarn",
