@@ -143,7 +143,10 @@ def test_log_probabilities_are_the_references(
     monkeypatch.setattr(bloom, "BloomGelu", torch.nn.GELU)
     expected = reference_logprobs(load_model(folders[kind]), windows)
     for mode in ("eager", "compiled"):
-        largest = (served[f"{kind}.{mode}"] - expected).abs().amax(dim=1)
+        equal = (served[f"{kind}.{mode}"] - expected).abs() <= ROUNDINGS
         # A number that one of the two rounds to the next code moves the rest of its window; that
         # is rare. A wrong name, order or factor moves every window.
-        assert float((largest <= ROUNDINGS).float().mean()) > 0.5, (mode, largest)
+        alike = equal.long().cumprod(dim=1).sum(dim=1)
+        assert float((alike == equal.shape[1]).float().mean()) > 0.5, (
+            f"{mode}: equal up to {sorted(alike.tolist())} tokens of {equal.shape[1]} in the texts"
+        )

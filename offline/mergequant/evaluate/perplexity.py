@@ -20,7 +20,7 @@ from mergequant.calibration.tokenizer import load_tokenizer, refuse_unknown_toke
 from mergequant.errors import InputError
 from mergequant.evaluate.reference_forward import default_device, load_model
 from mergequant.model.reader import Reader, is_mergequant, locate
-from mergequant.model.settled_config import restated_fields
+from mergequant.model.settled_config import for_generation
 from mergequant.model.shapes import widths
 from mergequant_vllm.format import check_tensors, parse
 
@@ -179,8 +179,8 @@ def vllm_engine(folder: Path, **arguments: Any) -> AbstractContextManager[Any]:
             from vllm import LLM
         except ImportError as error:
             raise InputError(_NO_VLLM) from error
-        restated = restated_fields(Reader(folder).config)
-        return _closing(LLM(model=str(folder), hf_overrides=restated, **arguments))
+        needed = for_generation(Reader(folder).config)
+        return _closing(LLM(model=str(folder), hf_overrides=needed, **arguments))
 
 
 @contextmanager

@@ -37,7 +37,9 @@ def load_config(folder: Path) -> Any:
     except Exception as error:  # transformers raises many types, all meaning: refused
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[-1] if lines else type(error).__name__).removeprefix("TypeError: ")
-        positions.refuse_old_name(json.loads((folder / CONFIG).read_text()))
+        given = json.loads((folder / CONFIG).read_text())
+        positions.refuse_old_name(given)
+        _refuse_pattern(given)
         raise InputError(
             f"transformers, and so a server, refuses {folder / CONFIG} ({reason[:300]}): "
             "correct that entry."
@@ -53,6 +55,17 @@ def load_config(folder: Path) -> Any:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
+
+
+def _refuse_pattern(config: Mapping[str, Any]) -> None:
+    """Raise InputError where a `config.json` says by a word which blocks have a window (LLLG)."""
+    name = "sliding_window_pattern"
+    if name in config and not config.get("layer_types") and not isinstance(config[name], int):
+        raise InputError(
+            f"config.json has {name} {json.dumps(config[name])}, which transformers no longer "
+            "reads: write layer_types, a list of sliding_attention and full_attention with an "
+            "entry for each block."
+        )
 
 
 def settle_head(reader: Reader, architecture: Architecture) -> None:
@@ -101,7 +114,8 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
         if stands != served and (stands or served):  # null says no as false does
             raise InputError(
                 f"config.json has {field} {json.dumps(stands)}, and {kind} is served only with "
-                f"{json.dumps(served)}: change the field if the model works so, or give another."
+                f"{json.dumps(served)}: give another model, or change the field if this one was "
+                "not trained with it."
             )
     kinds = attention_kinds(config)
     mixed, windows = len(kinds) > 1, architecture.windows

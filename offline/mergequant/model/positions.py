@@ -8,6 +8,7 @@ from mergequant.errors import InputError
 FIELDS = ("rope_parameters", "rope_scaling")  # today's name, and that of older files
 KNOWN = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")  # to both libraries
 _OLD_LONGROPE = "su"
+_SECTIONS = "mrope_section"
 _PARTS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")  # names that vLLM reads
 
 
@@ -31,6 +32,11 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
     """Raise InputError unless both libraries know a `rope_parameters`, of all blocks or by kind."""
     for kind in [x for x in rope.values() if isinstance(x, Mapping)] or [rope]:
         name = _type(kind)
+        if kind.get(_SECTIONS):
+            raise InputError(
+                f"config.json has {_SECTIONS} of a model that also sees, which vLLM does not serve "
+                f"for one of text: remove {_SECTIONS}; positions of text are the same without."
+            )
         if name not in KNOWN:
             raise InputError(
                 f"config.json stretches positions by rope type {name!r}, which transformers or "

@@ -64,8 +64,9 @@ def _without_stumbling_blocks(config: Mapping[str, Any], model_type: str) -> dic
     """The configuration without values that mean nothing and break one library or the other.
 
     Those are a padding token that has no row in the embedding, a window of 0 tokens, which vLLM
-    takes for none and `transformers` for an empty one, a rope factor that is no float, and no name
-    of a class, without which vLLM takes the model for one that pools.
+    takes for none and `transformers` for an empty one, a rope factor that is no float, and the name
+    of a class that was never in `transformers`, or none, without which vLLM takes the model for one
+    that pools.
     """
     mended = dict(config)
     padding, rows = config.get("pad_token_id"), config.get("vocab_size")
@@ -74,16 +75,42 @@ def _without_stumbling_blocks(config: Mapping[str, Any], model_type: str) -> dic
     if config.get("sliding_window") == 0:
         mended["sliding_window"] = None
     mended.update(with_float_factors(config))
-    if not config.get("architectures"):
+    if not config.get("architectures") or _is_foreign(config["architectures"][0]):
         mended["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     return mended
 
 
-def restated_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a settled configuration that vLLM reads under names that files need not have."""
+def _is_foreign(name: str) -> bool:
+    """Whether a class that generates text is one of a model's own code (Ernie4_5_ForCausalLM).
+
+    A class that embeds, scores or classifies stays what it is: vLLM has some that `transformers`
+    has not.
+    """
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return name.endswith("ForCausalLM") and name not in known
+
+
+def for_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that vLLM needs to generate text, of a settled configuration whose file may lack them.
+
+    Those are what it reads under names of its own, and a class with a head.
+    """
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
-    restated = () if architecture is None else architecture.restated
-    return {x: config[x] for x in restated if x in config}
+    if architecture is None:
+        return {}
+    generates = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]]
+    restated = {x: config[x] for x in architecture.restated if x in config}
+    return {"architectures": generates, **restated}
+
+
+def embeds(config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence where vLLM takes a model for one that embeds texts, by the name of its class."""
+    name, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
+    if name.endswith("Model") and kind in ARCHITECTURES:
+        yield (
+            f"config.json names the class {name}, which vLLM takes for a model that embeds: if it "
+            f"shall generate text, name {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} in its place"
+        )
 
 
 def _fields(architecture: Architecture) -> Iterator[str]:

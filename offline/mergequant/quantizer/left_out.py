@@ -8,6 +8,7 @@ from mergequant.model.equalized_reader import is_carried
 from mergequant.model.hugging_face_config import windows_served_otherwise
 from mergequant.model.positions import served_otherwise
 from mergequant.model.rotated_reader import fixed_residual
+from mergequant.model.settled_config import embeds
 from mergequant.options import Options
 from mergequant.quantizer.forms import asks_for_head, is_static, quantizes_head
 
@@ -20,6 +21,7 @@ def left_out(
     """A sentence for each thing that is left out, loses much or is served otherwise."""
     yield from served_otherwise(config)
     yield from windows_served_otherwise(architecture, config)
+    yield from embeds(config)
     fixed = fixed_residual(architecture)
     if fixed is not None and options.rotation != "none":
         yield f"The residual is not rotated (R1): {fixed}"

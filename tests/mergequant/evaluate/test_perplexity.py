@@ -132,7 +132,7 @@ def test_a_served_model_is_asked_for_whole_windows(
             "enforce_eager": True,
             "trust_remote_code": False,
             "max_model_len": LENGTH + 1,  # one token is generated
-            "hf_overrides": {},
+            "hf_overrides": {"architectures": ["LlamaForCausalLM"]},
         }
     ]
     assert fake[0].stopped
@@ -144,7 +144,7 @@ def test_vllm_is_told_what_a_16_bit_model_says_under_other_names(
     model = make_model(tmp_path / "model", "ministral3")
     perplexity(model, text, window=LENGTH, most_windows=1)
     scaling = {"original_max_position_embeddings": 16, "beta": 0.2}
-    assert fake[0].arguments["hf_overrides"] == {"llama_4_scaling": scaling}
+    assert fake[0].arguments["hf_overrides"]["llama_4_scaling"] == scaling
 
 
 def test_an_engine_is_started_at_once_and_stopped_whatever_happens(

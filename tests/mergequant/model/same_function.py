@@ -1,6 +1,7 @@
 """What a reader's tensors compute, in any dtype: for views that must not change the function."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def logits(reader: Reader, dtype: torch.dtype) -> Tensor:
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, ExactNorm(module))
-        cohere = type(module).__name__ in ("CohereLayerNorm", "Cohere2LayerNorm")
+        cohere = re.fullmatch(r"Cohere\d*LayerNorm", type(module).__name__)
         if dtype == torch.float64 and cohere:
             module.forward = partial(exact_layer_norm, module)
     for name, rotation in reader.online.items():

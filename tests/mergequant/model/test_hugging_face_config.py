@@ -143,6 +143,14 @@ def test_a_padding_token_without_a_row_is_left_out(
         ),
         ("qwen3", {"rotary_pct": 0.25}, "has rotary_pct 0.25, which vLLM applies to qwen3"),
         ("cohere", {"sliding_window": 8}, "sliding_window 8 for cohere, which transformers and"),
+        ("exaone4", {"sliding_window_pattern": "LLLG", "layer_types": None}, "write layer_types,"),
+        ("exaone4", {"sliding_window_pattern": None, "layer_types": None}, "write layer_types,"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+            "has mrope_section of a model that also sees",
+        ),
+        ("opt", {"do_layer_norm_before": False}, "change the field if this one was not trained"),
         ("cohere2", {"sliding_window": None}, "does not start a cohere2: give the window's size"),
         ("exaone4", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
         ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}, "set it to null"),
@@ -210,6 +218,22 @@ def test_a_window_that_neither_library_applies_is_no_matter(
     tmp_path: Path, kind: str, fields: dict[str, Any]
 ) -> None:
     open_folder(edit(make_model(tmp_path / "model", kind), **fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "settled"),
+    [
+        ("ernie4_5", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
+        ("llama", "LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("bloom", "BloomModel", "BloomModel"),
+        ("qwen2", "Qwen2ForRewardModel", "Qwen2ForRewardModel"),
+    ],
+)
+def test_classes_of_code_beside_the_weights_are_renamed(
+    tmp_path: Path, kind: str, given: str, settled: str
+) -> None:
+    model = edit(make_model(tmp_path / "model", kind), architectures=[given])
+    assert open_folder(model)[0].config["architectures"] == [settled]
 
 
 def test_values_that_mean_nothing_are_mended(tmp_path: Path) -> None:

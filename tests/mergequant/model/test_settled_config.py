@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mergequant.errors import InputError
 from mergequant.model.reader import Reader
-from mergequant.model.settled_config import restated_fields, settle
+from mergequant.model.settled_config import for_generation, settle
 from tests.tiny import make_model
 
 
@@ -66,10 +66,21 @@ def test_what_vllm_reads_elsewhere_is_said_there_too() -> None:
     with pytest.raises(InputError, match=r"which vLLM reads, and elsewhere"):
         settle({**equal, "llama_4_scaling": {**expected, "beta": 0.3}})
     broken = settle({"model_type": "ministral3", "num_attention_heads": "x"})
-    assert restated_fields(broken) == {}  # what transformers refuses is said elsewhere
+    assert "llama_4_scaling" not in broken  # what transformers refuses is said elsewhere
     del rope["llama_4_scaling_beta"]
     with pytest.raises(InputError, match=r"has no rope_parameters\.llama_4_scaling_beta"):
         settle({"model_type": "ministral3", "rope_parameters": rope})
+
+
+def test_what_generates_is_a_class_with_a_head() -> None:
+    served = for_generation({"model_type": "bloom", "architectures": ["BloomModel"]})
+    assert served == {"architectures": ["BloomForCausalLM"]}
+    scaled = {"model_type": "ministral3", "llama_4_scaling": {"beta": 0.1}}
+    assert for_generation(scaled) == {
+        "architectures": ["Ministral3ForCausalLM"],
+        "llama_4_scaling": {"beta": 0.1},
+    }
+    assert for_generation({"model_type": "gpt2", "architectures": ["X"]}) == {}
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])

@@ -71,6 +71,14 @@ def test_positions_that_vllm_stretches_otherwise_are_said(
     assert said in sentence
 
 
+@pytest.mark.parametrize(("name", "told"), [("BloomModel", True), ("BloomForCausalLM", False)])
+def test_a_class_that_vllm_takes_for_one_that_embeds_is_said(name: str, told: bool) -> None:
+    options = Options(rotation="none", head_bits=16)
+    config = {"architectures": [name], "model_type": "bloom"}
+    said = " ".join(left_out(find("bloom"), options, config))
+    assert ("name BloomForCausalLM in its place" in said) == told
+
+
 @pytest.mark.parametrize(
     ("kinds", "context", "told"),
     [
