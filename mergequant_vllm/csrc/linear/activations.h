@@ -14,6 +14,7 @@
 
 #include "kernels.h"
 #include "linear/layout.h"
+#include "numbers/vectors.h"
 
 namespace {
 
@@ -31,8 +32,18 @@ template <class Set> struct Tiles {
 template <int Rows>
 void gather_tile(const int8_t *codes, int64_t stride, int64_t k, int64_t channels, int8_t *to)
 {
-    const int64_t whole = k / 4 * 4;
-    for (int64_t channel = 0; channel < whole; channel += 4) {
+    constexpr int fours = Rows / 4 * 4;
+    const int64_t sixteens = k / 16 * 16, whole = k / 4 * 4;
+    for (int64_t channel = 0; channel < sixteens; channel += 16) {
+        for (int row = 0; row < fours; row += 4)
+            transpose(codes + row * stride + channel, stride, 4 * Rows, to + 4 * row);
+        for (int row = fours; row < Rows; ++row) {
+            for (int four = 0; four < 4; ++four)
+                memcpy(to + 4 * (four * Rows + row), codes + row * stride + channel + 4 * four, 4);
+        }
+        to += 16 * Rows;
+    }
+    for (int64_t channel = sixteens; channel < whole; channel += 4) {
         for (int row = 0; row < Rows; ++row)
             memcpy(to + 4 * row, codes + row * stride + channel, 4);
         to += 4 * Rows;

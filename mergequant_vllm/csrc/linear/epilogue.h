@@ -43,6 +43,19 @@ template <class Function> MQ_INLINE void with_terms(Terms terms, const Function 
         function(TermsConstant<Terms::TOKEN_ZEROS>());
 }
 
+template <int Type> using TypeConstant = std::integral_constant<int, Type>;
+
+// Likewise the outputs' type.
+template <class Function> MQ_INLINE void with_type(int type, const Function &function)
+{
+    if (type == MQ_FLOAT32)
+        function(TypeConstant<MQ_FLOAT32>());
+    else if (type == MQ_BFLOAT16)
+        function(TypeConstant<MQ_BFLOAT16>());
+    else
+        function(TypeConstant<MQ_FLOAT16>());
+}
+
 // Per output of one block, `lanes` apart from span to span.
 struct OutputValues {
     float *step;          // [spans][lanes]
@@ -64,7 +77,7 @@ template <int Lanes> void turn_steps(const float *from, int64_t count, int64_t s
     const int64_t fours = count == Lanes ? spans / 4 * 4 : 0;
     for (int64_t i = 0; i < Lanes; i += 4) {
         for (int64_t span = 0; span < fours; span += 4)
-            transpose(from + i * spans + span, spans, Lanes, to + span * Lanes + i);
+            transpose(from + i * spans + span, 4 * spans, 4 * Lanes, to + span * Lanes + i);
     }
     for (int64_t span = fours; span < spans; ++span) {
         for (int64_t i = 0; i < Lanes; ++i)
@@ -190,56 +203,48 @@ MQ_INLINE void add_span(const int32_t *sums, const OutputValues &values, int64_t
                      floats + i);
 }
 
-template <class Set, Form Stored, Terms Which>
+// One register of outputs, rounded to their type.
+template <class Set, int Type> MQ_INLINE void store_rounded(const typename Set::Floats &y, uint8_t *to)
+{
+    if (Type == MQ_FLOAT32) {
+        store_vector(y, to);
+    } else if (Type == MQ_BFLOAT16) {
+        store_vector(to_bfloat16<Set>(y), to);
+    } else {
+        float wide[Set::width];
+        uint16_t half[Set::width];
+        store_vector(y, wide);
+        Set::template store_float16<Set::width>(wide, half);
+        memcpy(to, half, sizeof half);
+    }
+}
+
+// The outputs of a block of one token; `to` has room for all of them.
+template <class Set, Form Stored, Terms Which, int Type>
 MQ_INLINE void scale_sums(const int32_t *sums, const OutputValues &values, TokenValues token,
-                          float token_step, float *y)
+                          float token_step, uint8_t *to)
 {
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / planes_of(Stored); i += Set::width) {
         const Floats scaled = centred<Set, Stored, Which>(sums, values, 0, token, i) *
                               token_step * load_vector<Floats>(values.step + i);
-        store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
+        const Floats y = scaled + load_vector<Floats>(values.constant + i);
+        store_rounded<Set, Type>(y, to + i * bytes_of(Type));
     }
 }
 
-// The last span's sums, on their way to the outputs: the first ones' are in `floats`.
-template <class Set, Form Stored, Terms Which>
+// Likewise the last span's sums; the first ones' are in `floats`.
+template <class Set, Form Stored, Terms Which, int Type>
 MQ_INLINE void scale_spans(const int32_t *sums, const float *floats, const OutputValues &values,
-                           int64_t span, TokenValues token, float token_step, float *y)
+                           int64_t span, TokenValues token, float token_step, uint8_t *to)
 {
     using Floats = typename Set::Floats;
     for (int i = 0; i < Shape<Set>::lanes / planes_of(Stored); i += Set::width) {
         const Floats scaled =
             with_span<Set, Stored, Which>(sums, floats, values, span, token, i) * token_step;
-        store_vector<Floats>(scaled + load_vector<Floats>(values.constant + i), y + i);
+        const Floats y = scaled + load_vector<Floats>(values.constant + i);
+        store_rounded<Set, Type>(y, to + i * bytes_of(Type));
     }
-}
-
-// The outputs of a block that exist; all but the last block's are a copy of known size.
-template <int Outputs, class Element>
-MQ_INLINE void copy_outputs(const Element *from, const OutputValues &values, uint8_t *to)
-{
-    if (values.count == Outputs)
-        memcpy(to, from, Outputs * sizeof(Element));
-    else
-        memcpy(to, from, size_t(values.count) * sizeof(Element));
-}
-
-// Rounds a block's outputs of one token and writes them.
-template <class Set, Form Stored>
-MQ_INLINE void store_outputs(const float *y, const OutputValues &values, int type, uint8_t *to)
-{
-    constexpr int outputs = Shape<Set>::lanes / planes_of(Stored);
-    if (type == MQ_FLOAT32) {
-        copy_outputs<outputs>(y, values, to);
-        return;
-    }
-    uint16_t half[outputs];
-    if (type == MQ_BFLOAT16)
-        store_bfloat16<Set, outputs>(y, half);
-    else
-        Set::template store_float16<outputs>(y, half);
-    copy_outputs<outputs>(half, values, to);
 }
 
 }  // namespace

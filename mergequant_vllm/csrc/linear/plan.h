@@ -73,7 +73,7 @@ template <class Set> struct Plan {
     int64_t threads;
     bool unpacks;
     int64_t run_channels;
-    int64_t task_blocks;
+    int64_t task_blocks;  // at most
     int64_t output_parts, row_parts;  // tasks: each of one by each of the other
     const int8_t *activations;        // linear/activations.h
     int32_t *token_sums;
@@ -87,8 +87,9 @@ template <class Set> struct Plan {
         unpacks = many && shape.form != Form::BYTES;
         run_channels = many ? near_channels() : shape.channels;
         const int64_t most = many ? larger(1, MANY_LANES / Shape<Set>::lanes) : 1;
-        task_blocks = larger(1, smaller(most, shape.blocks / threads));
-        output_parts = ceil_div(shape.blocks, task_blocks);
+        const int64_t wished = larger(1, smaller(most, shape.blocks / threads));
+        output_parts = ceil_div(shape.blocks, wished);
+        task_blocks = ceil_div(shape.blocks, output_parts);
         const int64_t wanted = ceil_div(2 * threads, output_parts);
         row_parts = threads > 1 ? smaller(wanted, tiles.count) : 1;
     }
@@ -106,6 +107,8 @@ template <class Set> struct Plan {
 
     int64_t tasks() const { return output_parts * row_parts; }
     int64_t part_begin(int64_t part) const { return part * tiles.count / row_parts; }
+    // As evenly as they go: threads wait for the longest task.
+    int64_t block_begin(int64_t part) const { return part * shape.blocks / output_parts; }
     // Whether sums need not be kept from one run of channels to the next.
     bool whole() const { return run_channels == shape.channels; }
     int64_t most_part_rows() const { return ceil_div(tiles.count, row_parts) * Set::rows; }

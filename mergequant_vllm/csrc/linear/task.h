@@ -25,8 +25,8 @@ template <class Set, Form Stored> struct Task {
         : plan(plan), scratch(scratch)
     {
         const int64_t part = task % plan.row_parts;
-        first_block = task / plan.row_parts * plan.task_blocks;
-        blocks = smaller(plan.task_blocks, plan.shape.blocks - first_block);
+        first_block = plan.block_begin(task / plan.row_parts);
+        blocks = plan.block_begin(task / plan.row_parts + 1) - first_block;
         first_tile = plan.part_begin(part);
         last_tile = plan.part_begin(part + 1);
         first_row = plan.tiles.begin(first_tile);
@@ -115,11 +115,14 @@ template <class Set, Form Stored> struct Task {
         }
         if (end == shape.channels)
             with_terms(terms_of(plan.a), [&](auto terms) {
-                for (int64_t r = 0; r < size; ++r) {
-                    if (r + ROWS_AHEAD < size)
-                        prefetch_outputs(block, row + r + ROWS_AHEAD, 1);
-                    finish<terms.value>(block, row + r, sums + r * lanes, floats + r * lanes);
-                }
+                with_type(plan.a.type, [&](auto type) {
+                    for (int64_t r = 0; r < size; ++r) {
+                        if (r + ROWS_AHEAD < size)
+                            prefetch_outputs(block, row + r + ROWS_AHEAD, 1);
+                        finish<terms.value, type.value>(block, row + r, sums + r * lanes,
+                                                        floats + r * lanes);
+                    }
+                });
             });
     }
 
@@ -135,30 +138,30 @@ template <class Set, Form Stored> struct Task {
     }
 
     // The outputs of a block of one token.
-    template <Terms Which>
+    template <Terms Which, int Type>
     MQ_INLINE void finish(int64_t block, int64_t row, const int32_t *sums, const float *floats) const
     {
         const LinearArguments &a = plan.a;
         const int64_t token = token_of(row);
         const float token_step = a.token_step ? a.token_step[token] : 1.0f;
         const OutputValues &values = scratch.values[block];
-        uint8_t *const to = outputs(token) + values.first * element_bytes(a.type);
-        const bool direct = a.type == MQ_FLOAT32 && values.count == plan.shape.outputs;
-        float rest[lanes];
-        float *const y = direct ? reinterpret_cast<float *>(to) : rest;
+        uint8_t *const to = outputs(token) + values.first * bytes_of(Type);
+        const bool all = values.count == plan.shape.outputs;
+        uint8_t some[lanes * bytes_of(Type)];
+        uint8_t *const y = all ? to : some;
         const int64_t last = plan.shape.spans - 1;
         if (a.span_ends)
-            scale_spans<Set, Stored, Which>(sums, floats, values, last, token_values(row, last),
-                                            token_step, y);
+            scale_spans<Set, Stored, Which, Type>(sums, floats, values, last,
+                                                  token_values(row, last), token_step, y);
         else
-            scale_sums<Set, Stored, Which>(sums, values, token_values(row, 0), token_step, y);
-        if (!direct)
-            store_outputs<Set, Stored>(y, values, a.type, to);
+            scale_sums<Set, Stored, Which, Type>(sums, values, token_values(row, 0), token_step, y);
+        if (!all)
+            memcpy(to, some, size_t(values.count) * bytes_of(Type));
     }
 
     uint8_t *outputs(int64_t token) const
     {
-        return static_cast<uint8_t *>(plan.a.y) + token * plan.a.n * element_bytes(plan.a.type);
+        return static_cast<uint8_t *>(plan.a.y) + token * plan.a.n * bytes_of(plan.a.type);
     }
 
     // Rows of outputs are far apart in memory. Their cache lines are asked for before the tile, which
@@ -168,7 +171,7 @@ template <class Set, Form Stored> struct Task {
     void prefetch_outputs(int64_t block, int64_t row, int64_t size) const
     {
         const OutputValues &values = scratch.values[block];
-        const int64_t bytes = element_bytes(plan.a.type);
+        const int64_t bytes = bytes_of(plan.a.type);
         for (int64_t r = row; r < row + size; ++r) {
             const uint8_t *const to = outputs(token_of(r)) + values.first * bytes;
             for (int64_t byte = 0; byte < plan.shape.outputs * bytes; byte += 64)

@@ -56,10 +56,12 @@ template <class To, class From> inline To reinterpret_vector(const From &from)
     return load_vector<To>(&from);
 }
 
-// The transpose of 4 rows of `from` by 4, rows `stride` apart, into rows `step` apart.
-MQ_INLINE void transpose(const float *from, int64_t stride, int64_t step, float *to)
+// The transpose of 4 rows by 4 of any 32 bits, rows `stride` bytes apart, into rows `step` apart.
+MQ_INLINE void transpose(const void *rows, int64_t stride, int64_t step, void *turned)
 {
     using Floats = Vectors<4>::Floats;
+    const char *const from = static_cast<const char *>(rows);
+    char *const to = static_cast<char *>(turned);
     const Floats a = load_vector<Floats>(from), b = load_vector<Floats>(from + stride);
     const Floats c = load_vector<Floats>(from + 2 * stride);
     const Floats d = load_vector<Floats>(from + 3 * stride);
@@ -71,17 +73,14 @@ MQ_INLINE void transpose(const float *from, int64_t stride, int64_t step, float 
     store_vector<Floats>(MQ_SHUFFLE(ab23, cd23, 2, 3, 6, 7), to + 3 * step);
 }
 
-template <class Set, int Count> void store_bfloat16(const float *from, uint16_t *to)
+template <class Set> MQ_INLINE typename Set::Halves to_bfloat16(const typename Set::Floats &x)
 {
     using Words = typename Set::Words;
-    for (int i = 0; i < Count; i += Set::width) {
-        const Words bits = load_vector<Words>(from + i);
-        const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        const Words quiet = bits >> 16 | 0x40;
-        const Words is_nan = reinterpret_vector<Words>((bits & 0x7fffffff) > 0x7f800000);
-        const Words result = (quiet & is_nan) | (rounded & ~is_nan);
-        store_vector(__builtin_convertvector(result, typename Set::Halves), to + i);
-    }
+    const Words bits = reinterpret_vector<Words>(x);
+    const Words upper = bits >> 16;
+    const Words rounded = (bits + 0x7fff + (upper & 1)) >> 16;
+    const Words result = x != x ? upper | 0x40 : rounded;
+    return __builtin_convertvector(result, typename Set::Halves);
 }
 
 inline uint16_t to_float16(float x)
@@ -100,6 +99,6 @@ inline uint16_t to_float16(float x)
     return uint16_t(sign | (bits >= 143u << 23 ? infinite : finite));
 }
 
-inline int64_t element_bytes(int type) { return type == MQ_FLOAT32 ? 4 : 2; }
+constexpr int bytes_of(int type) { return type == MQ_FLOAT32 ? 4 : 2; }
 
 }  // namespace
