@@ -1,5 +1,6 @@
 """vLLM parameters in the contract's stored layout, and whether the loader filled them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm.model_executor.parameter import (
 )
 
 from mergequant_vllm.format import FormatError, LinearFormat
-from mergequant_vllm.packing import codes_per_word, words_per_row
+from mergequant_vllm.packing import codes_per_word, stored_bits, words_per_row
 
 _REMEDY = "copy the checkpoint again, or quantize the model again."
 
@@ -142,7 +143,7 @@ def fill_dummy(layer: Any, form: LinearFormat) -> None:
     codes = layer.weight_packed.data
     generator = torch.Generator(device=codes.device).manual_seed(0)
     codes.random_(-(2**31), 2**31 - 1, generator=generator)
-    values = {"weight_scale": 2.0**-8, "weight_zero_point": 0, "output_offset": 0.0}
+    values = {"weight_scale": _dummy_step(form), "weight_zero_point": 0, "output_offset": 0.0}
     values |= {"input_offset": 0.0, "input_clip": 1.0}
     for name, value in values.items():
         if hasattr(layer, name):
@@ -150,6 +151,17 @@ def fill_dummy(layer: Any, form: LinearFormat) -> None:
     if hasattr(layer, "input_index"):
         index = layer.input_index.data
         index.copy_(torch.arange(len(index), device=index.device) % form.shape[1])
+
+
+def _dummy_step(form: LinearFormat) -> float:
+    """A step by which random codes give outputs near one, as trained models have.
+
+    Larger ones overflow, or end in exponentials that are slower for extreme numbers.
+    """
+    weights = 2.0 ** stored_bits(form.weight.bits) / math.sqrt(12)  # evenly distributed
+    # A norm carries 1 / s, and what it writes spreads over a quarter of the codes.
+    inputs = 2.0 ** (form.input.bits - 3) if form.norm else 1.0
+    return 1.0 / (math.sqrt(form.shape[1]) * weights * inputs)
 
 
 def check_loaded(layer: Any, form: LinearFormat, prefix: str) -> None:

@@ -299,11 +299,12 @@ def test_what_is_stored_as_one_is_found_where_vllm_says_it_merges_parts(tmp_path
 
 
 @pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("form", ["static", "dynamic", "every tensor"])
 def test_dummy_weights_are_such_as_a_quantizer_writes(
-    monkeypatch: pytest.MonkeyPatch, form: str
+    monkeypatch: pytest.MonkeyPatch, form: str, bits: int
 ) -> None:
-    fields: dict[str, Any] = {"weight_bits": 4}
+    fields: dict[str, Any] = {"weight_bits": bits, "activation_bits": bits}
     if form == "every tensor":
         fields |= {"columns": 96, "offsets": True, "group_size": 32, "zero_points": True}
     linear = linear_form((32, 64), "dynamic" if form == "dynamic" else "static", **fields)
@@ -314,8 +315,9 @@ def test_dummy_weights_are_such_as_a_quantizer_writes(
         layer, 64, [32], 64, 32, torch.float32, weight_loader=lambda *_: None
     )  # nothing is loaded
     method.process_weights_after_loading(layer)
-    y = method.apply(layer, torch.randn(5, 64))
-    assert y.shape == (5, 32) and bool(torch.isfinite(y).all()) and float(y.abs().max()) > 0
+    spread = 1.0 if form == "dynamic" else 2.0 ** (bits - 3)
+    y = method.apply(layer, spread * torch.randn(50, 64))
+    assert y.shape == (50, 32) and 0.5 < float(y.std()) < 2.0
 
 
 def test_on_a_cpu_compiled_models_are_cached_where_they_can_be_read_again(
