@@ -156,7 +156,8 @@ def fill_dummy(layer: Any, form: LinearFormat) -> None:
 def _dummy_step(form: LinearFormat) -> float:
     """A step by which random codes give outputs near one, as trained models have.
 
-    Larger ones overflow, or end in exponentials that are slower for extreme numbers.
+    Larger ones overflow, or end in exponentials that are slower for extreme numbers. It supposes
+    norms such as a quantizer writes; vLLM's own dummy norms are tiny, and their codes 0.
     """
     weights = 2.0 ** stored_bits(form.weight.bits) / math.sqrt(12)  # evenly distributed
     # A norm carries 1 / s, and what it writes spreads over a quarter of the codes.

@@ -33,7 +33,7 @@ FACTORS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 2,
     },
     "exaone4": {"sliding_window": 16, "sliding_window_pattern": 2},
-    "smollm3": {"no_rope_layers": [1, 0]},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
     "ministral3": {  # queries grow within 64 tokens, by 1.28
         "rope_parameters": {
             "rope_type": "yarn",
@@ -51,7 +51,7 @@ FACTORS: dict[str, dict[str, Any]] = {
 HEADS_ALIKE = ("opt", "gpt_neox", "bloom")  # each query head has a value head of its own
 TIED = ("bloom", "gemma2", "cohere", "cohere2")  # vLLM knows no head of theirs but the embedding
 # A head's size is the hidden one's share.
-HEAD_OF_HIDDEN = ("opt", "gpt_neox", "bloom", "starcoder2", "stablelm", "phi", "phi3", "cohere2")
+HEAD_OF_HIDDEN = ("opt", "gpt_neox", "bloom", "starcoder2", "stablelm", "phi", "phi3")
 
 
 def save_tokenizer(folder: Path) -> int:

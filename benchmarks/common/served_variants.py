@@ -37,7 +37,8 @@ class Variant:
 
     Attributes:
         quantization: from the model and its number of blocks to `quantization_config`, or None.
-        weight_step: what stored integer or FP8 weights are multiplied with.
+        weight_step: what stored integer or FP8 weights are multiplied with; the plugin's dummy
+            weights have steps of their own.
         norm: the norms' multiplier; ours carries 1/s and reaches over the range of codes.
         engine: arguments for vLLM's engine.
     """
@@ -153,11 +154,9 @@ VARIANTS = {
         weight_step=0.02,
     ),
     "mergequant": Variant(_mergequant, weight_step=0.004, norm=2.0),
-    "mergequant-head16": Variant(partial(_mergequant, head=False), weight_step=0.004, norm=2.0),
-    "mergequant-w8a8": Variant(partial(_mergequant, bits=8), weight_step=0.0003, norm=30.0),
-    "mergequant-w8a8-static": Variant(
-        partial(_mergequant, bits=8, fully_static=True), weight_step=0.0003, norm=30.0
-    ),
+    "mergequant-head16": Variant(partial(_mergequant, head=False), norm=2.0),
+    "mergequant-w8a8": Variant(partial(_mergequant, bits=8), norm=30.0),
+    "mergequant-w8a8-static": Variant(partial(_mergequant, bits=8, fully_static=True), norm=30.0),
 }
 
 

@@ -56,7 +56,7 @@ template <class To, class From> inline To reinterpret_vector(const From &from)
     return load_vector<To>(&from);
 }
 
-// The transpose of 4 rows by 4 of any 32 bits, rows `stride` bytes apart, into rows `step` apart.
+// The transpose of 4 rows by 4 of any 32 bits, rows `stride` bytes apart, into rows `step` bytes apart.
 MQ_INLINE void transpose(const void *rows, int64_t stride, int64_t step, void *turned)
 {
     using Floats = Vectors<4>::Floats;

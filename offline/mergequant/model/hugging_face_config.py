@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from mergequant.errors import InputError
-from mergequant.model import positions
+from mergequant.model import positions, windows
 from mergequant.model.architecture import Architecture
 from mergequant.model.reader import CONFIG, Reader
 
 TIED = "tie_word_embeddings"
-SLIDING = "sliding_attention"
 
 _SETTLED: dict[tuple[object, ...], bool] = {}  # by what the configuration says, and the files
 
@@ -39,7 +38,7 @@ def load_config(folder: Path) -> Any:
         reason = (lines[-1] if lines else type(error).__name__).removeprefix("TypeError: ")
         given = json.loads((folder / CONFIG).read_text())
         positions.refuse_old_name(given)
-        _refuse_pattern(given)
+        windows.refuse_pattern(given, error)
         raise InputError(
             f"transformers, and so a server, refuses {folder / CONFIG} ({reason[:300]}): "
             "correct that entry."
@@ -49,23 +48,13 @@ def load_config(folder: Path) -> Any:
         config.pad_token_id = None
     if getattr(config, "sliding_window", None) == 0:
         config.sliding_window = None
+    windows.refuse_without_size(config)
     positions.refuse_unknown(getattr(config, "rope_parameters", None) or {})
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # what the model has without packages of its own
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # sdpa leaves the cap out (Gemma 2)
     return config
-
-
-def _refuse_pattern(config: Mapping[str, Any]) -> None:
-    """Raise InputError where a `config.json` says by a word which blocks have a window (LLLG)."""
-    name = "sliding_window_pattern"
-    if name in config and not config.get("layer_types") and not isinstance(config[name], int):
-        raise InputError(
-            f"config.json has {name} {json.dumps(config[name])}, which transformers no longer "
-            "reads: write layer_types, a list of sliding_attention and full_attention with an "
-            "entry for each block."
-        )
 
 
 def settle_head(reader: Reader, architecture: Architecture) -> None:
@@ -117,15 +106,16 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
                 f"{json.dumps(served)}: give another model, or change the field if this one was "
                 "not trained with it."
             )
-    kinds = attention_kinds(config)
-    mixed, windows = len(kinds) > 1, architecture.windows
-    if (mixed and windows != "some") or (SLIDING in kinds and windows == "none"):
-        raise InputError(
-            f"config.json gives some blocks a sliding window ({', '.join(sorted(kinds))}), and "
-            f"vLLM does not serve that for {kind}: set use_sliding_window to false, or remove "
-            "layer_types, if the model works without."
-        )
-    _refuse_stray_window(architecture, config, kinds)
+    for field, other in architecture.preferred.items():
+        stands, read = config.get(field), config.get(other)
+        if field in config and stands != read and (stands or read):
+            raise InputError(
+                f"config.json has {field} {json.dumps(stands)}, which vLLM reads, and {other} "
+                f"{json.dumps(read)}, which transformers reads: make them equal, as the model was "
+                "trained."
+            )
+    windows.refuse_unserved_windows(architecture, config)
+    positions.refuse_sections(config)
     if not architecture.partly_rotary:
         positions.refuse_partial(config, kind)
     if not architecture.free_head_size:
@@ -143,55 +133,3 @@ def _refuse_head_size(config: Mapping[str, Any], kind: str) -> None:
             f"config.json has head_dim {size!r}, and vLLM serves {kind} only with heads of "
             f"hidden_size / num_attention_heads = {hidden} / {heads} channels: give another model."
         )
-
-
-def _refuse_stray_window(
-    architecture: Architecture, config: Mapping[str, Any], kinds: set[str]
-) -> None:
-    """Raise InputError for a window that one library applies to blocks and the other does not."""
-    window = config.get("sliding_window")
-    if window is None and architecture.wider_windows and SLIDING in kinds:
-        raise InputError(
-            "config.json gives blocks a sliding window and has sliding_window null, with which "
-            f"vLLM does not start a {architecture.model_type}: give the window's size."
-        )
-    if window is None:
-        return
-    by_type = bool(config.get("layer_types"))
-    # vLLM goes by the field alone, where no types of blocks are given, ...
-    stray = not by_type and architecture.windows == "none"
-    # ... and some models of transformers do where all blocks are said to see everything.
-    unsaid = by_type and architecture.windows_by_size and SLIDING not in kinds
-    if (stray and window < int(config.get("max_position_embeddings") or 0)) or unsaid:
-        raise InputError(
-            f"config.json has sliding_window {window!r} for {architecture.model_type}, which "
-            "transformers and vLLM do not understand alike: set it to null, or, if the model was "
-            "trained with it, give one whose model_type has windows."
-        )
-
-
-def windows_served_otherwise(
-    architecture: Architecture, config: Mapping[str, Any]
-) -> Iterator[str]:
-    """A sentence where blocks see another number of tokens in vLLM than in `transformers`."""
-    window = config.get("sliding_window")
-    if not architecture.wider_windows or window is None:
-        return
-    kinds = attention_kinds(config)  # none: transformers gives some blocks a window by default
-    if (not kinds or SLIDING in kinds) and window < int(config["max_position_embeddings"]):
-        yield (
-            f"vLLM's sliding windows of {architecture.model_type} hold {window + 1} tokens, and "
-            f"those of transformers {window}: serve with --max-model-len {window} at most where "
-            "the two must agree"
-        )
-
-
-def attention_kinds(config: Mapping[str, Any]) -> set[str]:
-    """Which kinds of attention a model's blocks have, as far as config.json tells them apart."""
-    if config.get("layer_types"):
-        return set(config["layer_types"])
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
-        return set()
-    count = int(config["num_hidden_layers"])
-    full = min(int(config.get("max_window_layers", 28)), count)  # 28: transformers' default
-    return ({"full_attention"} if full > 0 else set()) | ({SLIDING} if full < count else set())

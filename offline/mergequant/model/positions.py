@@ -8,7 +8,7 @@ from mergequant.errors import InputError
 FIELDS = ("rope_parameters", "rope_scaling")  # today's name, and that of older files
 KNOWN = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")  # to both libraries
 _OLD_LONGROPE = "su"
-_SECTIONS = "mrope_section"
+_SECTIONED, _SECTIONS = "mrope", ("mrope_section", "xdrope_section")
 _PARTS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")  # names that vLLM reads
 
 
@@ -32,11 +32,8 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
     """Raise InputError unless both libraries know a `rope_parameters`, of all blocks or by kind."""
     for kind in [x for x in rope.values() if isinstance(x, Mapping)] or [rope]:
         name = _type(kind)
-        if kind.get(_SECTIONS):
-            raise InputError(
-                f"config.json has {_SECTIONS} of a model that also sees, which vLLM does not serve "
-                f"for one of text: remove {_SECTIONS}; positions of text are the same without."
-            )
+        if name == _SECTIONED:
+            refuse_sections({FIELDS[0]: kind})
         if name not in KNOWN:
             raise InputError(
                 f"config.json stretches positions by rope type {name!r}, which transformers or "
@@ -44,17 +41,35 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_sections(config: Mapping[str, Any]) -> None:
+    """Raise InputError for positions in sections, which images have and text does not need."""
+    given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
+    names = [x for where in (config, *given) for x in _SECTIONS if where.get(x)]
+    names += [
+        f"the rope type {_SECTIONED!r}" for x in given if _SECTIONED in (x.get("type"), _type(x))
+    ]
+    if names:
+        raise InputError(
+            f"config.json has {names[0]} of a model that also takes images, which vLLM does not "
+            f"serve for one of text: remove {' and '.join(_SECTIONS)}, and write 'default' for "
+            f"{_SECTIONED!r}; positions of text stay the same."
+        )
+
+
 def refuse_partial(config: Mapping[str, Any], model_type: str) -> None:
     """Raise InputError where only a part of each head turns: vLLM does so for any model type."""
     given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
-    by_kind = [x for rope in given for x in rope.values() if isinstance(x, Mapping)]
-    for rope in (config, *given, *by_kind):
-        for name in [x for x in _PARTS if rope.get(x) not in (None, 1, 1.0)]:
-            raise InputError(
-                f"config.json has {name} {rope[name]!r}, which vLLM applies to {model_type} and "
-                "transformers does not: remove it, or, if the model was trained with it, give one "
-                "whose model_type has it."
-            )
+    ropes = [*given, *(x for rope in given for x in rope.values() if isinstance(x, Mapping))]
+    parts = ((x, rope.get(x)) for rope in (config, *ropes) for x in _PARTS)
+    found = [(name, part) for name, part in parts if part not in (None, 1)]
+    found += [("rope_dim", rope["rope_dim"]) for rope in ropes if rope.get("rope_dim")]
+    if found:
+        name, part = found[0]
+        raise InputError(
+            f"config.json has {name} {part!r}, which vLLM applies to {model_type} and "
+            "transformers does not: remove it, or, if the model was trained with it, give one "
+            "whose model_type has it."
+        )
 
 
 def served_otherwise(config: Mapping[str, Any]) -> Iterator[str]:

@@ -106,10 +106,11 @@ def for_generation(config: Mapping[str, Any]) -> dict[str, Any]:
 def embeds(config: Mapping[str, Any]) -> Iterator[str]:
     """A sentence where vLLM takes a model for one that embeds texts, by the name of its class."""
     name, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
-    if name.endswith("Model") and kind in ARCHITECTURES:
+    otherwise = ("RewardModel", "ChatModel", "LMHeadModel")
+    if name.endswith("Model") and not name.endswith(otherwise) and kind in ARCHITECTURES:
         yield (
             f"config.json names the class {name}, which vLLM takes for a model that embeds: if it "
-            f"shall generate text, name {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} in its place"
+            f"is to generate text, name {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} in its place"
         )
 
 
@@ -122,6 +123,7 @@ def _fields(architecture: Architecture) -> Iterator[str]:
     yield from (x.bias for x in linears if isinstance(x.bias, str))
     yield from (x.bias for x in (*norms, architecture.final_norm) if isinstance(x.bias, str))
     yield from architecture.served_with
+    yield from architecture.preferred.values()
     scales = vars(architecture.scales).values()
     yield from (x for x in scales if x is not None)
 

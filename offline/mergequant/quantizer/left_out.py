@@ -5,10 +5,10 @@ from typing import Any
 
 from mergequant.model.architecture import MIDDLE, Architecture
 from mergequant.model.equalized_reader import is_carried
-from mergequant.model.hugging_face_config import windows_served_otherwise
 from mergequant.model.positions import served_otherwise
 from mergequant.model.rotated_reader import fixed_residual
 from mergequant.model.settled_config import embeds
+from mergequant.model.windows import windows_served_otherwise
 from mergequant.options import Options
 from mergequant.quantizer.forms import asks_for_head, is_static, quantizes_head
 

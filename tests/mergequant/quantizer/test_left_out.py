@@ -71,7 +71,10 @@ def test_positions_that_vllm_stretches_otherwise_are_said(
     assert said in sentence
 
 
-@pytest.mark.parametrize(("name", "told"), [("BloomModel", True), ("BloomForCausalLM", False)])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("BloomModel", True), ("BloomForCausalLM", False), ("BloomForRewardModel", False)],
+)
 def test_a_class_that_vllm_takes_for_one_that_embeds_is_said(name: str, told: bool) -> None:
     options = Options(rotation="none", head_bits=16)
     config = {"architectures": [name], "model_type": "bloom"}

@@ -8,6 +8,7 @@ _BEHIND_EMBEDDING = "transformer.word_embeddings_layernorm"
 
 BLOOM = Architecture(
     model_type="bloom",
+    partly_rotary=True,
     free_head_size=False,
     windows="none",
     spaces=PLAIN_SPACES,

@@ -9,5 +9,4 @@ COHERE2 = replace(
     model_type="cohere2",
     windows="some",
     wider_windows=True,
-    free_head_size=False,  # transformers takes the hidden one's share, whatever head_dim says
 )

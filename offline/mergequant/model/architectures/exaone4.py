@@ -12,5 +12,6 @@ EXAONE4 = replace(
     windows_by_size=True,
     head_norms=(HeadNorm("self_attn.q_norm"), HeadNorm("self_attn.k_norm")),
     windows="some",
+    partly_rotary=False,
     served_with=NO_BIASES,
 )

@@ -28,10 +28,10 @@ NORMS = (
 # classes do not.
 UNKNOWN: Mapping[str, object] = {
     "bias": False,
-    "qkv_bias": False,
     "logit_scale": 1.0,
     "is_causal": True,
 }
+PREFERRED: Mapping[str, str] = {"qkv_bias": "attention_bias"}
 NO_BIASES: Mapping[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -43,6 +43,7 @@ LLAMA = Architecture(
     model_type="llama",
     windows="none",
     served_with={"hidden_act": "silu", **UNKNOWN},
+    preferred=PREFERRED,
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -1,12 +1,13 @@
 """Mistral: Llama's block without biases."""
 
 from mergequant.model.architecture import Architecture, Linear
-from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
+from mergequant.model.architectures.llama import NO_BIASES, NORMS, PREFERRED, SPACES
 
 MISTRAL = Architecture(
     model_type="mistral",
     windows_by_size=True,
     served_with=NO_BIASES,
+    preferred=PREFERRED,
     spaces=SPACES,
     norms=NORMS,
     linears=(

@@ -11,6 +11,7 @@ from mergequant.model.architectures.llama import LLAMA, SPACES
 OLMO2 = replace(
     LLAMA,
     model_type="olmo2",
+    partly_rotary=True,
     spaces=(*SPACES, Space("attn_out", "hidden"), Space("mlp_out", "hidden")),
     norms=(
         Norm("post_attention_layernorm", "attn_out", "residual"),

@@ -8,6 +8,7 @@ _BIAS = "enable_bias"
 
 OPT = Architecture(
     model_type="opt",
+    partly_rotary=True,
     free_head_size=False,
     windows="none",
     spaces=PLAIN_SPACES,

@@ -2,13 +2,14 @@
 
 from mergequant.model.architecture import Architecture, Linear
 from mergequant.model.architectures.layer_norm_block import QKV
-from mergequant.model.architectures.llama import NO_BIASES, NORMS, SPACES
+from mergequant.model.architectures.llama import NO_BIASES, NORMS, PREFERRED, SPACES
 
 PHI3 = Architecture(
     model_type="phi3",
     partly_rotary=True,
     windows_by_size=True,
     served_with=NO_BIASES,
+    preferred=PREFERRED,
     spaces=SPACES,
     norms=NORMS,
     linears=(

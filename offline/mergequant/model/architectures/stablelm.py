@@ -24,8 +24,8 @@ STABLELM = replace(
         "hidden_act": "silu",
         "use_parallel_residual": False,
         "qk_layernorm": False,
-        "norm_eps": 1e-05,  # vLLM prefers it to layer_norm_eps, whose default this is
     },
+    preferred={"norm_eps": "layer_norm_eps"},
     free_head_size=False,
     partly_rotary=True,
 )

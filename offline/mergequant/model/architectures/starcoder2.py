@@ -7,6 +7,7 @@ _BIAS = "use_bias"
 
 STARCODER2 = Architecture(
     model_type="starcoder2",
+    partly_rotary=True,
     windows_by_size=True,
     spaces=PLAIN_SPACES,
     norms=LAYER_NORMS,
