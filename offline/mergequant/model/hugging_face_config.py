@@ -13,6 +13,7 @@ from mergequant.errors import InputError
 from mergequant.model import positions, windows
 from mergequant.model.architecture import Architecture
 from mergequant.model.reader import CONFIG, Reader
+from mergequant.model.settled_config import read_otherwise
 
 TIED = "tie_word_embeddings"
 
@@ -49,6 +50,7 @@ def load_config(folder: Path) -> Any:
     if getattr(config, "sliding_window", None) == 0:
         config.sliding_window = None
     windows.refuse_without_size(config)
+    positions.refuse_sections(config.to_dict())
     positions.refuse_unknown(getattr(config, "rope_parameters", None) or {})
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # what the model has without packages of its own
@@ -109,13 +111,8 @@ def refuse_unserved(architecture: Architecture, config: Mapping[str, Any]) -> No
     for field, other in architecture.preferred.items():
         stands, read = config.get(field), config.get(other)
         if field in config and stands != read and (stands or read):
-            raise InputError(
-                f"config.json has {field} {json.dumps(stands)}, which vLLM reads, and {other} "
-                f"{json.dumps(read)}, which transformers reads: make them equal, as the model was "
-                "trained."
-            )
+            raise read_otherwise(field, stands, f"{other} {json.dumps(read)}")
     windows.refuse_unserved_windows(architecture, config)
-    positions.refuse_sections(config)
     if not architecture.partly_rotary:
         positions.refuse_partial(config, kind)
     if not architecture.free_head_size:

@@ -32,8 +32,6 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
     """Raise InputError unless both libraries know a `rope_parameters`, of all blocks or by kind."""
     for kind in [x for x in rope.values() if isinstance(x, Mapping)] or [rope]:
         name = _type(kind)
-        if name == _SECTIONED:
-            refuse_sections({FIELDS[0]: kind})
         if name not in KNOWN:
             raise InputError(
                 f"config.json stretches positions by rope type {name!r}, which transformers or "
@@ -43,10 +41,10 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
 
 def refuse_sections(config: Mapping[str, Any]) -> None:
     """Raise InputError for positions in sections, which images have and text does not need."""
-    given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
-    names = [x for where in (config, *given) for x in _SECTIONS if where.get(x)]
+    ropes = _ropes(config)
+    names = [x for where in (config, *ropes) for x in _SECTIONS if where.get(x)]
     names += [
-        f"the rope type {_SECTIONED!r}" for x in given if _SECTIONED in (x.get("type"), _type(x))
+        f"the rope type {_SECTIONED!r}" for x in ropes if _SECTIONED in (x.get("type"), _type(x))
     ]
     if names:
         raise InputError(
@@ -58,8 +56,7 @@ def refuse_sections(config: Mapping[str, Any]) -> None:
 
 def refuse_partial(config: Mapping[str, Any], model_type: str) -> None:
     """Raise InputError where only a part of each head turns: vLLM does so for any model type."""
-    given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
-    ropes = [*given, *(x for rope in given for x in rope.values() if isinstance(x, Mapping))]
+    ropes = _ropes(config)
     parts = ((x, rope.get(x)) for rope in (config, *ropes) for x in _PARTS)
     found = [(name, part) for name, part in parts if part not in (None, 1)]
     found += [("rope_dim", rope["rope_dim"]) for rope in ropes if rope.get("rope_dim")]
@@ -89,6 +86,12 @@ def served_otherwise(config: Mapping[str, Any]) -> Iterator[str]:
             f"{first}, and shorter calibration windows have the short ones: if all texts fit in "
             f"{first} tokens, serve with --max-model-len {first}"
         )
+
+
+def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a configuration says of positions, of all blocks and of kinds of them."""
+    given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
+    return [*given, *(x for rope in given for x in rope.values() if isinstance(x, Mapping))]
 
 
 def _type(rope: Mapping[str, Any]) -> Any:

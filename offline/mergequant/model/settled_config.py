@@ -5,6 +5,7 @@ differ between model types. What the quantizer looks at is filled in. What stand
 but for values that mean nothing and that one of the two libraries stumbles over.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -136,11 +137,16 @@ def _restated(
         values = {key: _at(path, whole) for key, path in keys.items()}
         stands = config.get(field)
         if stands is not None and stands != values:
-            raise InputError(
-                f"config.json has {field} {stands!r}, which vLLM reads, and elsewhere {values!r}, "
-                "which transformers reads: make them equal, as the model was trained."
-            )
+            raise read_otherwise(field, stands, f"elsewhere {json.dumps(values)}")
         yield field, values
+
+
+def read_otherwise(field: str, value: object, other: str) -> InputError:
+    """An error that says that a field, which vLLM reads, is not what `transformers` reads."""
+    return InputError(
+        f"config.json has {field} {json.dumps(value)}, which vLLM reads, and {other}, which "
+        "transformers reads: make them equal, as the model was trained."
+    )
 
 
 def _at(path: str, whole: Any) -> Any:

@@ -1,12 +1,11 @@
 """Gemma 2: norms by 1 + w before and behind attention and MLP, a cap on the logits."""
 
-from mergequant.model.architecture import Architecture, Linear, Norm, Scales, Space
-from mergequant.model.architectures.llama import SPACES
+from mergequant.model.architecture import Architecture, Linear, Norm, Scales
+from mergequant.model.architectures.llama import POST_NORM_SPACES
 
 GEMMA2 = Architecture(
     model_type="gemma2",
-    # What attention and the MLP write goes through a norm before the residual takes it.
-    spaces=(*SPACES, Space("attn_out", "hidden"), Space("mlp_out", "hidden")),
+    spaces=POST_NORM_SPACES,
     norms=(
         Norm("input_layernorm", "residual", "attn_in", "one_plus"),
         Norm("post_attention_layernorm", "attn_out", "residual", "one_plus"),

@@ -1,12 +1,11 @@
 """GLM-4 (0414): norms before and behind attention and MLP; gate and up in one matrix."""
 
-from mergequant.model.architecture import Architecture, Linear, Norm, Space
-from mergequant.model.architectures.llama import SPACES
+from mergequant.model.architecture import Architecture, Linear, Norm
+from mergequant.model.architectures.llama import POST_NORM_SPACES
 
 GLM4 = Architecture(
     model_type="glm4",
-    # What attention and the MLP write goes through a norm before the residual takes it.
-    spaces=(*SPACES, Space("attn_out", "hidden"), Space("mlp_out", "hidden")),
+    spaces=POST_NORM_SPACES,
     norms=(
         Norm("input_layernorm", "residual", "attn_in"),
         Norm("post_self_attn_layernorm", "attn_out", "residual"),

@@ -19,6 +19,9 @@ SPACES = (
     Space("final_in", "hidden"),
 )
 
+# What attention and the MLP write goes through a norm before the residual takes it.
+POST_NORM_SPACES = (*SPACES, Space("attn_out", "hidden"), Space("mlp_out", "hidden"))
+
 NORMS = (
     Norm("input_layernorm", reads="residual", writes="attn_in"),
     Norm("post_attention_layernorm", reads="residual", writes="mlp_in"),

@@ -5,14 +5,14 @@ Queries and keys have a norm over all heads together.
 
 from dataclasses import replace
 
-from mergequant.model.architecture import HeadNorm, Linear, Norm, Space
-from mergequant.model.architectures.llama import LLAMA, SPACES
+from mergequant.model.architecture import HeadNorm, Linear, Norm
+from mergequant.model.architectures.llama import LLAMA, POST_NORM_SPACES
 
 OLMO2 = replace(
     LLAMA,
     model_type="olmo2",
     partly_rotary=True,
-    spaces=(*SPACES, Space("attn_out", "hidden"), Space("mlp_out", "hidden")),
+    spaces=POST_NORM_SPACES,
     norms=(
         Norm("post_attention_layernorm", "attn_out", "residual"),
         Norm("post_feedforward_layernorm", "mlp_out", "residual"),
