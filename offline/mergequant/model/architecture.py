@@ -160,17 +160,16 @@ class Architecture:
         bare_inputs: vLLM's loader reorders all tensors of a fused linear, so none can describe its
             input: neither columns nor a clip ratio.
         served_with: fields of the configuration whose only value that vLLM's class serves is given.
-        preferred: fields that vLLM's class prefers to those that transformers reads, by the field
-            of which each must be an equal.
+        preferred: fields that vLLM's class reads in place of others, and the others, which
+            transformers reads: the two must be equal.
         restated: what vLLM's class reads under other names than transformers: by field and key,
             the `FIELD.KEY` that transformers reads. The checkpoint's config.json has both.
         windows: which blocks may have a sliding window there: `none`; `all` of them or none;
             `some`, as the configuration says.
         windows_by_size: transformers looks at the window's size alone, not at `layer_types`.
         wider_windows: vLLM's class lets a block with a window see a token more than transformers.
-        free_head_size: `head_dim` may differ from the hidden size divided by the heads.
-        partly_rotary: only a part of each head may turn with the position, or vLLM has no class of
-            its own that would see to it.
+        free_head_size: `head_dim` may differ from the hidden size divided by the number of heads.
+        partly_rotary: a partial rotary factor may be given: both libraries apply it, or neither.
         scales: constant factors.
         eager: transformers writes all attention scores out.
     """

@@ -40,7 +40,7 @@ def refuse_unknown(rope: Mapping[str, Any]) -> None:
 
 
 def refuse_sections(config: Mapping[str, Any]) -> None:
-    """Raise InputError for positions in sections, which images have and text does not need."""
+    """Raise InputError for multimodal rotary positions (M-RoPE), which text does not need."""
     ropes = _ropes(config)
     names = [x for where in (config, *ropes) for x in _SECTIONS if where.get(x)]
     names += [
@@ -55,7 +55,7 @@ def refuse_sections(config: Mapping[str, Any]) -> None:
 
 
 def refuse_partial(config: Mapping[str, Any], model_type: str) -> None:
-    """Raise InputError where only a part of each head turns: vLLM does so for any model type."""
+    """Raise InputError for partial rotary positions, which vLLM applies to any model type."""
     ropes = _ropes(config)
     parts = ((x, rope.get(x)) for rope in (config, *ropes) for x in _PARTS)
     found = [(name, part) for name, part in parts if part not in (None, 1)]
@@ -89,7 +89,7 @@ def served_otherwise(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a configuration says of positions, of all blocks and of kinds of them."""
+    """All rope parameters of a configuration, those of single kinds of blocks included."""
     given = [config[x] for x in FIELDS if isinstance(config.get(x), Mapping)]
     return [*given, *(x for rope in given for x in rope.values() if isinstance(x, Mapping))]
 

@@ -92,9 +92,12 @@ def _is_foreign(name: str) -> bool:
 
 
 def for_generation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that vLLM needs to generate text, of a settled configuration whose file may lack them.
+    """Return the fields that vLLM needs to generate text and that `config.json` may lack.
 
-    Those are what it reads under names of its own, and a class with a head.
+    These are those that it reads under names of its own, and the class that has a head.
+
+    Args:
+        config: settled, see `settle`.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
@@ -105,7 +108,7 @@ def for_generation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def embeds(config: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence where vLLM takes a model for one that embeds texts, by the name of its class."""
+    """Yield a warning if vLLM would take the model for an embedding model, by its class's name."""
     name, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
     otherwise = ("RewardModel", "ChatModel", "LMHeadModel")
     if name.endswith("Model") and not name.endswith(otherwise) and kind in ARCHITECTURES:
@@ -142,7 +145,7 @@ def _restated(
 
 
 def read_otherwise(field: str, value: object, other: str) -> InputError:
-    """An error that says that a field, which vLLM reads, is not what `transformers` reads."""
+    """Return an error for a field of vLLM that contradicts what `transformers` reads."""
     return InputError(
         f"config.json has {field} {json.dumps(value)}, which vLLM reads, and {other}, which "
         "transformers reads: make them equal, as the model was trained."

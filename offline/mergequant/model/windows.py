@@ -1,4 +1,4 @@
-"""Which blocks have a sliding window, where transformers and vLLM differ in it."""
+"""Sliding windows: which blocks have one, and where transformers and vLLM differ."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ _PATTERN = "sliding_window_pattern"
 
 
 def refuse_pattern(config: Mapping[str, Any], error: Exception) -> None:
-    """Raise InputError where transformers stumbled over blocks named by a word (LLLG), or by null.
+    """Raise InputError if transformers failed on a pattern of windows that is not a number (LLLG).
 
     Args:
         config: the file as it is.
@@ -30,7 +30,7 @@ def refuse_pattern(config: Mapping[str, Any], error: Exception) -> None:
 
 
 def refuse_without_size(config: Any) -> None:
-    """Raise InputError where blocks of a configuration of transformers have a window of no size."""
+    """Raise InputError if blocks have a sliding window and the configuration gives no size."""
     if SLIDING in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
         raise InputError(
             "config.json gives blocks a sliding window, or its model type does so by default, and "
@@ -39,7 +39,7 @@ def refuse_without_size(config: Any) -> None:
 
 
 def refuse_unserved_windows(architecture: Architecture, config: Mapping[str, Any]) -> None:
-    """Raise InputError where the two libraries would not give the same blocks the same windows."""
+    """Raise InputError if the two libraries would give a block different windows."""
     kinds = attention_kinds(config)
     kind, windows = architecture.model_type, architecture.windows
     if (len(kinds) > 1 and windows != "some") or (SLIDING in kinds and windows == "none"):
@@ -67,7 +67,7 @@ def refuse_unserved_windows(architecture: Architecture, config: Mapping[str, Any
 def windows_served_otherwise(
     architecture: Architecture, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    """A sentence where blocks see another number of tokens in vLLM than in `transformers`."""
+    """Yield a warning if blocks see more tokens in vLLM than in `transformers`."""
     window = config.get("sliding_window")
     if not architecture.wider_windows or window is None:
         return
